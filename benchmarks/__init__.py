@@ -1,0 +1,1 @@
+"""Measurements of LazyLLM against stock vLLM, and the demo."""

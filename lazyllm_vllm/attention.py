@@ -1,0 +1,205 @@
+"""The attention backend of the staged model: vLLM's interface, thin.
+
+Prefill rows attend to the prefill rows of their own request, which are all at hand, through
+FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache through
+``kernels.attention``. At the last layer of a stage the current tokens' scores are taken.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.kernels.attention import paged_attention
+from lazyllm_vllm.kernels.rows import last_row_lse, write_kv
+from lazyllm_vllm.kernels.score import score_tokens
+from lazyllm_vllm.kv_cache.specs import StageSpec
+from lazyllm_vllm.schedule import Schedule
+from lazyllm_vllm.step import Step
+
+
+@dataclass
+class StageMetadata:
+    """What the layers of one KV cache group are told in a step.
+
+    Attributes:
+        group: the KV cache group, which has its own block table and slots.
+        scoring_layer: name of the layer that scores, the last of the stage; None: none does.
+    """
+
+    step: Step
+    stage: int
+    group: int
+    scoring_layer: str | None
+
+
+class LazyAttentionBackend(AttentionBackend):
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type["LazyAttentionImpl"]:
+        return LazyAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["LazyMetadataBuilder"]:
+        return LazyMetadataBuilder
+
+
+class LazyMetadataBuilder(AttentionMetadataBuilder[StageMetadata]):
+    """Says that decode batches run in full CUDA graphs; the metadata itself is built for all
+    groups at once by ``LazyModelState.prepare_attn``."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> StageMetadata:
+        raise NotImplementedError("LazyModelState.prepare_attn builds the metadata")
+
+
+class LazyAttentionImpl(AttentionImpl[StageMetadata]):
+    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = "auto"
+        self.fa_version = fa_utils.get_flash_attn_version(head_size=head_size)
+
+    def forward(
+        self,
+        layer: "StagedAttention",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: StageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write the rows' keys and values, attend, and score if the layer is a stage's last.
+
+        Args:
+            query, output: ``[rows, heads, head_size]``.
+            key, value: ``[rows, kv_heads, head_size]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+        """
+        if attn_metadata is None:  # vLLM's memory profile
+            return output.fill_(0)
+        step, stage, group = attn_metadata.step, attn_metadata.stage, attn_metadata.group
+        num_rows = step.num_rows(stage)
+        num_decode_rows = num_rows - step.num_prefill_rows(stage)
+        scores = attn_metadata.scoring_layer == layer.layer_name
+        write_kv(kv_cache, key[:num_rows], value[:num_rows], step.slot_mapping(group)[:num_rows])
+        if step.num_decodes:
+            self._decode(query, kv_cache, output, step, stage, group, num_decode_rows)
+        if num_decode_rows < num_rows:
+            prefill = slice(num_decode_rows, num_rows)
+            lse = self._prefill(
+                query[prefill], key[prefill], value[prefill], output[prefill], step, stage, scores
+            )
+            if scores:
+                step.lse[step.num_decodes : step.num_requests] = lse
+        if scores:
+            buffers = step.buffers
+            score_tokens(
+                buffers.token_score, query, step.query_row(stage), step.lse, kv_cache,
+                step.block_tables[group], step.position_table, step.key_len(stage),
+                buffers.num_prompt, buffers.is_pruned, buffers.slot_position,
+                step.num_requests, self.scale, stage,
+            )  # fmt: skip
+        return output
+
+    def _decode(self, query, kv_cache, output, step, stage, group, num_rows) -> None:
+        buffers = step.buffers
+        paged_attention(
+            output[:num_rows], step.lse, query[:num_rows], kv_cache,
+            step.block_tables[group], step.position_table,
+            step.key_len(stage), buffers.rows[stage].num_revived, buffers.share,
+            step.row_position(stage), buffers.slot_position, buffers.selected, buffers.num_prompt,
+            step.num_decodes, step.max_revived if stage else 0, self.scale, stage,
+            step.strict,
+        )  # fmt: skip
+
+    def _prefill(self, query, key, value, output, step, stage, scores) -> torch.Tensor | None:
+        """Causal attention of each prompt's kept tokens; the last rows' log-denominators,
+        ``[prefills, heads]`` fp32, if asked for."""
+        starts = step.prefill_starts[stage]
+        if query.is_cuda:
+            result = fa_utils.flash_attn_varlen_func(
+                query,
+                key,
+                value,
+                max_seqlen_q=step.max_prefill_rows[stage],
+                cu_seqlens_q=starts,
+                max_seqlen_k=step.max_prefill_rows[stage],
+                cu_seqlens_k=starts,
+                softmax_scale=self.scale,
+                causal=True,
+                out=output,
+                return_softmax_lse=scores,
+                fa_version=self.fa_version,
+            )
+            return result[1][:, (starts[1:] - 1).long()].T if scores else None
+        bounds = starts.tolist()
+        for start, end in zip(bounds, bounds[1:]):
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            output[start:end] = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+            )[0].transpose(0, 1)
+        if not scores:
+            return None
+        return torch.stack(
+            [
+                last_row_lse(query[end - 1], key[start:end], self.scale)
+                for start, end in zip(bounds, bounds[1:])
+            ]
+        )
+
+
+class StagedAttention(Attention):
+    """vLLM's attention layer, told its stage."""
+
+    schedule: Schedule
+    stage: int
+
+    @classmethod
+    def adopt(cls, layer: Attention, schedule: Schedule, stage: int) -> None:
+        """Turn a decoder layer's attention, as its model built it, into one of a stage.
+
+        Models build ``Attention`` themselves and the backend they get is the platform's to choose,
+        so the class is changed after the fact: no copy of any model's code is needed.
+        """
+        layer.__class__ = cls
+        layer.schedule = schedule
+        layer.stage = stage
+        layer.attn_backend = LazyAttentionBackend
+        layer.impl = LazyAttentionImpl(
+            layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads
+        )
+
+    def get_kv_cache_spec(self, vllm_config) -> StageSpec:
+        return StageSpec(
+            # vLLM may change the block size after the model is built.
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.kv_cache_torch_dtype,
+            stage=self.stage,
+            schedule=self.schedule,
+        )

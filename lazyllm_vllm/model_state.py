@@ -1,0 +1,168 @@
+"""The worker's side of a request's life, and the plan of each step: vLLM's ``ModelState`` hooks."""
+
+import numpy as np
+import torch
+
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from lazyllm_vllm.attention import StageMetadata
+from lazyllm_vllm.aux_cache import aux_pages
+from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
+from lazyllm_vllm.report import log_start
+from lazyllm_vllm.request_table import RequestTable
+from lazyllm_vllm.stats import RequestStats
+from lazyllm_vllm.step import Step, StepBuffers
+from lazyllm_vllm.trace import Trace
+
+
+class LazyModelState(DefaultModelState):
+    def __init__(self, vllm_config: VllmConfig, model, encoder_cache, device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.schedule = model.schedule
+        self.table = RequestTable(self.schedule, self.max_num_reqs, device)
+        self.buffers = StepBuffers(
+            self.schedule,
+            self.max_num_reqs,
+            self.max_num_tokens,
+            self.model_config.get_num_attention_heads(vllm_config.parallel_config),
+            device,
+        )
+        self.stats = RequestStats(self.schedule)
+        self.trace = Trace() if Trace.enabled() else None
+        self.index_of: dict[str, int] = {}
+        self.num_prompt: dict[str, int] = {}
+
+    # A request's life.
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        num_prompt = len(new_req_data.prefill_token_ids)
+        self.index_of[new_req_data.req_id] = req_index
+        self.num_prompt[new_req_data.req_id] = num_prompt
+        self.table.add(req_index, num_prompt)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.table.apply_staged_writes()
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        index = self.index_of.pop(req_id, None)
+        if index is not None:
+            num_prompt = self.num_prompt.pop(req_id)
+            self.stats.record(req_id, num_prompt, self.table.row(index))
+
+    def report_stats(self) -> dict:
+        """See ``stats.request_stats``."""
+        live = {r: (self.num_prompt[r], self.table.row(i)) for r, i in self.index_of.items()}
+        return self.stats.report(live)
+
+    # The KV cache.
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self.groups_of_stage: list[list[int]] = [[] for _ in range(self.schedule.num_stages)]
+        self.aux = None
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for group, spec in enumerate(groups):
+            if isinstance(spec, StageSpec):
+                self.groups_of_stage[spec.stage].append(group)
+            elif isinstance(spec, AuxSpec):
+                table = block_tables.input_block_tables[group]
+                self.aux = aux_pages(kv_cache_config, group, table, layers, self.dtype)
+        block_size = groups[self.groups_of_stage[0][0]].block_size
+        self.buffers.attach_kv_cache(kv_cache_config.num_blocks, block_size, len(groups))
+        log_start(self.vllm_config, self.schedule, kv_cache_config)
+
+    # A step.
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups,
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, StageMetadata]:
+        """Plan the step. A batch that replays a CUDA graph only has its buffers filled."""
+        replay = cudagraph_mode == CUDAGraphMode.FULL
+        in_graph = replay or for_capture
+        num_reqs = input_batch.num_reqs
+        lens = input_batch.num_scheduled_tokens
+        num_decodes = num_reqs if in_graph else int((lens == 1).sum())
+        real = input_batch.req_ids[0] in self.index_of  # else vLLM's dummy batch
+        self._fill_batch(input_batch, num_decodes, real)
+        if replay:
+            return {}
+
+        prompts = [int(n) for n in lens[num_decodes:]]
+        if real:
+            self._check_whole_prompts(input_batch.req_ids[num_decodes:], prompts)
+        pruned_decodes = in_graph or any(
+            self._is_pruned(req_id) for req_id in input_batch.req_ids[:num_decodes]
+        )
+        has_decodes = num_decodes > 0 and pruned_decodes and self.schedule.prunes
+        strict = self.schedule.config.decode == "strict"
+        kept = [self.schedule.kept(n) for n in prompts] if real else [
+            (n,) * self.schedule.num_stages for n in prompts
+        ]
+        step = Step(
+            schedule=self.schedule,
+            buffers=self.buffers,
+            table=self.table,
+            block_tables=block_tables,
+            stage_groups=self.groups_of_stage,
+            slot_mapping_0=slot_mappings,
+            aux=self.aux,
+            num_decodes=input_batch.num_reqs_after_padding if in_graph else num_decodes,
+            prefill_lens=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
+            decodes_select=has_decodes and (strict or self.aux is not None),
+            prefills_select=any(k[-1] < k[0] for k in kept),
+            revives=has_decodes and self.aux is not None,
+            sampled_tokens=input_batch.logits_indices,
+            trace=self.trace if real else None,
+            req_ids=input_batch.req_ids,
+        )
+        metadata = {}
+        for stage, groups in enumerate(self.groups_of_stage):
+            last = self.schedule.stage_layers(stage)[-1]
+            scores = step.scores and stage < self.schedule.num_stages - 1
+            scoring_layer = self.model.layer_names[last] if scores else None
+            for group in groups:
+                names = kv_cache_config.kv_cache_groups[group].layer_names
+                metadata |= dict.fromkeys(names, StageMetadata(step, stage, group, scoring_layer))
+        return metadata
+
+    def _fill_batch(self, input_batch: InputBatch, num_decodes: int, real: bool) -> None:
+        """Who is in the batch, and how many tokens each decode may revive at a boundary."""
+        num_reqs = input_batch.num_reqs
+        req_index = self.buffers.req_index
+        req_index[num_reqs : input_batch.num_reqs_after_padding] = -1
+        if real:
+            req_index[:num_reqs] = input_batch.idx_mapping
+        else:
+            req_index[:num_reqs] = -1
+        self.buffers.share.fill_(self.schedule.config.revive_budget // max(num_decodes, 1))
+
+    def _is_pruned(self, req_id: str) -> bool:
+        return req_id in self.num_prompt and self.schedule.is_pruned(self.num_prompt[req_id])
+
+    def _check_whole_prompts(self, req_ids: list[str], lens: list[int]) -> None:
+        for req_id, scheduled in zip(req_ids, lens):
+            if scheduled != self.num_prompt[req_id]:
+                raise RuntimeError(
+                    f"LazyLLM needs whole prompts: vLLM scheduled {scheduled} of the "
+                    f"{self.num_prompt[req_id]} tokens of request {req_id}"
+                )

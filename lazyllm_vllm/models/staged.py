@@ -1,0 +1,90 @@
+"""The staged forward: any decoder whose layers are ``layer(positions, hidden, residual)``."""
+
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+
+from lazyllm_vllm.attention import StagedAttention
+from lazyllm_vllm.aux_cache import add_aux_pages
+from lazyllm_vllm.config import parse_config
+from lazyllm_vllm.schedule import Schedule
+from lazyllm_vllm.step import Step
+
+
+class StagedDecoder:
+    """Mix-in for a vLLM causal language model with ``self.model.embed_input_ids``,
+    ``self.model.layers`` and ``self.model.norm``.
+
+    Call ``cut_into_stages`` at the end of ``__init__`` and put the mix-in before the model's class.
+    """
+
+    def cut_into_stages(self, vllm_config: VllmConfig) -> None:
+        """Give every decoder layer its stage, and the Aux Cache its place."""
+        config = parse_config(vllm_config.additional_config["lazyllm"])
+        layers = self.model.layers
+        self.schedule = Schedule.build(config, len(layers))
+        attention = [
+            next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
+        ]
+        for index, module in enumerate(attention):
+            StagedAttention.adopt(module, self.schedule, self.schedule.stage_of(index))
+        self.layer_names = [module.layer_name for module in attention]
+        if self.schedule.has_aux:
+            add_aux_pages(vllm_config, attention[0], self.schedule)
+
+    @staticmethod
+    def get_model_state_cls():
+        from lazyllm_vllm.model_state import LazyModelState
+
+        return LazyModelState
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        intermediate_tensors=None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the stages.
+
+        Args:
+            input_ids, positions: ``[num_tokens]``.
+
+        Returns:
+            ``[num_tokens, hidden]``; only the rows that are sampled from are written.
+        """
+        hidden = self.model.embed_input_ids(input_ids)
+        step = _current_step()
+        if step is None:  # vLLM's memory profile: every token through every layer
+            residual = None
+            for layer in self.model.layers:
+                hidden, residual = layer(positions, hidden, residual)
+            return self.model.norm(hidden, residual)[0]
+
+        num_tokens = hidden.shape[0]
+        hidden, positions = hidden[: step.num_rows(0)], positions[: step.num_rows(0)]
+        step.begin(positions)
+        residual = None
+        for stage in range(self.schedule.num_stages):
+            if stage > 0:
+                hidden, positions = step.cross(stage, hidden + residual)
+                residual = None
+            for index in self.schedule.stage_layers(stage):
+                hidden, residual = self.model.layers[index](positions, hidden, residual)
+        rows = step.current_rows()
+        hidden, _ = self.model.norm(hidden[rows].contiguous(), residual[rows].contiguous())
+        if step.num_prefills == 0 and step.num_decodes == num_tokens:
+            return hidden
+        out = hidden.new_empty(num_tokens, hidden.shape[1])
+        out[step.sampled_tokens] = hidden
+        return out
+
+
+def _current_step() -> Step | None:
+    metadata = get_forward_context().attn_metadata
+    if metadata is None:
+        return None
+    return next(iter(metadata.values())).step
