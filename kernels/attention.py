@@ -271,12 +271,12 @@ def paged_attention_reference(
             home = physical_slots(position_table[i], position.where(in_prompt, 0), block_size)
             attended &= ~in_prompt | (selected[home] >= stage)
         k, v = gather_keys(kv_cache, block_table[i], length)
-        k = k.float().repeat_interleave(group, 1)
-        v = v.float().repeat_interleave(group, 1)
-        logits = torch.einsum("rhd,jhd->rhj", q[rows].float(), k) * scale
-        logits.masked_fill_(~attended[:, None, :], float("-inf"))
-        out[rows] = torch.einsum("rhj,jhd->rhd", logits.softmax(-1), v).to(out.dtype)
-        lse[i] = logits[0].logsumexp(-1)
+        grouped = q[rows].float().unflatten(1, (-1, group))
+        logits = torch.einsum("rkgd,jkd->rkgj", grouped, k.float()) * scale
+        logits.masked_fill_(~attended[:, None, None, :], float("-inf"))
+        result = torch.einsum("rkgj,jkd->rkgd", logits.softmax(-1), v.float())
+        out[rows] = result.flatten(1, 2).to(out.dtype)
+        lse[i] = logits[0].logsumexp(-1).flatten()
 
 
 def paged_attention(

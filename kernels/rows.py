@@ -21,6 +21,19 @@ def _load_batch_kernel(
     tl.store(is_pruned_ptr + batch, pruned)
 
 
+def load_batch_triton(num_prompt, is_pruned, req_index, table, num_stages, batch):
+    _load_batch_kernel[(batch,)](
+        num_prompt, is_pruned, req_index, table, table.stride(0), num_stages, num_warps=1
+    )
+
+
+def load_batch_reference(num_prompt, is_pruned, req_index, table, num_stages, batch):
+    real = req_index[:batch] >= 0
+    state = table[req_index[:batch].clamp(min=0).long()]
+    num_prompt[:batch] = state[:, 0] * real
+    is_pruned[:batch] = (state[:, num_stages] < state[:, 0]) & real
+
+
 def load_batch(
     num_prompt: torch.Tensor,
     is_pruned: torch.Tensor,
@@ -31,15 +44,8 @@ def load_batch(
 ) -> None:
     """Write ``num_prompt`` and ``is_pruned`` (``[batch]`` int32) of the requests at ``req_index``
     (-1: none); a request is pruned if its last stage keeps less than its prompt."""
-    if table.is_cuda:
-        _load_batch_kernel[(batch,)](
-            num_prompt, is_pruned, req_index, table, table.stride(0), num_stages, num_warps=1
-        )
-        return
-    real = req_index[:batch] >= 0
-    state = table[req_index[:batch].clamp(min=0).long()]
-    num_prompt[:batch] = state[:, 0] * real
-    is_pruned[:batch] = (state[:, num_stages] < state[:, 0]) & real
+    run = load_batch_triton if table.is_cuda else load_batch_reference
+    run(num_prompt, is_pruned, req_index, table, num_stages, batch)
 
 
 @triton.jit
@@ -160,6 +166,5 @@ def write_kv(kv_cache, k, v, slot_mapping) -> None:
 def last_row_lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Log-denominator of one query ``[heads, head_dim]`` over keys ``[n, kv_heads, head_dim]``:
     ``[heads]`` fp32."""
-    group = q.shape[0] // k.shape[1]
-    k = k.float().repeat_interleave(group, 1)
-    return (torch.einsum("hd,jhd->hj", q.float(), k) * scale).logsumexp(-1)
+    grouped = q.float().unflatten(0, (k.shape[1], -1))
+    return (torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale).logsumexp(-1).flatten()

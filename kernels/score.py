@@ -132,9 +132,9 @@ def score_tokens_reference(
         if stage > 0:
             position = slot_position[physical_slots(block_table[i], slots, block_size)].long()
         k, _ = gather_keys(kv_cache, block_table[i], len(slots))
-        k = k.float().repeat_interleave(group, 1)
-        logits = torch.einsum("hd,jhd->hj", q[query_row[i]].float(), k) * scale
-        score = (logits - lse[i][:, None]).exp().mean(0)
+        grouped = q[query_row[i]].float().unflatten(0, (-1, group))
+        logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
+        score = (logits.flatten(0, 1) - lse[i][:, None]).exp().mean(0)
         in_prompt = position < num_prompt[i]
         token_score[physical_slots(position_table[i], position[in_prompt], block_size)] = score[
             in_prompt

@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from lazyllm_vllm.config import LazyLLMConfig
 from lazyllm_vllm.reference import ReferenceSequence, Trace, generate
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 VOCAB = 97
 LAYERS = 6
@@ -121,14 +121,17 @@ def replay(model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, tr
         for layer in model.model.layers
     ]
     for s, at in enumerate(table):
-        sees = torch.zeros(size, size, dtype=torch.bool)
-        for i in range(size):
-            for j in range(i + 1):
-                sees[i, j] = at[j] <= at[i] < NEVER
-                if config.decode == "strict" and s > 0 and 0 < at[i] < NEVER and j < n:
-                    sees[i, j] &= j in trace.selected[at[i] - 1][s - 1]
-        sees |= torch.eye(size, dtype=torch.bool) & (torch.tensor(at) == NEVER)[:, None]
-        mask = torch.zeros(size, size).masked_fill(~sees, -torch.inf)[None, None]
+
+        def sees(i: int, j: int) -> bool:
+            if at[i] == NEVER:
+                return i == j  # a row nobody reads; without this its softmax would be NaN
+            if config.decode == "strict" and s > 0 and at[i] > 0 and j < n:
+                if j not in trace.selected[at[i] - 1][s - 1]:
+                    return False
+            return j <= i and at[j] <= at[i]
+
+        seen = torch.tensor([[sees(i, j) for j in range(size)] for i in range(size)])
+        mask = torch.zeros(size, size).masked_fill(~seen, -torch.inf)[None, None]
         for layer in model.model.layers[starts[s] : starts[s + 1]]:
             hidden = layer(
                 hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache
@@ -262,7 +265,7 @@ def schedules(draw) -> tuple[tuple[int, float], ...]:
     return tuple(zip(layers, keeps))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     length=st.integers(1, 40),
     seed=st.integers(0, 1000),

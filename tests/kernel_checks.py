@@ -1,0 +1,292 @@
+"""The checks of ``test_kernels.py``, on any device: a kernel and its reference must agree.
+
+``device`` and ``dtype`` are the kernel's; tolerances are those of ``dtype``, where there is
+arithmetic at all, and selections must be equal exactly.
+"""
+
+import torch
+from paged_world import World, same, with_ties
+
+from lazyllm_vllm.kernels import attention, gather, rows, score, select
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def _world(seed, stage, strict=False, decoded=(3, 1, 9, 40), share=4, **kwargs) -> World:
+    prompts = [37, 100, 261, 5] if seed % 2 == 0 else [300, 16, 64, 129]
+    return World(
+        prompts=prompts, decoded=list(decoded), stage=stage, num_stages=3,
+        block_size=16, kv_heads=2, group=3 if seed % 2 else 4, head_dim=64 if seed % 2 else 48,
+        share=share, strict=strict, seed=seed, **kwargs,
+    )  # fmt: skip
+
+
+def _close(a, b, dtype):
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+
+
+def _attention_inputs(w: World):
+    """Requests 0, 2 and 3 revive tokens, 1 is padding."""
+    n, heads = len(w.prompts), w.kv_heads * w.group
+    num_rows = n + n * w.share
+    present = [len(p) for p in w.present]
+    key_len = torch.tensor([c + d for c, d in zip(present, w.decoded)], dtype=torch.int32)
+    if w.stage == 0:
+        key_len = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], dtype=torch.int32)
+    key_len[1] = 0
+    revived = torch.tensor([min(2, present[0]), 0, 3, min(1, present[3])], dtype=torch.int32)
+    position = torch.zeros(num_rows, dtype=torch.int64)
+    for i in range(n):
+        position[i] = w.prompts[i] + w.decoded[i] - 1
+        for nth in range(int(revived[i])):
+            if nth < present[i]:
+                position[n + i * w.share + nth] = w.present[i][nth]
+    d = w.device
+    return {
+        "q": w.rand(num_rows, heads, w.head_dim),
+        "kv_cache": w.kv_cache(),
+        "block_table": w.position_table if w.stage == 0 else w.block_table,
+        "position_table": w.position_table,
+        "key_len": key_len.to(d),
+        "num_revived": revived.to(d),
+        "share": torch.tensor([w.share], dtype=torch.int32, device=d),
+        "row_position": position.to(d),
+        "slot_position": w.slot_position.to(d),
+        "selected": w.selected.to(d),
+        "num_prompt": torch.tensor(w.prompts, dtype=torch.int32, device=d),
+        "num_decodes": n,
+        "max_revived": w.share if w.stage else 0,
+        "scale": w.head_dim**-0.5,
+        "stage": w.stage,
+        "strict": w.strict,
+    }
+
+
+def check_attention(seed, stage, strict, device="cpu", dtype=torch.float32):
+    w = _world(seed, stage, strict, device=device, dtype=dtype)
+    inputs = _attention_inputs(w)
+    results = []
+    for run in (attention.paged_attention_triton, attention.paged_attention_reference):
+        out = torch.full_like(inputs["q"], 9e9)
+        lse = torch.full((len(w.prompts), inputs["q"].shape[1]), 9e9, device=device)
+        run(out, lse, **inputs)
+        lse[1] = 0  # padding has none
+        results.append((out, lse))
+    _close(results[0][0], results[1][0], dtype)
+    _close(results[0][1], results[1][1], dtype)
+    assert (results[0][0][1] == 0).all(), "rows of no request are zeros"
+
+
+def check_strict_attention_masks(device="cpu"):
+    """What strict leaves out has no influence, what it keeps has."""
+    w = _world(0, 1, strict=True, device=device)
+    inputs = _attention_inputs(w)
+    outputs = []
+    for touched in (None, 0, 1):  # nothing; an unselected key; a selected one
+        kv = inputs["kv_cache"].clone()
+        if touched is not None:
+            depth = w.selected[w.homes(2)][w.present[2]]
+            j = int((depth == touched).nonzero()[0, 0])
+            block = int(w.block_table[2][j // w.block_size])
+            kv[block, :, j % w.block_size] += 5.0
+        out = torch.zeros_like(inputs["q"])
+        lse = torch.zeros(4, inputs["q"].shape[1], device=device)
+        attention.paged_attention_triton(out, lse, **{**inputs, "kv_cache": kv})
+        outputs.append(out[2])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+def check_score(seed, stage, device="cpu", dtype=torch.float32):
+    w = _world(seed, stage, device=device, dtype=dtype)
+    inputs = _attention_inputs(w)
+    query_row = torch.tensor([2, 0, 3, 1], dtype=torch.int32, device=device)
+    lse = torch.randn(4, inputs["q"].shape[1], generator=w.random).to(device) + 6
+    is_pruned = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=device)
+    results = []
+    for run in (score.score_tokens_triton, score.score_tokens_reference):
+        token_score = torch.full((len(w.level),), -9.0, device=device)
+        run(
+            token_score, inputs["q"], query_row, lse, inputs["kv_cache"], inputs["block_table"],
+            w.position_table, inputs["key_len"], inputs["num_prompt"], is_pruned,
+            inputs["slot_position"], 4, inputs["scale"], stage,
+        )  # fmt: skip
+        results.append(token_score)
+    _close(*results, dtype)
+    home = w.homes(2)
+    if stage:
+        home = home[w.present[2]]
+    assert (results[0].cpu()[home] > 0).all(), "every prompt token with keys is scored"
+    assert (results[0].cpu()[w.homes(3)] == -9).all(), "an unpruned request is passed over"
+
+
+def _kept(w: World, share: float) -> list[int]:
+    return [max(1, int(p * share)) for p in w.prompts]
+
+
+def check_rank(seed, stage, pool, strict, device="cpu"):
+    w = with_ties(_world(seed, stage, device=device))
+    results = []
+    for run in (select.rank_tokens_triton, select.rank_tokens_reference):
+        s = w.selection(_kept(w, 0.5), 0)
+        run(s, 1, 3, stage, strict, pool, 2, 7)
+        results.append(s)
+    same(*results)
+    assert (results[0].token_key.cpu()[w.homes(0)] == -99).all(), "request 0 was not asked for"
+
+
+def check_prefill_selection(seed, stage, device="cpu"):
+    """Requests 0 (a decode, left alone), 1 and 2 (pruned), 3 (kept whole)."""
+    w = with_ties(_world(seed, stage, decoded=(5, 0, 0, 0), device=device))
+    before = []
+    for i in (1, 2, 3):
+        level = w.level[w.homes(i)]
+        before.append((level >= stage if stage > 1 else level > 0).nonzero()[:, 0])
+    before[2] = torch.arange(w.prompts[3])
+    kept = [max(8, len(b) // 3) if len(b) > 8 else len(b) for b in before[:2]] + [w.prompts[3]]
+    base, dst_base = 1, 1 + 6
+    start = [0, *torch.tensor([len(b) for b in before]).cumsum(0).tolist()]
+    dst_start = [0, *torch.tensor(kept).cumsum(0).tolist()]
+    results = []
+    for run, rank in (
+        (select.select_prefill_triton, select.rank_tokens_triton),
+        (select.select_prefill_reference, select.rank_tokens_reference),
+    ):
+        s = w.selection([1, *kept[:2], w.prompts[3]], 0)
+        rank(s, 1, 3, stage, False, 3, 1, 2)
+        out = w.rows(dst_base + dst_start[-1])
+        ints = {"dtype": torch.int32, "device": device}
+        move = select.PrefillMove(
+            start=torch.tensor(start, **ints), dst_start=torch.tensor(dst_start, **ints),
+            base=base, dst_base=dst_base,
+            position=torch.cat([torch.zeros(1, dtype=torch.int64), *before]).to(device),
+            dst_row=torch.full((base + start[-1],), -99, **ints),
+            request=torch.full((base + start[-1],), -99, **ints),
+        )  # fmt: skip
+        run(s, out, move, 1, stage)
+        results.append((s, out, move))
+    for mine, theirs in zip(*results):
+        same(mine, theirs)
+    _, out, move = results[0]
+    positions = out.position[dst_base:].cpu()
+    for nth, b in enumerate(before):
+        mine = positions[dst_start[nth] : dst_start[nth + 1]]
+        assert (mine.diff() > 0).all() and set(mine.tolist()) <= set(b.tolist())
+    assert (move.dst_row[base:] >= -1).all() and (move.dst_row[base:] >= 0).sum() == sum(kept)
+
+
+def check_decode_selection(seed, stage, strict, share, device="cpu"):
+    w = with_ties(_world(seed, stage, share=share, device=device))
+    n = len(w.prompts)
+    num_rows = n + n * share
+    position = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
+    kept = [*_kept(w, 0.6)[:3], w.prompts[3]]  # the last is not pruned
+    results = []
+    for run, rank in (
+        (select.select_decode_triton, select.rank_tokens_triton),
+        (select.select_decode_reference, select.rank_tokens_reference),
+    ):
+        s = w.selection(kept, room=6)
+        s.req_index[1] = -1
+        s.is_pruned[1] = 0
+        rank(s, 0, n, stage, strict, 3, 1, 2)
+        out = w.rows(num_rows)
+        shares = torch.tensor([share], dtype=torch.int32, device=device)
+        run(s, out, position, shares, n, stage, w.num_stages, True, strict, False)
+        s.token_key.zero_()  # the kernel works in it
+        results.append((s, out))
+    for mine, theirs in zip(*results):
+        same(mine, theirs)
+    _, out = results[0]
+    assert (out.num_revived <= min(share, 6)).all() and out.num_revived[3] == 0
+    for i in (0, 2):
+        mine = slice(n + i * share, n + i * share + int(out.num_revived[i]))
+        revived = out.position[mine].cpu()
+        assert (w.level[w.homes(i)][revived] == stage).all(), "only tokens without keys here"
+    if share and seed != 1:
+        assert out.num_revived.sum() > 0
+
+
+def check_place_and_write(seed, device="cpu", dtype=torch.float32):
+    w = _world(seed, 1, device=device, dtype=dtype)
+    n, num_rows = len(w.prompts), 61
+    out = w.rows(num_rows + 5)
+    out.request[:num_rows] = torch.randint(-1, n, (num_rows,), generator=w.random).int()
+    # Each row a slot of its own.
+    out.slot[:num_rows] = torch.arange(num_rows).remainder(w.width * w.block_size).int()
+    out.position[:] = torch.randint(0, 9999, (num_rows + 5,), generator=w.random)
+    placed = []
+    for run in (rows.place_rows_triton, rows.place_rows_reference):
+        mapping = torch.full((num_rows + 5,), -99, dtype=torch.int64, device=device)
+        slot_position = w.slot_position.clone().to(device)
+        run(mapping, slot_position, out, w.block_table, num_rows, w.block_size)
+        placed.append((mapping, slot_position))
+    assert all(torch.equal(a, b) for a, b in zip(*placed))
+    mapping = placed[0][0]
+    assert (mapping[num_rows:] == -99).all() and (mapping[:num_rows] == -1).any()
+
+    kv = w.kv_cache()
+    k, v = (w.rand(num_rows, w.kv_heads, w.head_dim) for _ in range(2))
+    written = []
+    for run in (rows.write_kv_triton, rows.write_kv_reference):
+        cache = kv.clone()
+        run(cache, k, v, mapping[:num_rows])
+        written.append(cache)
+    assert torch.equal(*written) and not torch.equal(written[0], kv)
+
+    loaded = []
+    s = w.selection(_kept(w, 0.5), 0)
+    s.req_index[2] = -1
+    for use in ("kernel", "reference"):
+        num_prompt, is_pruned = (
+            torch.full((n,), -99, dtype=torch.int32, device=device) for _ in range(2)
+        )
+        run = rows.load_batch_triton if use == "kernel" else rows.load_batch_reference
+        run(num_prompt, is_pruned, s.req_index, s.table, w.num_stages, n)
+        loaded.append((num_prompt, is_pruned))
+    assert all(torch.equal(a, b) for a, b in zip(*loaded))
+    assert loaded[0][0].tolist() == [*w.prompts[:2], 0, w.prompts[3]]
+
+
+def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):
+    w = _world(0, 1, device=device, dtype=dtype)
+    hidden_size, n = 40, len(w.prompts)
+    lens = torch.tensor(w.prompts)
+    request = torch.repeat_interleave(torch.arange(n), lens).int().to(device)
+    position = torch.cat([torch.arange(p) for p in w.prompts]).to(device)
+    num_rows = len(position)
+    dst = torch.full((num_rows,), -1, dtype=torch.int32)
+    kept = torch.randperm(num_rows, generator=w.random)[: num_rows // 3].sort().values
+    dst[kept] = torch.arange(len(kept)).int()
+    nothing = torch.zeros(0)
+    move = select.PrefillMove(nothing, nothing, 0, 0, position, dst.to(device), request)
+    hidden = w.rand(num_rows, hidden_size)
+    empty = w.aux(hidden_size, pages=3, per_page=4)
+    results = []
+    for run in (gather.move_prefill_rows_triton, gather.move_prefill_rows_reference):
+        aux = gather.AuxPages(**{**vars(empty), "buffer": empty.buffer.clone()})
+        out = torch.full((len(kept), hidden_size), 9e9, device=device, dtype=dtype)
+        run(out, hidden, move, 0, num_rows, aux if has_aux else None)
+        results.append((out, aux.buffer))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert torch.equal(results[0][0], hidden[kept.to(device)])
+    if not has_aux:
+        return
+
+    # What was dropped comes back as it was; unused rows come back as zeros.
+    aux = gather.AuxPages(**{**vars(empty), "buffer": results[0][1]})
+    dropped = (dst < 0).nonzero()[:20, 0].to(device)
+    out = w.rows(24)
+    out.request[2:22] = request[dropped]
+    out.position[2:22] = position[dropped]
+    for run in (gather._aux_copy_triton, gather._aux_copy_reference):
+        back = torch.full((24, hidden_size), 9e9, device=device, dtype=dtype)
+        run(back, out, 1, 22, aux, True)
+        assert torch.equal(back[2:22], hidden[dropped])
+        assert (back[1] == 0).all() and (back[22] == 0).all() and (back[0] == back[23]).all()
+        stored = gather.AuxPages(**{**vars(aux), "buffer": torch.full_like(aux.buffer, 7)})
+        run(back, out, 2, 20, stored, False)
+        at = aux.addresses(out.request[2:22], out.position[2:22])
+        assert torch.equal(stored.buffer[at[:, None] + torch.arange(hidden_size, device=device)], back[2:22])
+        assert int((stored.buffer != 7).sum()) <= 20 * hidden_size
