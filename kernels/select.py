@@ -482,7 +482,7 @@ def select_decode_reference(
             mine = slice(first, first + revived)
             rows.position[mine] = chosen
             rows.request[mine] = i
-            rows.slot[mine] = own_slot + 1 + torch.arange(revived, dtype=torch.int32)
+            rows.slot[mine] = own_slot + 1 + torch.arange(revived, device=rows.slot.device).int()
             s.level[home[chosen]] = stage + 1
             state[1 + 2 * num_stages + stage] += revived
         rows.num_revived[i] = revived

@@ -112,20 +112,17 @@ class ReferenceSequence:
             self.kept_count = [n] * self.num_stages
         self.room = [k + _ceil_share(config.revive_reserve, n - k) for k in self.kept_count]
 
-        self.positions = torch.arange(n + max_new_tokens)
-        prompt_positions = self.positions[:n]
-        self.always_kept = (prompt_positions < config.first_tokens) | (
-            prompt_positions >= n - config.last_tokens
-        )
+        position = torch.arange(n)
+        self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
 
-        attention = model.model.layers[0].self_attn
-        kv_heads = model.config.num_key_value_heads
-        shape = (kv_heads, len(self.positions), attention.head_dim)
+        most = n + max_new_tokens
+        head_dim = model.model.layers[0].self_attn.head_dim
+        shape = (model.config.num_key_value_heads, most, head_dim)
         self.keys = [torch.full(shape, torch.nan) for _ in range(num_layers)]
         self.values = [torch.full(shape, torch.nan) for _ in range(num_layers)]
-        self.level = torch.zeros(len(self.positions), dtype=torch.long)
+        self.level = torch.zeros(most, dtype=torch.long)
         self.aux: dict[int, tuple[int, Tensor]] = {}
-        self.computed = torch.zeros(num_layers, len(self.positions), dtype=torch.bool)
+        self.computed = torch.zeros(num_layers, most, dtype=torch.bool)
         self.next_position = 0
         self.trace = Trace()
 
@@ -152,12 +149,13 @@ class ReferenceSequence:
             self.trace.prefill_scores.append(pooled)
             self.trace.prefill_margins.append(margin)
         self._check_invariants()
-        return self._logits(hidden)
+        return self.model.lm_head(self.model.model.norm(hidden[-1]))
 
     @torch.inference_mode()
     def decode(self, token: int) -> Tensor:
         """One decode step for ``token``; return the logits of the token after it, [vocab]."""
-        for record in (self.trace.selected, self.trace.revived, self.trace.scores, self.trace.margins):
+        trace = self.trace
+        for record in (trace.selected, trace.revived, trace.scores, trace.margins):
             record.append([])
         current = self.next_position
         self.next_position += 1
@@ -183,12 +181,12 @@ class ReferenceSequence:
             rows = [*revived, current]
             hidden, score = self._run_stage(s, hidden, rows, is_selected if strict else None)
 
-            self.trace.selected[-1].append(sorted(selected))
-            self.trace.revived[-1].append(revived)
-            self.trace.scores[-1].append(pooled)
-            self.trace.margins[-1].append(margin)
+            trace.selected[-1].append(sorted(selected))
+            trace.revived[-1].append(revived)
+            trace.scores[-1].append(pooled)
+            trace.margins[-1].append(margin)
         self._check_invariants()
-        return self._logits(hidden)
+        return self.model.lm_head(self.model.model.norm(hidden[-1]))
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position
@@ -276,15 +274,12 @@ class ReferenceSequence:
         values = self.values[layer][:, attended].repeat_interleave(group, dim=0)
         weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
         weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
-        score = torch.zeros(len(self.positions))
+        score = torch.zeros(len(self.level))
         score[attended] = weights[:, -1].mean(0)
 
         out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
         hidden = hidden + attention.o_proj(out)
         return hidden + block.mlp(block.post_attention_layernorm(hidden)), score
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden[-1]))
 
     def _check_invariants(self) -> None:
         """Invariants 1 and 2 of design section 1, between steps; 3 is checked in each layer."""

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -74,8 +75,10 @@ def _main(asked: str, answer: str) -> None:
     if request["scenario"] == "abort":
         result = _abort(llm, prompts, params)
     else:
+        start = time.monotonic()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         result = {
+            "seconds": time.monotonic() - start,
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
             "request_ids": [o.request_id for o in outputs],
         }

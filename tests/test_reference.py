@@ -19,11 +19,18 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from lazyllm_vllm.config import LazyLLMConfig
 from lazyllm_vllm.reference import ReferenceSequence, Trace, generate
 
-torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
 VOCAB = 97
 LAYERS = 6
 NEVER = 10**9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With tensors this small, a second thread makes the tests ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_model(seed: int = 0) -> LlamaForCausalLM:
@@ -259,25 +266,26 @@ def check_invariants(n: int, config: LazyLLMConfig, trace: Trace, table: list[li
 
 @st.composite
 def schedules(draw) -> tuple[tuple[int, float], ...]:
-    layers = sorted(draw(st.sets(st.integers(1, LAYERS - 1), min_size=0, max_size=3)))
-    shares = st.sampled_from([0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0])
+    count = draw(st.sampled_from([3, 2, 1, 0]))  # Hypothesis leans to the front
+    layers = sorted(draw(st.permutations(range(1, LAYERS)))[:count])
+    shares = st.sampled_from([0.5, 0.4, 0.3, 0.6, 0.25, 0.7, 0.2, 0.8, 0.1, 0.05, 1.0])
     keeps = sorted((draw(shares) for _ in layers), reverse=True)
     return tuple(zip(layers, keeps))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    length=st.integers(1, 40),
+    length=st.one_of(st.integers(15, 45), st.integers(1, 45)),
     seed=st.integers(0, 1000),
     schedule=schedules(),
-    budget=st.sampled_from([0, 1, 3, 100]),
-    reserve=st.sampled_from([0.0, 0.1, 0.3, 1.0]),
+    budget=st.sampled_from([3, 100, 1, 0]),
+    reserve=st.sampled_from([0.3, 1.0, 0.1, 0.0]),
     decode=st.sampled_from(["resident", "strict"]),
     pool=st.sampled_from([1, 1, 3, 7]),
     first=st.integers(0, 3),
     last=st.integers(1, 4),
     shortest=st.sampled_from([1, 1, 1, 20]),
-    max_new_tokens=st.integers(1, 7),
+    max_new_tokens=st.sampled_from([6, 4, 2, 1]),
 )
 def test_any_run_obeys_the_rules(
     length, seed, schedule, budget, reserve, decode, pool, first, last, shortest, max_new_tokens

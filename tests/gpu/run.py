@@ -1,0 +1,147 @@
+"""Everything that only a GPU can show, in one command:  python tests/gpu/run.py
+
+Kernels compiled, in bf16, against their references; then the engine on a Llama-3.1-8B with dummy
+weights: prompts of 512 to 32,768 tokens in one batch, with and without CUDA graphs, revival on.
+Needs a CUDA build of vLLM 0.32 and this package installed; no weights. CI does not run it.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import engine
+import kernel_checks
+import torch
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu",
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PROMPTS = (512, 3, 1000, 4096, 300, 16384, 2048, 32768)
+PRUNE = [{"layer": 8, "keep": 0.5}, {"layer": 16, "keep": 0.25}, {"layer": 24, "keep": 0.125}]
+NEW_TOKENS = 32
+
+failures = []
+
+
+def report(what: str, check) -> None:
+    try:
+        detail = check() or ""
+    except Exception as error:  # every check is reported, whatever the others did
+        failures.append(what)
+        detail = f"FAILED {type(error).__name__}: {str(error)[-2500:]}"
+    print(f"{what:58} {detail or 'ok'}", flush=True)
+
+
+def kernels() -> None:
+    gpu = {"device": "cuda"}
+    bf16 = {**gpu, "dtype": torch.bfloat16}
+    for seed in range(4):
+        for stage in (0, 1, 2):
+            for strict in (False, True):
+                report(
+                    f"attention, seed {seed}, stage {stage}, strict {strict}",
+                    lambda: kernel_checks.check_attention(seed, stage, strict, **bf16),
+                )
+        for stage in (0, 2):
+            report(
+                f"score, seed {seed}, stage {stage}",
+                lambda: kernel_checks.check_score(seed, stage, **bf16),
+            )
+        for stage in (1, 2):
+            report(
+                f"prefill selection, seed {seed}, stage {stage}",
+                lambda: kernel_checks.check_prefill_selection(seed, stage, **gpu),
+            )
+            for strict in (False, True):
+                report(
+                    f"rank, seed {seed}, stage {stage}, strict {strict}",
+                    lambda: kernel_checks.check_rank(seed, stage, 13, strict, **gpu),
+                )
+                for share in (0, 3, 40):
+                    report(
+                        f"decode selection, seed {seed}, {stage}, {strict}, share {share}",
+                        lambda: kernel_checks.check_decode_selection(
+                            seed, stage, strict, share, **gpu
+                        ),
+                    )
+        report(f"place and write, seed {seed}", lambda: kernel_checks.check_place_and_write(seed, **bf16))
+    report("strict mask", lambda: kernel_checks.check_strict_attention_masks(**gpu))
+    for has_aux in (False, True):
+        report(f"Aux copies, {has_aux}", lambda: kernel_checks.check_aux_copies(has_aux, **bf16))
+
+
+def engines(model: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 128000, (n,), generator=random).tolist() for n in PROMPTS]
+    options = {
+        "dtype": "bfloat16", "load_format": "dummy", "skip_tokenizer_init": True,
+        "max_model_len": 33000, "max_num_batched_tokens": 66000, "max_num_seqs": 16,
+        "enforce_eager": False, "enable_prefix_caching": False,
+    }  # fmt: skip
+    pruned = {"prune": PRUNE, "revive_budget": 64}
+    whole = {"prune": [{"layer": 8, "keep": 1}, {"layer": 16, "keep": 1}]}
+    runs = {
+        "stock": (None, {}),
+        "keep 1": (whole, {}),
+        "resident, CUDA graphs": (pruned, {}),
+        "resident, eager": (pruned, {"enforce_eager": True}),
+        "strict, CUDA graphs": (pruned | {"decode": "strict"}, {}),
+    }
+    results = {}
+
+    def one(name: str) -> str:
+        config, more = runs[name]
+        result = engine.run(
+            model, prompts, config, options | more, max_tokens=NEW_TOKENS, logprobs=1
+        )
+        values = [x for r in result["logprobs"] for step in r for x in step.values()]
+        assert all(math.isfinite(x) for x in values), "a logprob is not finite"
+        assert all(len(t) == NEW_TOKENS for t in result["tokens"])
+        assert result["free_blocks"][0] == result["free_blocks"][1], "blocks were lost"
+        results[name] = result
+        detail = f"{result['seconds']:.1f} s, room {result['room']:,}, async {result['async_scheduling']}"
+        if config:
+            total = result["stats"]["total"]
+            detail += f", kept {total['kept']}, revived {total['revived']}, share {total['share_computed']:.3f}"
+            if config.get("revive_budget"):
+                assert sum(total["revived"]) > 0, "nothing was revived"
+                for r in result["stats"]["requests"]:
+                    n = r["prompt_tokens"]
+                    want = [n, n, n, n] if n < 512 else [max(math.ceil(n * k), min(n, 68)) for k in (1, 0.5, 0.25, 0.125)]
+                    assert r["kept"] == want, (n, r["kept"], want)
+        return detail
+
+    def alike(a: str, b: str) -> str:
+        pairs = list(zip(results[a]["tokens"], results[b]["tokens"]))
+        first = [next((i for i, (x, y) in enumerate(zip(*p)) if x != y), NEW_TOKENS) for p in pairs]
+        drift = max(
+            abs(x[t] - y[t])
+            for p, q, n in zip(results[a]["logprobs"], results[b]["logprobs"], first)
+            for x, y in zip(p[:n], q[:n])
+            for t in x.keys() & y.keys()
+        )
+        assert drift < 0.1, f"logprobs of the same tokens differ by {drift}"
+        return f"equal tokens before the first difference: {first}; logprobs within {drift:.4f}"
+
+    for name in runs:
+        report(name, lambda: one(name))
+    report("keep 1 against stock", lambda: alike("stock", "keep 1"))
+    report("CUDA graphs against eager", lambda: alike("resident, eager", "resident, CUDA graphs"))
+
+
+if __name__ == "__main__":
+    kernels()
+    if "kernels" not in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
+            engines(Path(folder))
+    print(f"{len(failures)} failed: {failures}" if failures else "all passed")
+    sys.exit(bool(failures))
