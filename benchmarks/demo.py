@@ -28,11 +28,12 @@ RESULT = "DEMO_RESULT "  # marks the line of a child's output that is meant for 
 def main() -> None:
     console = Console(highlight=False)
     with step(console, "SmolLM2-135M checkpoint"):
-        checkpoint()
+        run_child(console, "benchmarks.smollm2")
     results = {}
-    for engine, label in (("stock", "stock vLLM"), ("lazyllm", "vLLM with LazyLLM")):
+    for engine, label in (("stock", "stock vLLM"), ("lazyllm", "LazyLLM")):
         with step(console, f"{PROMPT_TOKENS:,} tokens through {label}"):
-            results[label] = run_child(console, engine)
+            line = run_child(console, "benchmarks.demo", "--engine", engine)
+        results[label] = json.loads(line)
     console.print()
     console.print(table(results))
 
@@ -46,13 +47,14 @@ def step(console: Console, label: str) -> Iterator[None]:
     console.print(f"[green]done[/] {label} [dim]{time.perf_counter() - start:.0f} s[/]")
 
 
-def run_child(console: Console, engine: str) -> dict:
-    """Run one engine in a process of its own: vLLM does not give all back within one."""
+def run_child(console: Console, module: str, *args: str) -> str:
+    """Run a module in a process of its own, since a vLLM engine does not give all back within
+    one; what it printed after ``RESULT``. Its log is shown if it fails, and then we end too."""
     verbose = os.environ.get("DEMO_VERBOSE") == "1"
     log: list[str] = []
-    result = None
+    result = ""
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.demo", "--engine", engine],
+        [sys.executable, "-m", module, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -60,17 +62,17 @@ def run_child(console: Console, engine: str) -> dict:
     ) as child:
         for line in child.stdout:
             if line.startswith(RESULT):
-                result = json.loads(line.removeprefix(RESULT))
+                result = line.removeprefix(RESULT)
                 continue
             log.append(line.rstrip("\n"))
             if verbose:
                 console.print(log[-1], style="dim", markup=False)
-    if child.returncode == 0 and result is not None:
-        return result
-    if not verbose:
-        console.print("\n".join(log[-40:]), style="dim", markup=False)
-    console.print(f"[red]failed[/] the {engine} engine ended with status {child.returncode}")
-    sys.exit(1)
+    if child.returncode:
+        if not verbose:
+            console.print("\n".join(log[-40:]), style="dim", markup=False)
+        console.print(f"[red]failed[/] {module} ended with status {child.returncode}")
+        sys.exit(1)
+    return result
 
 
 def run_engine(engine: str) -> dict:

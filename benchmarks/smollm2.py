@@ -50,9 +50,6 @@ def _gguf_folder() -> Path:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF_FILE,

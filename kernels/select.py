@@ -28,14 +28,16 @@ def _home(position_table_row, position, mask, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _is_candidate(level_ptr, selected_ptr, home, mask, stage, STRICT: tl.constexpr):
+def _is_candidate(
+    level_ptr, selected_ptr, home, mask, STAGE: tl.constexpr, STRICT: tl.constexpr
+):
     """Whether positions have keys in the stage before the boundary (and, when strict, are in this
     step's selection of that stage). All have keys in stage 0."""
-    if stage == 1:
-        return mask
-    candidate = mask & (tl.load(level_ptr + home, mask=mask, other=0) >= stage)
-    if STRICT:
-        candidate &= tl.load(selected_ptr + home, mask=mask, other=0) >= stage - 1
+    candidate = mask
+    if STAGE > 1:
+        candidate &= tl.load(level_ptr + home, mask=mask, other=0) >= STAGE
+        if STRICT:
+            candidate &= tl.load(selected_ptr + home, mask=mask, other=0) >= STAGE - 1
     return candidate
 
 
@@ -49,9 +51,9 @@ def _rank_kernel(
     position_table_stride,
     num_prompt_ptr,
     is_pruned_ptr,
-    stage,
     first_tokens,
     last_tokens,
+    STAGE: tl.constexpr,
     POOL: tl.constexpr,
     STRICT: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -72,7 +74,7 @@ def _rank_kernel(
             near = p + shift
             mask = (near >= 0) & (near < num_prompt)
             home = _home(table, near, mask, BLOCK_SIZE)
-            candidate = _is_candidate(level_ptr, selected_ptr, home, mask, stage, STRICT)
+            candidate = _is_candidate(level_ptr, selected_ptr, home, mask, STAGE, STRICT)
             score = tl.load(token_score_ptr + home, mask=candidate, other=-1.0)
             best = tl.maximum(best, tl.where(score >= 0, score, -1.0))
             if shift == 0:
@@ -94,7 +96,7 @@ def _threshold(
     prefix = 0
     remaining = k
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         counts = tl.zeros([256], tl.int32)
         for p0 in range(0, num_prompt, BLOCK):
             p = p0 + tl.arange(0, BLOCK)
@@ -144,8 +146,8 @@ def _select_prefill_kernel(
     req_index_ptr,
     src_base,
     dst_base,
-    stage,
     num_decodes,
+    STAGE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -172,7 +174,7 @@ def _select_prefill_kernel(
             tl.store(row_slot_ptr + dst + j, j, mask=valid)
             if is_pruned:
                 home = _home(table, position, valid, BLOCK_SIZE)
-                tl.store(level_ptr + home, (stage + 1).to(tl.int8), mask=valid)
+                tl.store(level_ptr + home, STAGE + 1, mask=valid)
         return
 
     num_prompt = tl.load(num_prompt_ptr + batch)
@@ -194,7 +196,7 @@ def _select_prefill_kernel(
         tl.store(row_position_ptr + dst + slot, p.to(tl.int64), mask=kept)
         tl.store(row_request_ptr + dst + slot, request, mask=kept)
         tl.store(row_slot_ptr + dst + slot, slot, mask=kept)
-        level = tl.where(kept, stage + 1, stage).to(tl.int8)
+        level = tl.where(kept, STAGE + 1, STAGE).to(tl.int8)
         tl.store(level_ptr + home, level, mask=candidate)
         num_seen += tl.sum(candidate.to(tl.int32), 0)
         num_kept += tl.sum(kept.to(tl.int32), 0)
@@ -218,9 +220,9 @@ def _select_decode_kernel(
     row_position_ptr,
     row_request_ptr,
     row_slot_ptr,
-    stage,
     num_decodes,
     num_stages,
+    STAGE: tl.constexpr,
     REVIVES: tl.constexpr,
     STRICT: tl.constexpr,
     MARKS: tl.constexpr,
@@ -238,8 +240,8 @@ def _select_decode_kernel(
 
     state = table_ptr + index * table_stride
     num_prompt = tl.load(state)
-    k = tl.load(state + 1 + stage)
-    prompt_keys_at = state + 1 + 2 * num_stages + stage
+    k = tl.load(state + 1 + STAGE)
+    prompt_keys_at = state + 1 + 2 * num_stages + STAGE
     prompt_keys = tl.load(prompt_keys_at)
     position = tl.load(positions_ptr + batch).to(tl.int32)
     own_slot = prompt_keys + position - num_prompt
@@ -251,7 +253,7 @@ def _select_decode_kernel(
     limit = 0
     if REVIVES:
         share = tl.load(share_ptr)
-        room = tl.load(state + 1 + num_stages + stage)
+        room = tl.load(state + 1 + num_stages + STAGE)
         limit = tl.minimum(share, tl.maximum(room - prompt_keys, 0))
     if (tl.load(is_pruned_ptr + batch) != 0) & (MARKS | (limit > 0)):
         table = position_table_ptr + batch * position_table_stride
@@ -266,13 +268,13 @@ def _select_decode_kernel(
             taken, met = _take(key, threshold, ties, met)
             if MARKS:
                 marked = taken
-                if stage == 1:
+                if STAGE == 1:
                     marked = valid
-                depth = tl.where(taken, stage, 0).to(tl.int8)
+                depth = tl.where(taken, STAGE, 0).to(tl.int8)
                 tl.store(selected_ptr + home, depth, mask=marked)
             if REVIVES:
                 level = tl.load(level_ptr + home, mask=taken, other=127)
-                absent = taken & (level == stage)
+                absent = taken & (level == STAGE)
                 # From here on the keys rank what may be revived.
                 tl.store(token_key_ptr + home, tl.where(absent, key, -1), mask=valid)
                 missing += tl.sum(absent.to(tl.int32), 0)
@@ -296,7 +298,7 @@ def _select_decode_kernel(
                     tl.store(row_position_ptr + first_row + nth, p.to(tl.int64), mask=taken)
                     tl.store(row_request_ptr + first_row + nth, batch, mask=taken)
                     tl.store(row_slot_ptr + first_row + nth, own_slot + 1 + nth, mask=taken)
-                    tl.store(level_ptr + home, (stage + 1).to(tl.int8), mask=taken)
+                    tl.store(level_ptr + home, STAGE + 1, mask=taken)
                     done += tl.sum(taken.to(tl.int32), 0)
                 tl.store(prompt_keys_at, prompt_keys + revived)
     tl.store(num_revived_ptr + batch, revived)
@@ -357,8 +359,8 @@ def rank_tokens_triton(
     table = s.position_table[first_request:]
     _rank_kernel[(num_requests, splits)](
         s.token_key, s.token_score, s.level, s.selected, table, table.stride(0),
-        s.num_prompt[first_request:], s.is_pruned[first_request:], stage,
-        first_tokens, last_tokens,
+        s.num_prompt[first_request:], s.is_pruned[first_request:],
+        first_tokens, last_tokens, STAGE=stage,
         POOL=pool, STRICT=strict, NUM_SPLITS=splits, BLOCK_SIZE=s.block_size, BLOCK=512,
         num_warps=4,
     )  # fmt: skip
@@ -410,8 +412,8 @@ def select_prefill_triton(s, rows, src, num_decodes, stage):
     _select_prefill_kernel[(num_prefills,)](
         s.token_key, s.level, table, table.stride(0), s.is_pruned, src.start, src.dst_start,
         src.position, src.dst_row, src.request, rows.position, rows.request, rows.slot,
-        s.num_prompt, s.req_index, src.base, src.dst_base, stage, num_decodes,
-        BLOCK_SIZE=s.block_size, BLOCK=1024, num_warps=8,
+        s.num_prompt, s.req_index, src.base, src.dst_base, num_decodes,
+        STAGE=stage, BLOCK_SIZE=s.block_size, BLOCK=1024, num_warps=8,
     )  # fmt: skip
 
 
@@ -443,8 +445,8 @@ def select_decode_triton(
     _select_decode_kernel[(num_decodes,)](
         s.token_key, s.level, s.selected, table, table.stride(0), s.table, s.table.stride(0),
         s.req_index, s.is_pruned, positions, share, rows.key_len, rows.num_revived,
-        rows.position, rows.request, rows.slot, stage, num_decodes, num_stages,
-        REVIVES=revives, STRICT=strict, MARKS=strict or marks, BLOCK_SIZE=s.block_size,
+        rows.position, rows.request, rows.slot, num_decodes, num_stages,
+        STAGE=stage, REVIVES=revives, STRICT=strict, MARKS=strict or marks, BLOCK_SIZE=s.block_size,
         BLOCK=1024, num_warps=8,
     )  # fmt: skip
 

@@ -210,7 +210,8 @@ class ReferenceSequence:
 
     def _exchange(self, s: int, hidden: Tensor, rows: list[int], next_rows: list[int]) -> Tensor:
         """Boundary s: rows leave stage s - 1 for the Aux Cache, and those that stage s runs come
-        out of it: what was just put there for a token that goes straight on, else an older state.
+        out of it: what was just put there for a token that goes straight on, else what an earlier
+        step left. Nothing is thrown away, so this also runs with ``revive_budget`` 0.
 
         Args:
             hidden: [len(rows), hidden], the output of stage s - 1 (= input to stage s).
@@ -233,7 +234,7 @@ class ReferenceSequence:
         Args:
             hidden: [len(rows), hidden], input to the stage.
             rows: positions, rising; the last is the current token.
-            is_selected: [N] bool, the prompt tokens attended to; None: all that have keys.
+            is_selected: [N] bool, the only prompt tokens to attend to; None: all with keys here.
 
         Returns:
             The stage's output, [len(rows), hidden], and the current token's score of every position

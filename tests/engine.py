@@ -24,6 +24,7 @@ def run(
     logprobs: int | None = None,
     trace: bool = False,
     scenario: str = "generate",
+    random_weights: bool = False,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -31,6 +32,8 @@ def run(
         lazyllm: the plugin's configuration; None: stock vLLM.
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
+        random_weights: fill the model with weights of a real model's spread. vLLM's dummy weights
+            are so small that every score ties and nothing is ever revived.
 
     Returns:
         ``tokens`` and ``logprobs`` by prompt, ``stats``, ``trace``, ``free_blocks`` before and
@@ -39,6 +42,7 @@ def run(
     request = {
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
+        "random_weights": random_weights,
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +64,9 @@ def _main(asked: str, answer: str) -> None:
     options = {"dtype": "float32", "max_model_len": 2304, "enforce_eager": True, "seed": 0}
     llm = LLM(request["model"], additional_config=additional, **options | request["engine"])
     core = llm.llm_engine.engine_core.engine_core
+    state = core.model_executor.driver_worker.worker.model_runner.model_state
+    if request["random_weights"]:
+        _randomize(state.model)
     pool = core.scheduler.kv_cache_manager.block_pool
     free = [pool.get_num_free_blocks()]
     params = SamplingParams(
@@ -88,7 +95,6 @@ def _main(asked: str, answer: str) -> None:
                 for o in outputs
             ]
     free.append(pool.get_num_free_blocks())
-    state = core.model_executor.driver_worker.worker.model_runner.model_state
     result |= {
         "free_blocks": free,
         "preemptions": len(preempted),
@@ -103,6 +109,20 @@ def _main(asked: str, answer: str) -> None:
         if os.environ["LAZYLLM_TRACE"] == "1":
             result["trace"] = llm.collective_rpc("lazyllm_trace")[0]
     Path(answer).write_text(json.dumps(result))
+
+
+def _randomize(model) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(0, 1.0 if "embed" in name else weight.shape[-1] ** -0.5)
+        elif "norm" in name:
+            weight.data.fill_(1)
+    for name, weight in model.named_parameters():
+        if "qkv" in name:  # attention that tells tokens apart
+            weight.data.mul_(1.5)
 
 
 def _abort(llm, prompts, params) -> dict:

@@ -114,7 +114,9 @@ class Replay:
 
 
 @torch.inference_mode()
-def replay(model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, trace: Trace) -> Replay:
+def replay(
+    model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, trace: Trace
+) -> Replay:
     """The run that ``trace`` records, as one dense pass through Hugging Face's layers."""
     n, starts = len(prompt), stage_starts(config)
     ids = torch.tensor([prompt + trace.tokens[:-1]])
@@ -238,7 +240,7 @@ def check_invariants(n: int, config: LazyLLMConfig, trace: Trace, table: list[li
         assert set(trace.kept[s]) <= set(trace.kept[s - 1])
         assert len(trace.kept[s]) == counts[s] <= counts[s - 1]
         assert always <= set(trace.kept[s])
-        # Level only grows, by one stage at a time: keys in a stage come after keys in the one before.
+        # Level grows by one stage at a time: keys in a stage never come before those in the last.
         assert all(before <= at for before, at in zip(table[s - 1], table[s]))
         room = counts[s] + math.ceil(Fraction(str(config.revive_reserve)) * (n - counts[s]))
         assert trace.prompt_keys[s] == sum(at < NEVER for at in table[s][:n]) <= room

@@ -43,7 +43,7 @@ def report(what: str, check) -> None:
 def kernels() -> None:
     gpu = {"device": "cuda"}
     bf16 = {**gpu, "dtype": torch.bfloat16}
-    for seed in range(4):
+    for seed in range(2):
         for stage in (0, 1, 2):
             for strict in (False, True):
                 report(
@@ -100,7 +100,8 @@ def engines(model: Path) -> None:
     def one(name: str) -> str:
         config, more = runs[name]
         result = engine.run(
-            model, prompts, config, options | more, max_tokens=NEW_TOKENS, logprobs=1
+            model, prompts, config, options | more, max_tokens=NEW_TOKENS, logprobs=1,
+            random_weights=True,
         )
         values = [x for r in result["logprobs"] for step in r for x in step.values()]
         assert all(math.isfinite(x) for x in values), "a logprob is not finite"
@@ -139,7 +140,7 @@ def engines(model: Path) -> None:
 
 if __name__ == "__main__":
     kernels()
-    if "kernels" not in sys.argv[1:]:
+    if not failures and "kernels" not in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
             engines(Path(folder))
