@@ -78,6 +78,7 @@ def run_child(console: Console, module: str, *args: str) -> str:
 def run_engine(engine: str) -> dict:
     """Answer the prompt; what the table shows of it."""
     from transformers import AutoTokenizer
+
     from vllm import LLM, SamplingParams
 
     path = str(checkpoint())

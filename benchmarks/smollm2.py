@@ -50,6 +50,7 @@ def _gguf_folder() -> Path:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF_FILE,

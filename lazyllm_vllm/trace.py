@@ -10,11 +10,16 @@ import torch
 
 
 class Trace:
-    """Records by request id: ``kept[stage]`` of each prefill, and for each decoded token
-    ``selected[stage]`` and ``revived[stage]``, sorted positions; checks design invariants."""
+    """Records by request id, and checks that no token is computed twice.
+
+    Attributes:
+        prefills: for each prefill (several after preemption) ``num_prompt`` and the sorted
+            positions kept, by stage.
+        decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
+    """
 
     def __init__(self) -> None:
-        self.prefills: dict[str, list[dict[int, list[int]]]] = defaultdict(list)
+        self.prefills: dict[str, list[dict]] = defaultdict(list)
         self.decodes: dict[str, list[dict[int, dict[str, list[int]]]]] = defaultdict(list)
         self.keys: dict[str, dict[int, list[int]]] = {}
 
@@ -27,7 +32,9 @@ class Trace:
             if i < step.num_decodes:
                 self.decodes[req_id].append({})
             else:
-                self.prefills[req_id].append({})
+                num_prompt = int(step.prefill_lens[0, i - step.num_decodes])
+                self.prefills[req_id].append({"num_prompt": num_prompt})
+                self.keys[req_id] = {}
 
     def boundary(self, step, stage: int) -> None:
         b, rows = step.buffers, step.buffers.rows[stage]
@@ -40,7 +47,7 @@ class Trace:
                 kept = position[mine].tolist()
                 assert kept == sorted(set(kept)), "kept tokens run in order of position"
                 self.prefills[req_id][-1][stage] = kept
-                self.keys.setdefault(req_id, {})[stage] = list(kept)
+                self.keys[req_id][stage] = list(kept)
                 continue
             revived = position[mine[(mine >= step.num_decodes) & (mine < num_decode_rows)]].tolist()
             had = self.keys.get(req_id, {}).get(stage, [])

@@ -75,8 +75,8 @@ def _main(asked: str, answer: str) -> None:
     )  # fmt: skip
     preempted = []
     preempt = core.scheduler._preempt_request
-    core.scheduler._preempt_request = lambda r, *args: (
-        preempted.append(r.request_id), preempt(r, *args)
+    core.scheduler._preempt_request = lambda r, *args, **kwargs: (
+        preempted.append(r.request_id), preempt(r, *args, **kwargs)
     )  # fmt: skip
     prompts = [{"prompt_token_ids": p} for p in request["prompts"]]
     if request["scenario"] == "abort":

@@ -1,0 +1,92 @@
+"""The configuration: three ways in, one object out, one line when it is wrong."""
+
+import json
+
+import pytest
+
+from lazyllm_vllm.config import PRESETS, ConfigError, LazyLLMConfig, parse_config, preset_boundaries
+from lazyllm_vllm.schedule import Schedule, share_of
+
+FIELDS = {"prune": [{"layer": 3, "keep": 0.5}], "last_tokens": 16, "decode": "strict"}
+
+
+def test_the_same_object_from_json_files_and_python(tmp_path):
+    as_json, as_yaml = tmp_path / "a.json", tmp_path / "a.yaml"
+    as_json.write_text(json.dumps(FIELDS))
+    as_yaml.write_text("prune:\n- {layer: 3, keep: 0.5}\nlast_tokens: 16\ndecode: strict\n")
+    expected = LazyLLMConfig(**FIELDS)
+    for source in (FIELDS, json.dumps(FIELDS), str(as_json), str(as_yaml), expected):
+        assert parse_config(source) == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("num_layers", (2, 16, 28, 30, 31, 32, 33, 80))
+def test_presets_fit_any_depth(preset, num_layers):
+    config = parse_config(preset)
+    boundaries = preset_boundaries(preset, num_layers)
+    explicit = LazyLLMConfig(prune=boundaries)  # passes its own checks
+    schedule = Schedule.build(config, num_layers)
+    assert schedule.starts == Schedule.build(explicit, num_layers).starts
+    sizes = [len(schedule.stage_layers(s)) for s in range(schedule.num_stages)]
+    assert sum(sizes) == num_layers and min(sizes) >= 1
+    if any(num_layers % n == 0 for n in (2, 3, 4)):
+        assert len(set(sizes)) == 1, "stages of equal length waste no cache"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"keeps": 1}, "keeps: unknown field"),
+        ({"prune": [{"layer": 3, "kept": 1}]}, "prune.0.kept: unknown field"),
+        ({"prune": [{"layer": 3, "keep": 0}]}, "prune.0.keep"),
+        ({"prune": [{"layer": 3, "keep": 1.5}]}, "prune.0.keep"),
+        ({"prune": [{"layer": 0, "keep": 0.5}]}, "prune.0.layer"),
+        ({"prune": [{"layer": 3, "keep": 0.2}, {"layer": 5, "keep": 0.5}]}, "keep may not rise"),
+        ({"prune": [{"layer": 5, "keep": 0.5}, {"layer": 5, "keep": 0.2}]}, "layers must rise"),
+        ({"prune": [], "preset": "balanced"}, "prune and preset"),
+        ({"preset": "best"}, "preset"),
+        ({"score_pool": 4}, "score_pool: must be odd"),
+        ({"last_tokens": 0}, "last_tokens"),
+        ({"revive_budget": -1}, "revive_budget"),
+        ({"decode": "lazy"}, "decode"),
+        ("no-such-file", "neither JSON, a file, nor a preset"),
+        ('{"prune": ', "not valid JSON"),
+        ("[1]", "neither JSON"),
+        (7, "expected a mapping"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(wrong, says):
+    with pytest.raises(ConfigError) as error:
+        parse_config(wrong)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("prune: [")
+    with pytest.raises(ConfigError, match="broken.yaml"):
+        parse_config(str(broken))
+
+
+def test_a_layer_outside_the_model_is_refused():
+    config = parse_config({"prune": [{"layer": 30, "keep": 0.5}]})
+    with pytest.raises(ConfigError, match="layer 30 .* 30 layers; use 1 to 29"):
+        Schedule.build(config, 30)
+
+
+def test_shares_are_exact_decimals():
+    assert share_of(0.3, 10) == 3  # in binary floating point 0.3 * 10 rounds up to 4
+    assert share_of(0.1, 1001) == 101
+
+
+def test_kept_counts():
+    config = parse_config(
+        {"prune": [{"layer": 1, "keep": 0.5}, {"layer": 2, "keep": 0.1}],
+         "min_prompt_tokens": 100, "first_tokens": 4, "last_tokens": 30}
+    )  # fmt: skip
+    schedule = Schedule.build(config, 3)
+    assert schedule.kept(99) == (99, 99, 99) and not schedule.is_pruned(99)
+    assert schedule.kept(101) == (101, 51, 34)  # never fewer than the always-kept 34
+    assert schedule.kept(1000) == (1000, 500, 100)
+    assert schedule.slots(2, 1000, 1007) == 100 + 90 + 7
+    assert schedule.aux_slots(1000) == 1000 and schedule.aux_slots(99) == 0
