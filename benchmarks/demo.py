@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cpu import use_cpu_settings
@@ -120,16 +121,17 @@ def table(results: dict[str, dict]) -> Table:
     def row(label: str, cell) -> None:
         shown.add_row(label, *(cell(result) for result in results.values()))
 
-    row("answer", lambda r: f"{r['answer']} [{'green]right' if r['right'] else 'red]wrong'}[/]")
+    row("answer", lambda r: escape(r["answer"]))
+    row("  right", lambda r: "[green]yes[/]" if r["right"] else "[red]no[/]")
     row("prompt tokens", lambda r: f"{r['prompt_tokens']:,}")
     for stage, (start, end) in enumerate(zip(stages, stages[1:], strict=False)):
         row(
             f"  kept in layers {start + 1} to {end}",
             lambda r, stage=stage: f"{r['kept'][min(stage, len(r['kept']) - 1)]:,}",
         )
-    row("  revived while decoding", lambda r: f"{r['revived']:,}")
-    row("share of the prompt computed", lambda r: f"{r['share_computed']:.0%}")
-    row("room in the KV cache, tokens", lambda r: f"{r['room']:,}")
+    row("  revived in decoding", lambda r: f"{r['revived']:,}")
+    row("share of prompt computed", lambda r: f"{r['share_computed']:.0%}")
+    row("KV cache room, tokens", lambda r: f"{r['room']:,}")
     return shown
 
 

@@ -25,7 +25,7 @@ def passkey_prompt(
     """
     rng = random.Random(seed)
     key = str(rng.randint(10000, 99999))
-    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    needle = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
     filler: list[str] = []
     room = num_tokens - len(_chat(tokenizer, [needle]))
     while room > 0:

@@ -20,6 +20,9 @@ from lazyllm_vllm.stats import RequestStats
 from lazyllm_vllm.step import Step, StepBuffers
 from lazyllm_vllm.trace import Trace
 
+# Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
+VLLM_WARMUP = ("_warmup_", "_v2_mixed_warmup_")
+
 
 class LazyModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, model, encoder_cache, device) -> None:
@@ -54,8 +57,10 @@ class LazyModelState(DefaultModelState):
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
         index = self.index_of.pop(req_id, None)
-        if index is not None:
-            num_prompt = self.num_prompt.pop(req_id)
+        if index is None:
+            return
+        num_prompt = self.num_prompt.pop(req_id)
+        if not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, num_prompt, self.table.row(index))
 
     def report_stats(self) -> dict:

@@ -6,6 +6,7 @@ from the file it is given and writes its answer beside it.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ def run(
     trace: bool = False,
     scenario: str = "generate",
     random_weights: bool = False,
+    timed: list[list[int]] | None = None,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -34,6 +36,8 @@ def run(
         scenario: ``generate``, or ``abort`` (see ``_abort``).
         random_weights: fill the model with weights of a real model's spread. vLLM's dummy weights
             are so small that every score ties and nothing is ever revived.
+        timed: prompts to time alone, afterwards: medians of 3, ``ttft`` in ms, ``tpot`` over 32
+            tokens.
 
     Returns:
         ``tokens`` and ``logprobs`` by prompt, ``stats``, ``trace``, ``free_blocks`` before and
@@ -42,7 +46,7 @@ def run(
     request = {
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
-        "random_weights": random_weights,
+        "random_weights": random_weights, "timed": timed or [],
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +99,7 @@ def _main(asked: str, answer: str) -> None:
                 for o in outputs
             ]
     free.append(pool.get_num_free_blocks())
+    result["timed"] = [_time(llm, prompt) for prompt in request["timed"]]
     result |= {
         "free_blocks": free,
         "preemptions": len(preempted),
@@ -109,6 +114,21 @@ def _main(asked: str, answer: str) -> None:
         if os.environ["LAZYLLM_TRACE"] == "1":
             result["trace"] = llm.collective_rpc("lazyllm_trace")[0]
     Path(answer).write_text(json.dumps(result))
+
+
+def _time(llm, prompt: list[int]) -> dict[str, float]:
+    from vllm import SamplingParams
+
+    def seconds(max_tokens: int) -> float:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        start = time.monotonic()
+        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        return time.monotonic() - start
+
+    seconds(2)
+    first = statistics.median(seconds(1) for _ in range(3))
+    both = statistics.median(seconds(33) for _ in range(3))
+    return {"tokens": len(prompt), "ttft": 1000 * first, "tpot": 1000 * (both - first) / 32}
 
 
 def _randomize(model) -> None:

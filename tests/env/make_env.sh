@@ -24,7 +24,7 @@ hash_of() { { pwd; cat "$@"; } | sha256sum | cut -d ' ' -f 1; }
 has_stamp() { [[ -f $venv/$1.stamp && $(<"$venv/$1.stamp") == "$2" ]]; }
 
 requirements=$(hash_of $env/make_env.sh $env/requirements.txt $env/vllm_shim/setup.py)
-project=$(hash_of setup.py pyproject.toml lazyllm_vllm/__init__.py)
+project=$(hash_of setup.py lazyllm_vllm/__init__.py)
 
 if ! has_stamp requirements "$requirements"; then
     mkdir -p "$venv"

@@ -3,6 +3,7 @@
 Kernels compiled, in bf16, against their references; then the engine on a Llama-3.1-8B with dummy
 weights: prompts of 512 to 32,768 tokens in one batch, with and without CUDA graphs, revival on.
 Needs a CUDA build of vLLM 0.32 and this package installed; no weights. CI does not run it.
+Arguments: ``kernels`` or ``engines`` for one half.
 """
 
 import json
@@ -102,13 +103,16 @@ def engines(model: Path) -> None:
         result = engine.run(
             model, prompts, config, options | more, max_tokens=NEW_TOKENS, logprobs=1,
             random_weights=True,
+            timed=[prompts[PROMPTS.index(n)] for n in (4096, 16384, 32768)],
         )
         values = [x for r in result["logprobs"] for step in r for x in step.values()]
         assert all(math.isfinite(x) for x in values), "a logprob is not finite"
         assert all(len(t) == NEW_TOKENS for t in result["tokens"])
         assert result["free_blocks"][0] == result["free_blocks"][1], "blocks were lost"
         results[name] = result
-        detail = f"{result['seconds']:.1f} s, room {result['room']:,}, async {result['async_scheduling']}"
+        times = " ".join(f"{t['tokens']}: {t['ttft']:.1f}, {t['tpot']:.2f}" for t in result["timed"])
+        detail = f"TTFT, TPOT ms {times}; "
+        detail += f"{result['seconds']:.1f} s, room {result['room']:,}, async {result['async_scheduling']}"
         if config:
             total = result["stats"]["total"]
             detail += f", kept {total['kept']}, revived {total['revived']}, share {total['share_computed']:.3f}"
@@ -139,7 +143,8 @@ def engines(model: Path) -> None:
 
 
 if __name__ == "__main__":
-    kernels()
+    if "engines" not in sys.argv[1:]:
+        kernels()
     if not failures and "kernels" not in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))

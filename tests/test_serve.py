@@ -1,0 +1,122 @@
+"""``vllm serve`` as a user runs it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.passkey import passkey_prompt
+
+CONFIG = {
+    "prune": [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}],
+    "min_prompt_tokens": 256,
+}
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    """A running server: its address, its log file and its process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2),
+        "--lazyllm-config", json.dumps(CONFIG), "--max-model-len", "1536",
+        "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ.copy()
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text()[-5000:]
+            try:
+                if httpx.get(f"{address}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(1)
+        else:
+            raise AssertionError(log.read_text()[-5000:])
+        yield address, log, process
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def _chat(smollm2, words: int) -> tuple[dict, str]:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids, answer = passkey_prompt(tokenizer, words, seed=3, depth=0.5)
+    body = {"model": "smollm2", "prompt": ids, "max_tokens": 16, "temperature": 0}
+    return body, answer
+
+
+def test_serve(server, smollm2):
+    address, log, process = server
+    text = log.read_text()
+    assert "LazyLLM is on" in text and "stage 2: layers 21 to 30, keep 0.25" in text
+
+    # A streamed chat completion.
+    messages = [{"role": "user", "content": "The sky is blue. " * 90 + "What colour is the sky?"}]
+    body = {"model": "smollm2", "messages": messages, "max_tokens": 8, "temperature": 0}
+    pieces = []
+    with httpx.stream(
+        "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, timeout=300
+    ) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    assert "blue" in "".join(pieces).lower()
+
+    # A request that asks for what pruning cannot give: a 400 for it alone.
+    body, answer = _chat(smollm2, 900)
+    bad = httpx.post(f"{address}/v1/completions", json=body | {"prompt_logprobs": 1}, timeout=60)
+    assert bad.status_code == 400 and "prompt_logprobs" in bad.text
+
+    # A client that goes away in the middle.
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", timeout=300,
+        json=body | {"stream": True, "max_tokens": 400, "ignore_eos": True},
+    ) as response:  # fmt: skip
+        next(response.iter_lines())
+
+    # The server is as good as before.
+    good = httpx.post(f"{address}/v1/completions", json=body, timeout=300)
+    assert good.status_code == 200 and answer in good.json()["choices"][0]["text"]
+    for _ in range(60):
+        metrics = httpx.get(f"{address}/metrics", timeout=30).text
+        running = [m for m in metrics.splitlines() if m.startswith("vllm:num_requests_running")]
+        used = [m for m in metrics.splitlines() if m.startswith("vllm:kv_cache_usage_perc")]
+        if running and float(running[0].split()[-1]) == 0:
+            break
+        time.sleep(1)
+    assert float(running[0].split()[-1]) == 0, "the aborted request still runs"
+    assert float(used[0].split()[-1]) == 0, "blocks were lost"
+    assert "LazyLLM:" in log.read_text() and "pairs computed" in log.read_text()
+
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_bad_flag_stops_the_server_at_once(smollm2):
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2)]
+    result = subprocess.run(
+        [*command, "--lazyllm-config", '{"keep": 1}'], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "--lazyllm-config" in last and "keep: unknown field" in last
