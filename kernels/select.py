@@ -28,9 +28,7 @@ def _home(position_table_row, position, mask, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _is_candidate(
-    level_ptr, selected_ptr, home, mask, STAGE: tl.constexpr, STRICT: tl.constexpr
-):
+def _is_candidate(level_ptr, selected_ptr, home, mask, STAGE: tl.constexpr, STRICT: tl.constexpr):
     """Whether positions have keys in the stage before the boundary (and, when strict, are in this
     step's selection of that stage). All have keys in stage 0."""
     candidate = mask
@@ -87,9 +85,7 @@ def _rank_kernel(
 
 
 @triton.jit
-def _threshold(
-    token_key_ptr, table, num_prompt, k, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _threshold(token_key_ptr, table, num_prompt, k, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The k-th largest key, and how many keys equal to it are among the k (all of them, at
     threshold 0, when there are fewer than k)."""
     bins = tl.arange(0, 256)
@@ -461,9 +457,8 @@ def select_decode_reference(
             rows.position[i] = rows.key_len[i] = rows.num_revived[i] = 0
             continue
         state = s.table[index]
-        num_prompt, k, room, prompt_keys = (
-            int(state[at]) for at in (0, 1 + stage, 1 + num_stages + stage, 1 + 2 * num_stages + stage)
-        )  # fmt: skip
+        num_prompt = int(state[0])
+        k, room, prompt_keys = state[1:].view(3, num_stages)[:, stage].tolist()
         own_slot = prompt_keys + int(positions[i]) - num_prompt
         rows.request[i] = i
         rows.position[i] = positions[i]
@@ -528,7 +523,9 @@ def rank_tokens(
     run(s, first_request, num_requests, stage, strict, pool, first_tokens, last_tokens)
 
 
-def select_prefill(s: Selection, rows: Rows, src: PrefillMove, num_decodes: int, stage: int) -> None:
+def select_prefill(
+    s: Selection, rows: Rows, src: PrefillMove, num_decodes: int, stage: int
+) -> None:
     """Choose each prefill's rows of ``stage``: fills their part of ``rows``, ``src.dst_row``,
     ``src.request`` and ``level``. How many are kept is ``dst_start``'s to say."""
     run = select_prefill_triton if s.token_key.is_cuda else select_prefill_reference

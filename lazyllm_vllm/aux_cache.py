@@ -8,6 +8,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lazyllm_vllm.attention import LazyAttentionBackend, StagedAttention
+from lazyllm_vllm.config import ConfigError
 from lazyllm_vllm.kernels.gather import AuxPages
 from lazyllm_vllm.kv_cache.specs import AuxSpec, layers_per_group
 from lazyllm_vllm.schedule import Schedule
@@ -30,11 +31,17 @@ class AuxPage(torch.nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AuxSpec:
         config = vllm_config.model_config
         like = self._like[0].get_kv_cache_spec(vllm_config)
+        vector_size = config.get_hidden_size() * get_dtype_size(config.dtype)
+        if vector_size > like.page_size_bytes:
+            raise ConfigError(
+                f"lazyllm: a page of the KV cache holds {like.page_size_bytes} bytes, less than a "
+                f"hidden state ({vector_size}); raise --block-size, or set revive_budget to 0"
+            )
         return AuxSpec(
             block_size=like.block_size,
             page_size=like.page_size_bytes,
             pages=layers_per_group(self.schedule),
-            vector_size=config.get_hidden_size() * get_dtype_size(config.dtype),
+            vector_size=vector_size,
             schedule=self.schedule,
         )
 

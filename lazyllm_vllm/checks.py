@@ -25,9 +25,14 @@ def check_engine_args(args: EngineArgs) -> None:
         (bool(args.enable_lora), "--enable-lora", "leave it out"),
         (bool(args.kv_transfer_config), "--kv-transfer-config", "leave it out"),
         (bool(args.enable_prompt_embeds), "--enable-prompt-embeds", "leave it out"),
-        (args.kv_cache_dtype not in ("auto", "bfloat16", "float16"), "--kv-cache-dtype", "use auto"),
+        (args.kv_cache_dtype != "auto", "--kv-cache-dtype", "use auto"),
         (args.runner == "pooling", "--runner pooling", "use generate"),
         (bool(args.enable_dbo), "--enable-dbo", "leave it out"),
+        (
+            bool(args.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager",
+            "leave it out",
+        ),
         (bool(args.worker_extension_cls), "--worker-extension-cls", "leave it out"),
         (args.attention_backend is not None, "--attention-backend", "leave it out"),
     ]  # fmt: skip

@@ -77,9 +77,7 @@ class LazyLLMConfig(BaseModel):
             raise ValueError("prune and preset both set the schedule; give one of them")
         for before, after in zip(self.prune, self.prune[1:]):
             if after.layer <= before.layer:
-                raise ValueError(
-                    f"prune: layers must rise, got {after.layer} after {before.layer}"
-                )
+                raise ValueError(f"prune: layers must rise, got {after.layer} after {before.layer}")
             if after.keep > before.keep:
                 raise ValueError(
                     f"prune: keep may not rise with depth, got {after.keep} after {before.keep}"

@@ -17,7 +17,7 @@ from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
 from lazyllm_vllm.report import log_start
 from lazyllm_vllm.request_table import RequestTable
 from lazyllm_vllm.stats import RequestStats
-from lazyllm_vllm.step import Step, StepBuffers
+from lazyllm_vllm.step import Step, StepBuffers, largest_share
 from lazyllm_vllm.trace import Trace
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -120,9 +120,11 @@ class LazyModelState(DefaultModelState):
         )
         has_decodes = num_decodes > 0 and pruned_decodes and self.schedule.prunes
         strict = self.schedule.config.decode == "strict"
-        kept = [self.schedule.kept(n) for n in prompts] if real else [
-            (n,) * self.schedule.num_stages for n in prompts
-        ]
+        kept = (
+            [self.schedule.kept(n) for n in prompts]
+            if real
+            else [(n,) * self.schedule.num_stages for n in prompts]
+        )
         step = Step(
             schedule=self.schedule,
             buffers=self.buffers,
@@ -159,7 +161,10 @@ class LazyModelState(DefaultModelState):
             req_index[:num_reqs] = input_batch.idx_mapping
         else:
             req_index[:num_reqs] = -1
-        self.buffers.share.fill_(self.schedule.config.revive_budget // max(num_decodes, 1))
+        if num_decodes:
+            budget = self.schedule.config.revive_budget
+            padded = num_decodes + input_batch.num_reqs_after_padding - num_reqs
+            self.buffers.share.fill_(min(budget // num_decodes, largest_share(budget, padded)))
 
     def _is_pruned(self, req_id: str) -> bool:
         return req_id in self.num_prompt and self.schedule.is_pruned(self.num_prompt[req_id])

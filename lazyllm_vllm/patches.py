@@ -19,13 +19,14 @@ def install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
 
-    _wrap(EngineArgs, "add_cli_args", ["parser"], _add_cli_args, static=True)
-    _wrap(EngineArgs, "from_cli_args", ["cls", "args"], _from_cli_args, classmethod_=True)
+    _wrap(EngineArgs, "add_cli_args", ["parser"], _add_cli_args)
+    _wrap(EngineArgs, "from_cli_args", ["cls", "args"], _from_cli_args)
     _wrap(EngineArgs, "create_engine_config", ["self", "usage_context", "headless"], _create_config)
     _wrap(InputProcessor, "_validate_params", ["self", "params", "supported_tasks"], _validate)
 
 
-def _wrap(owner, name, parameters, wrapper, static=False, classmethod_=False) -> None:
+def _wrap(owner, name, parameters, wrapper) -> None:
+    """Make ``wrapper(original, *arguments)`` stand for ``owner.name``, of the same kind."""
     raw = inspect.getattr_static(owner, name, None)
     function = getattr(raw, "__func__", raw)
     if function is None or list(inspect.signature(function).parameters) != parameters:
@@ -35,18 +36,14 @@ def _wrap(owner, name, parameters, wrapper, static=False, classmethod_=False) ->
         )
     if hasattr(function, _MARK):
         return
-    wrapped = functools.wraps(function)(functools.partial(wrapper, function))
 
     @functools.wraps(function)
     def replacement(*args, **kwargs):
-        return wrapped(*args, **kwargs)
+        return wrapper(function, *args, **kwargs)
 
     setattr(replacement, _MARK, True)
-    if static:
-        replacement = staticmethod(replacement)
-    elif classmethod_:
-        replacement = classmethod(replacement)
-    setattr(owner, name, replacement)
+    kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else lambda f: f
+    setattr(owner, name, kind(replacement))
 
 
 # vLLM has no hook for a plugin's own flag, so the parser and the reading of it are wrapped.

@@ -12,9 +12,7 @@ from lazyllm_vllm.schedule import Schedule
 logger = init_logger("vllm.lazyllm")
 
 
-def log_start(
-    vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCacheConfig
-) -> None:
+def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCacheConfig) -> None:
     """Log the block once the KV cache is as large as it will be."""
     if vllm_config.cache_config.num_gpu_blocks != kv_cache_config.num_blocks:
         return  # the small cache of vLLM's CUDA graph memory profile

@@ -29,7 +29,7 @@ class RequestStats:
         self.requests: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.total = self._empty()
         self._copies: deque = deque()
-        self._last_log = time.monotonic()
+        self._last_log = -LOG_INTERVAL
         self._logged = 0
 
     def _empty(self) -> dict[str, Any]:

@@ -87,6 +87,15 @@ class StepBuffers:
         )
 
 
+def largest_share(budget: int, num_decodes: int) -> int:
+    """Most tokens that one of ``num_decodes`` requests, padding included, may revive at a boundary.
+
+    A CUDA graph is captured for this many. vLLM's graphs are at most twice as large as the batches
+    they serve, so that ``budget // (unpadded decodes)`` fits unless the user chose other sizes.
+    """
+    return budget // (num_decodes // 2 + 1)
+
+
 @dataclass
 class Step:
     """The plan of one forward pass, made on the CPU by ``LazyModelState.prepare_attn``.
@@ -130,11 +139,7 @@ class Step:
         self._prefill_rows = [int(n) for n in self.prefill_lens.sum(1)]
         budget = self.schedule.config.revive_budget
         self._revive_rows = budget if self.revives else 0
-        self.max_revived = 0
-        if self.revives:
-            # The share is budget // decodes. A graph for B decodes serves more than B / 2.
-            fewest = self.num_decodes // 2 + 1 if self.num_decodes > 1 else 1
-            self.max_revived = max(1, budget // fewest)
+        self.max_revived = largest_share(budget, self.num_decodes) if self.revives else 0
         if self.num_prefills:
             self._upload_prefills()
 
@@ -244,9 +249,7 @@ class Step:
         if self.num_decodes and self.decodes_select:
             rank_tokens(self.selection, 0, self.num_decodes, stage, self.strict, *common)
         if self.num_prefills and self.prefills_select:
-            rank_tokens(
-                self.selection, self.num_decodes, self.num_prefills, stage, False, *common
-            )
+            rank_tokens(self.selection, self.num_decodes, self.num_prefills, stage, False, *common)
 
     def _select_prefills(self, stage: int, rows: Rows) -> PrefillMove:
         before = self._positions if stage == 1 else self.buffers.rows[stage - 1].position

@@ -4,9 +4,14 @@
 arithmetic at all, and selections must be equal exactly.
 """
 
+from types import SimpleNamespace
+
 import torch
 from paged_world import World, same, with_ties
 
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.attention import LazyAttentionImpl
 from lazyllm_vllm.kernels import attention, gather, rows, score, select
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -96,6 +101,33 @@ def check_strict_attention_masks(device="cpu"):
         outputs.append(out[2])
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])
+
+
+def check_prefill_attention(seed, device="cpu", dtype=torch.float32):
+    """Each prompt by itself, and the last rows' log-denominators that scoring starts from."""
+    random = torch.Generator().manual_seed(seed)
+    lens, heads, kv_heads, head_dim = [3, 130, 64, 517], 8, 2, 64
+    total = sum(lens)
+    # As the model gives them: views into one projection.
+    qkv = torch.randn(total, (heads + 2 * kv_heads) * head_dim, generator=random).to(device, dtype)
+    q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
+    q, k, v = (x.view(total, -1, head_dim) for x in (q, k, v))
+    starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
+    step = SimpleNamespace(prefill_starts=[None, starts], max_prefill_rows=[None, max(lens)])
+    impl = SimpleNamespace(
+        scale=head_dim**-0.5, fa_version=fa_utils.get_flash_attn_version(head_size=head_dim)
+    )
+    out = torch.full((total, heads, head_dim), 9e9, device=device, dtype=dtype)
+    lse = LazyAttentionImpl._prefill(impl, q, k, v, out, step, 1, True)
+    for i, n in enumerate(lens):
+        mine = slice(int(starts[i]), int(starts[i]) + n)
+        keys, values = (x[mine].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        logits = torch.einsum("ihd,jhd->hij", q[mine].double(), keys) * impl.scale
+        later = torch.ones(n, n, device=device).triu(1).bool()
+        logits = logits.masked_fill(later, float("-inf"))
+        expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1), values)
+        _close(out[mine], expected, dtype)
+        _close(lse[i], logits[:, -1].logsumexp(-1), dtype)
 
 
 def check_score(seed, stage, device="cpu", dtype=torch.float32):
@@ -288,5 +320,7 @@ def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):
         stored = gather.AuxPages(**{**vars(aux), "buffer": torch.full_like(aux.buffer, 7)})
         run(back, out, 2, 20, stored, False)
         at = aux.addresses(out.request[2:22], out.position[2:22])
-        assert torch.equal(stored.buffer[at[:, None] + torch.arange(hidden_size, device=device)], back[2:22])
+        assert torch.equal(
+            stored.buffer[at[:, None] + torch.arange(hidden_size, device=device)], back[2:22]
+        )
         assert int((stored.buffer != 7).sum()) <= 20 * hidden_size

@@ -38,7 +38,9 @@ class World:
         self.position_table, self.block_table = (t.contiguous().to(self.device) for t in tables)
         slots = self.num_blocks * self.block_size
         self.level = torch.zeros(slots, dtype=torch.int8)
-        self.selected = torch.randint(0, self.stage + 1, (slots,), generator=self.random).to(torch.int8)
+        self.selected = torch.randint(0, self.stage + 1, (slots,), generator=self.random).to(
+            torch.int8
+        )
         self.slot_position = torch.full((slots,), -7, dtype=torch.int32)
         self.token_score = torch.rand(slots, generator=self.random)
         self.present: list[torch.Tensor] = []
@@ -112,8 +114,9 @@ class World:
         block = -(-pages * (per_page * hidden + 5) // 8) * 8
         width = -(-max(self.prompts) // (pages * per_page))
         table = torch.randperm(len(self.prompts) * width, generator=self.random)
+        size = len(self.prompts) * width * block + 3
         return AuxPages(
-            buffer=torch.full((len(self.prompts) * width * block + 3,), 9e9, dtype=self.dtype, device=self.device),
+            buffer=torch.full((size,), 9e9, dtype=self.dtype, device=self.device),
             block_table=table.view(len(self.prompts), width).int().to(self.device),
             offset=3, page_stride=per_page * hidden + 5, block_stride=block,
             pages=pages, per_page=per_page, hidden_size=hidden,

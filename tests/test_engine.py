@@ -67,10 +67,14 @@ def test_preempted_requests_finish_right(smollm2):
     """With so few blocks that requests are preempted, each prefill's tokens are those of the
     reference for the prompt and what had been generated."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    prompts = [passkey_prompt(tokenizer, n, seed=n, depth=0.5)[0] for n in (380, 380, 380, 500)]
+    lengths = (380, 380, 380, 500)
+    prompts = [
+        passkey_prompt(tokenizer, 700, seed=i, depth=0.5)[0][-n:] for i, n in enumerate(lengths)
+    ]
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_budget": 0, "last_tokens": 32}
     new_tokens = 24
-    # One block is 128 tokens of ten layers: 4 + 2 + 2 a request of 380 while it decodes.
+    # A block is 128 tokens of ten layers. The prompts take 3 * (3 + 2 + 1) + (4 + 2 + 1) = 25 of
+    # the 26 that there are besides vLLM's null block; each needs one or two more within 24 tokens.
     result = engine.run(
         smollm2, prompts, config,
         engine={"num_gpu_blocks_override": 27, "max_model_len": 640, "block_size": 128},

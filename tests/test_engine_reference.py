@@ -33,8 +33,7 @@ CONFIGS = {
 def prompts(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     return [
-        passkey_prompt(tokenizer, n, seed=i, depth=0.1 + 0.15 * i)[0]
-        for i, n in enumerate(LENGTHS)
+        passkey_prompt(tokenizer, n, seed=i, depth=0.1 + 0.15 * i)[0] for i, n in enumerate(LENGTHS)
     ]
 
 
@@ -107,9 +106,7 @@ def test_engine_agrees_with_reference(decode, smollm2, prompts, hf_model):
         revived += sum(len(r) for step in ref.revived for r in step)
         if not seen.ties:
             assert result["tokens"][i] == ref.tokens
-            stats = next(
-                s for s in result["stats"]["requests"] if s["request_id"] == request_id
-            )
+            stats = next(s for s in result["stats"]["requests"] if s["request_id"] == request_id)
             assert stats["share_computed"] == pytest.approx(ref.share_computed)
             assert [k + r for k, r in zip(stats["kept"], stats["revived"])] == ref.prompt_keys
     total = len(prompts) * (2 + 4 * (NEW_TOKENS - 1))

@@ -4,14 +4,13 @@ Here the kernels run in Triton's interpreter; ``tests/gpu`` runs the same checks
 """
 
 import pytest
-import torch
-
 from kernel_checks import (
     check_attention,
     check_aux_copies,
-    check_place_and_write,
-    check_prefill_selection,
     check_decode_selection,
+    check_place_and_write,
+    check_prefill_attention,
+    check_prefill_selection,
     check_rank,
     check_score,
     check_strict_attention_masks,
@@ -29,6 +28,10 @@ def test_attention(seed, stage, strict):
 
 def test_strict_attention_masks():
     check_strict_attention_masks()
+
+
+def test_prefill_attention():
+    check_prefill_attention(0)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

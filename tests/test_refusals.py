@@ -28,6 +28,7 @@ def _create(model, config=BALANCED, **flags):
         ({"enable_lora": True}, "--enable-lora"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         ({"kv_transfer_config": {"kv_connector": "x", "kv_role": "kv_both"}}, "--kv-transfer"),
         ({"attention_backend": "CPU_ATTN"}, "--attention-backend"),
         ({"runner": "pooling"}, "--runner pooling"),

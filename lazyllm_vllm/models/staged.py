@@ -1,7 +1,6 @@
 """The staged forward: any decoder whose layers are ``layer(positions, hidden, residual)``."""
 
 import torch
-from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
