@@ -205,7 +205,7 @@ def move_prefill_rows(
     Args:
         out: ``[rows after, hidden]``, kept rows written.
         hidden: ``[rows before, hidden]``.
-        move: ``lazyllm_vllm.kernels.select.PrefillMove``; ``dst_row`` -1 goes to the Aux Cache.
+        move: ``kernels.state.PrefillMove``; ``dst_row`` -1 goes to the Aux Cache.
         first_row, num_rows: the prefill rows before.
         aux: None: dropped rows are forgotten.
     """
@@ -215,7 +215,7 @@ def move_prefill_rows(
 
 def store_aux(hidden: torch.Tensor, rows, first_row: int, num_rows: int, aux: AuxPages) -> None:
     """Write rows ``first_row .. first_row + num_rows - 1`` of ``hidden`` (``[rows, hidden]``) to
-    their Aux slots; ``rows`` (``kernels.select.Rows``) says whose they are, -1: nobody's."""
+    their Aux slots; ``rows`` (``kernels.state.Rows``) says whose they are, -1: nobody's."""
     run = _aux_copy_triton if hidden.is_cuda else _aux_copy_reference
     run(hidden, rows, first_row, num_rows, aux, False)
 

@@ -98,7 +98,7 @@ def place_rows(slot_mapping, slot_position, rows, block_table, num_rows, block_s
     Args:
         slot_mapping: ``[rows]`` int64, written; -1 for unused rows.
         slot_position: ``[physical slots]`` int32, written: the position of the key put there.
-        rows: ``lazyllm_vllm.kernels.select.Rows`` of the stage.
+        rows: ``kernels.state.Rows`` of the stage.
         block_table: ``[batch, width]`` int32 of the group.
     """
     run = place_rows_triton if slot_mapping.is_cuda else place_rows_reference

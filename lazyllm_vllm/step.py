@@ -13,15 +13,11 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from lazyllm_vllm.kernels.gather import AuxPages, load_aux, move_prefill_rows, store_aux
+from lazyllm_vllm.kernels.rank import rank_tokens
 from lazyllm_vllm.kernels.rows import load_batch, place_rows
-from lazyllm_vllm.kernels.select import (
-    PrefillMove,
-    Rows,
-    Selection,
-    rank_tokens,
-    select_decode,
-    select_prefill,
-)
+from lazyllm_vllm.kernels.select_decode import select_decode
+from lazyllm_vllm.kernels.select_prefill import select_prefill
+from lazyllm_vllm.kernels.state import PrefillMove, Rows, Selection
 from lazyllm_vllm.request_table import RequestTable
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.trace import Trace

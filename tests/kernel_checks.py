@@ -12,7 +12,8 @@ from paged_world import World, same, with_ties
 from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.attention import LazyAttentionImpl
-from lazyllm_vllm.kernels import attention, gather, rows, score, select
+from lazyllm_vllm.kernels import attention, gather, rank, rows, score, select_decode, select_prefill
+from lazyllm_vllm.kernels.state import PrefillMove
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -160,7 +161,7 @@ def _kept(w: World, share: float) -> list[int]:
 def check_rank(seed, stage, pool, strict, device="cpu"):
     w = with_ties(_world(seed, stage, device=device))
     results = []
-    for run in (select.rank_tokens_triton, select.rank_tokens_reference):
+    for run in (rank.rank_tokens_triton, rank.rank_tokens_reference):
         s = w.selection(_kept(w, 0.5), 0)
         run(s, 1, 3, stage, strict, pool, 2, 7)
         results.append(s)
@@ -181,15 +182,15 @@ def check_prefill_selection(seed, stage, device="cpu"):
     start = [0, *torch.tensor([len(b) for b in before]).cumsum(0).tolist()]
     dst_start = [0, *torch.tensor(kept).cumsum(0).tolist()]
     results = []
-    for run, rank in (
-        (select.select_prefill_triton, select.rank_tokens_triton),
-        (select.select_prefill_reference, select.rank_tokens_reference),
+    for run, rank_tokens in (
+        (select_prefill.select_prefill_triton, rank.rank_tokens_triton),
+        (select_prefill.select_prefill_reference, rank.rank_tokens_reference),
     ):
         s = w.selection([1, *kept[:2], w.prompts[3]], 0)
-        rank(s, 1, 3, stage, False, 3, 1, 2)
+        rank_tokens(s, 1, 3, stage, False, 3, 1, 2)
         out = w.rows(dst_base + dst_start[-1])
         ints = {"dtype": torch.int32, "device": device}
-        move = select.PrefillMove(
+        move = PrefillMove(
             start=torch.tensor(start, **ints), dst_start=torch.tensor(dst_start, **ints),
             base=base, dst_base=dst_base,
             position=torch.cat([torch.zeros(1, dtype=torch.int64), *before]).to(device),
@@ -215,14 +216,14 @@ def check_decode_selection(seed, stage, strict, share, device="cpu"):
     position = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
     kept = [*_kept(w, 0.6)[:3], w.prompts[3]]  # the last is not pruned
     results = []
-    for run, rank in (
-        (select.select_decode_triton, select.rank_tokens_triton),
-        (select.select_decode_reference, select.rank_tokens_reference),
+    for run, rank_tokens in (
+        (select_decode.select_decode_triton, rank.rank_tokens_triton),
+        (select_decode.select_decode_reference, rank.rank_tokens_reference),
     ):
         s = w.selection(kept, room=6)
         s.req_index[1] = -1
         s.is_pruned[1] = 0
-        rank(s, 0, n, stage, strict, 3, 1, 2)
+        rank_tokens(s, 0, n, stage, strict, 3, 1, 2)
         out = w.rows(num_rows)
         shares = torch.tensor([share], dtype=torch.int32, device=device)
         run(s, out, position, shares, n, stage, w.num_stages, True, strict, False)
@@ -292,7 +293,7 @@ def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):
     kept = torch.randperm(num_rows, generator=w.random)[: num_rows // 3].sort().values
     dst[kept] = torch.arange(len(kept)).int()
     nothing = torch.zeros(0)
-    move = select.PrefillMove(nothing, nothing, 0, 0, position, dst.to(device), request)
+    move = PrefillMove(nothing, nothing, 0, 0, position, dst.to(device), request)
     hidden = w.rand(num_rows, hidden_size)
     empty = w.aux(hidden_size, pages=3, per_page=4)
     results = []

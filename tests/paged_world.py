@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lazyllm_vllm.kernels.gather import AuxPages
-from lazyllm_vllm.kernels.select import Rows, Selection
+from lazyllm_vllm.kernels.state import Rows, Selection
 
 
 @dataclass

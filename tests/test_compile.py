@@ -18,7 +18,7 @@ INT8 = {"level_ptr", "selected_ptr"}
 LLAMA = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_PAD": 128}
 
 
-def _variants(attention, gather, rows, score, select):
+def _variants(attention, gather, rank, rows, score, select_decode, select_prefill):
     for stage in (0, 2):
         place = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
         yield attention._attention_kernel, LLAMA | place | {
@@ -32,11 +32,11 @@ def _variants(attention, gather, rows, score, select):
         }  # fmt: skip
     for stage, strict in ((1, False), (2, True)):
         blocks = {"STAGE": stage, "BLOCK_SIZE": 16}
-        yield select._rank_kernel, blocks | {
+        yield rank._rank_kernel, blocks | {
             "POOL": 13, "STRICT": strict, "NUM_SPLITS": 8, "BLOCK": 512
         }  # fmt: skip
-        yield select._select_prefill_kernel, blocks | {"BLOCK": 1024}
-        yield select._select_decode_kernel, blocks | {
+        yield select_prefill._select_prefill_kernel, blocks | {"BLOCK": 1024}
+        yield select_decode._select_decode_kernel, blocks | {
             "REVIVES": True, "STRICT": strict, "MARKS": strict, "BLOCK": 1024
         }  # fmt: skip
     yield rows._load_batch_kernel, {}
@@ -61,15 +61,27 @@ def _compile_all() -> None:
 
     from lazyllm_vllm.platform import _InterpretedBackend
 
-    # Without a GPU vLLM would hide Triton from the kernels; see lazyllm_vllm.platform.
-    backends.setdefault("cpu", _InterpretedBackend)
+    # Without a GPU vLLM would hide Triton from the kernels; see lazyllm_vllm.platform. Triton
+    # itself must not meet the stand-in when it looks for a compiler.
+    backends["cpu"] = _InterpretedBackend
+    import vllm.triton_utils  # noqa: F401
+
+    del backends["cpu"]
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lazyllm_vllm.kernels import attention, gather, rows, score, select
+    from lazyllm_vllm.kernels import (
+        attention,
+        gather,
+        rank,
+        rows,
+        score,
+        select_decode,
+        select_prefill,
+    )
 
-    modules = (attention, gather, rows, score, select)
+    modules = (attention, gather, rank, rows, score, select_decode, select_prefill)
     compiled = set()
     for kernel, constants in _variants(*modules):
         types = {n: "constexpr" if n in constants else _type_of(n) for n in kernel.arg_names}
