@@ -15,11 +15,14 @@ from lazyllm_vllm.attention import LazyAttentionImpl
 from lazyllm_vllm.kernels import attention, gather, rank, rows, score, select_decode, select_prefill
 from lazyllm_vllm.kernels.state import PrefillMove
 
+LONG = 3
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def _world(seed, stage, strict=False, decoded=(3, 1, 9, 40), share=4, **kwargs) -> World:
     prompts = [37, 100, 261, 5] if seed % 2 == 0 else [300, 16, 64, 129]
+    if seed == LONG:
+        prompts = [1500, 700, 2100, 40]  # several tiles, whatever the kernel's tile
     return World(
         prompts=prompts, decoded=list(decoded), stage=stage, num_stages=3,
         block_size=16, kv_heads=2, group=3 if seed % 2 else 4, head_dim=64 if seed % 2 else 48,
@@ -27,9 +30,10 @@ def _world(seed, stage, strict=False, decoded=(3, 1, 9, 40), share=4, **kwargs) 
     )  # fmt: skip
 
 
-def _close(a, b, dtype):
+def _close(a, b, dtype, atol=None):
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+    atol = tolerance if atol is None else atol
+    torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=atol)
 
 
 def _attention_inputs(w: World):
@@ -146,7 +150,7 @@ def check_score(seed, stage, device="cpu", dtype=torch.float32):
             inputs["slot_position"], 4, inputs["scale"], stage,
         )  # fmt: skip
         results.append(token_score)
-    _close(*results, dtype)
+    _close(*results, dtype, atol=0)  # scores are small and their order is what counts
     home = w.homes(2)
     if stage:
         home = home[w.present[2]]

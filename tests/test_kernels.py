@@ -5,6 +5,7 @@ Here the kernels run in Triton's interpreter; ``tests/gpu`` runs the same checks
 
 import pytest
 from kernel_checks import (
+    LONG,
     check_attention,
     check_aux_copies,
     check_decode_selection,
@@ -16,7 +17,7 @@ from kernel_checks import (
     check_strict_attention_masks,
 )
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, LONG)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

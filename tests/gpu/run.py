@@ -1,9 +1,11 @@
-"""Everything that only a GPU can show, in one command:  python tests/gpu/run.py
+"""Everything that only a GPU can show, in one command:  python tests/gpu/run.py [PART ...]
 
-Kernels compiled, in bf16, against their references; then the engine on a Llama-3.1-8B with dummy
-weights: prompts of 512 to 32,768 tokens in one batch, with and without CUDA graphs, revival on.
-Needs a CUDA build of vLLM 0.32 and this package installed; no weights. CI does not run it.
-Arguments: ``kernels`` or ``engines`` for one half.
+Kernels compiled, in bf16, against their references; the engine against the slow reference on a
+small Llama; then the engine on a Llama-3.1-8B with random weights: prompts of 512 to 32,768 tokens,
+the longest joining the others while they decode, with and without CUDA graphs, revival on. Needs a
+CUDA build of vLLM 0.32 and this package installed; no weights. CI does not run it.
+
+Arguments: ``kernels``, ``small`` (engine against reference) or ``engines`` for one part.
 """
 
 import json
@@ -44,7 +46,7 @@ def report(what: str, check) -> None:
 def kernels() -> None:
     gpu = {"device": "cuda"}
     bf16 = {**gpu, "dtype": torch.bfloat16}
-    for seed in range(2):
+    for seed in (0, 1, kernel_checks.LONG):
         for stage in (0, 1, 2):
             for strict in (False, True):
                 report(
@@ -102,14 +104,15 @@ def small_llama_against_reference(folder: Path) -> None:
         if weight.dim() > 1:
             scale = 1.0 if "embed" in name else weight.shape[1] ** -0.5
             weight.data.normal_(0, scale * (2 if "q_proj" in name or "k_proj" in name else 1))
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    # Loaded anew, since casting a model rounds its rotary frequencies too, and vLLM's are exact.
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     random = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in (300, 801, 1500)]
     for decode in ("resident", "strict"):
         config = {
             "prune": [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}], "decode": decode,
-            "min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32,
+            "min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32, "score_pool": 1,
         }  # fmt: skip
 
         def check() -> str:
@@ -122,7 +125,7 @@ def small_llama_against_reference(folder: Path) -> None:
             alone = parse_config(config | {"revive_budget": 16})
             shares, equal = [], 0
             for i, prompt in enumerate(prompts):
-                ref = reference.generate(model.float(), prompt, alone, 6)
+                ref = reference.generate(model, prompt, alone, 6)
                 request = next(r for r in result["trace"]["prefills"] if r.split("-")[0] == str(i))
                 for s in (1, 2):
                     mine = set(result["trace"]["prefills"][request][0][str(s)])
@@ -218,11 +221,13 @@ def engines(model: Path) -> None:
 
 
 if __name__ == "__main__":
-    if "engines" not in sys.argv[1:]:
+    parts = sys.argv[1:] or ["kernels", "small", "engines"]
+    if "kernels" in parts:
         kernels()
-    if not failures and "kernels" not in sys.argv[1:]:
+    if "small" in parts and not failures:
         with tempfile.TemporaryDirectory() as folder:
             small_llama_against_reference(Path(folder))
+    if "engines" in parts and not failures:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(LLAMA_8B))
             engines(Path(folder))
