@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,6 +20,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends import fa_utils
 
+from lazyllm_vllm.checks import check_attention
+from lazyllm_vllm.config import ConfigError
 from lazyllm_vllm.kernels.attention import paged_attention
 from lazyllm_vllm.kernels.rows import last_row_lse, write_kv
 from lazyllm_vllm.kernels.score import score_tokens
@@ -79,6 +82,11 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = "auto"
         self.fa_version = fa_utils.get_flash_attn_version(head_size=head_size)
+        if current_platform.is_cuda() and self.fa_version is None:
+            raise ConfigError(
+                "lazyllm: LazyLLM needs FlashAttention, which this GPU or head size "
+                f"({head_size}) does not have"
+            )
 
     def forward(
         self,
@@ -185,6 +193,7 @@ class StagedAttention(Attention):
         Models build ``Attention`` themselves and the backend they get is the platform's to choose,
         so the class is changed after the fact: no copy of any model's code is needed.
         """
+        check_attention(layer)
         layer.__class__ = cls
         layer.schedule = schedule
         layer.stage = stage

@@ -5,13 +5,17 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
 from vllm.transformers_utils.config import get_config
+from vllm.v1.attention.backend import AttentionType
 
 from lazyllm_vllm.config import ConfigError, LazyLLMConfig
 from lazyllm_vllm.schedule import Schedule
+from lazyllm_vllm.trace import Trace
 
-# Architectures that vLLM runs as Llama, and the staged model for them.
+# Architectures that work, and the staged model for each.
 STAGED_MODELS = {"LlamaForCausalLM": "LazyLlamaForCausalLM"}
+WORKER_EXTENSION = "lazyllm_vllm.stats.WorkerExtension"
 
 
 def check_engine_args(args: EngineArgs) -> None:
@@ -33,7 +37,11 @@ def check_engine_args(args: EngineArgs) -> None:
             "--disable-hybrid-kv-cache-manager",
             "leave it out",
         ),
-        (bool(args.worker_extension_cls), "--worker-extension-cls", "leave it out"),
+        (
+            args.worker_extension_cls not in ("", WORKER_EXTENSION),
+            "--worker-extension-cls",
+            "leave it out",
+        ),
         (args.attention_backend is not None, "--attention-backend", "leave it out"),
     ]  # fmt: skip
     for is_set, flag, fix in refused:
@@ -42,8 +50,9 @@ def check_engine_args(args: EngineArgs) -> None:
 
 
 def adapt_engine_args(args: EngineArgs) -> list[str]:
-    """Set what LazyLLM needs of the engine; returns what was switched off, for the log."""
-    off = []
+    """Set what LazyLLM needs of the engine; returns what was switched off, for the log. Changes
+    nothing more when called again."""
+    off = list(args.additional_config.get("lazyllm_switched_off", []))
     if args.enable_prefix_caching is not False:
         off.append("prefix caching")
     args.enable_prefix_caching = False
@@ -51,19 +60,21 @@ def adapt_engine_args(args: EngineArgs) -> list[str]:
         off.append("chunked prefill")
     args.enable_chunked_prefill = False
     args.long_prefill_token_threshold = 0
-    fits = args.max_model_len and (args.max_num_batched_tokens or 0) >= args.max_model_len
-    if args.max_num_batched_tokens is not None and not fits:
-        # A prompt is prefilled in one piece, so vLLM is left to choose a budget that holds one.
-        off.append(f"max_num_batched_tokens={args.max_num_batched_tokens}")
-        args.max_num_batched_tokens = None
+    for budget in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        tokens = getattr(args, budget)
+        if tokens is not None and not 0 < (args.max_model_len or 0) <= tokens:
+            # A prompt is prefilled in one piece: vLLM is left to choose a budget that holds one.
+            off.append(f"{budget}={tokens}")
+            setattr(args, budget, None)
     if not args.enforce_eager:
-        off.append("torch.compile and piecewise CUDA graphs")
+        if args.compilation_config.mode != CompilationMode.NONE:
+            off.append("torch.compile and piecewise CUDA graphs")
         if args.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             args.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     # vLLM's fused custom ops are on only where nothing would compile (mode NONE, set before the
     # model is built).
     args.compilation_config.mode = CompilationMode.NONE
-    args.worker_extension_cls = "lazyllm_vllm.stats.WorkerExtension"
+    args.worker_extension_cls = WORKER_EXTENSION
     args.hf_overrides = {**args.hf_overrides, "architectures": [staged_architecture(args)]}
     return off
 
@@ -81,7 +92,8 @@ def staged_architecture(args: EngineArgs) -> str:
         config_format=args.config_format,
     )
     names = overrides.get("architectures") or getattr(hf_config, "architectures", None) or []
-    staged = [STAGED_MODELS[name] for name in names if name in STAGED_MODELS]
+    known = STAGED_MODELS | {staged: staged for staged in STAGED_MODELS.values()}
+    staged = [known[name] for name in names if name in known]
     if not staged:
         raise ConfigError(
             f"lazyllm: the architecture {', '.join(names) or 'of this model'} is not supported; "
@@ -98,9 +110,30 @@ def check_engine_config(vllm_config: VllmConfig, config: LazyLLMConfig) -> None:
             "whatever flag vLLM's log says V2 does not support"
         )
     model = vllm_config.model_config
-    if model.get_sliding_window() is not None:
-        raise ConfigError("lazyllm: models with sliding window attention are not supported yet")
+    if model.runner_type != "generate":
+        raise ConfigError("lazyllm: only text generation works with LazyLLM; remove --convert")
     on_gpu = vllm_config.device_config.device_type == "cuda"
     if on_gpu and model.dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError("lazyllm: --dtype float32 does not work on a GPU; use bfloat16")
+    if Trace.enabled() and not model.enforce_eager:
+        raise ConfigError("lazyllm: LAZYLLM_TRACE=1 needs --enforce-eager")
     Schedule.build(config, model.get_num_layers(vllm_config.parallel_config))
+
+
+def check_attention(layer: Attention) -> None:
+    """Raises ConfigError if a layer's attention does more than the staged attention can."""
+    impl = layer.impl
+    unsupported = [
+        (layer.attn_type != AttentionType.DECODER, "attention that is not causal"),
+        (layer.sliding_window is not None, "sliding window attention"),
+        (layer.kv_cache_dtype != "auto", f"a {layer.kv_cache_dtype} KV cache"),
+        (bool(getattr(impl, "logits_soft_cap", None)), "soft-capped attention"),
+        (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
+        (getattr(impl, "sinks", None) is not None, "attention sinks"),
+    ]
+    for is_used, what in unsupported:
+        if is_used:
+            raise ConfigError(
+                f"lazyllm: this model uses {what} ({layer.layer_name}), which LazyLLM does not "
+                "support yet"
+            )

@@ -1,9 +1,12 @@
 """What cannot work is refused before weights load, in one line that names the flag."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vllm import EngineArgs
 
+from lazyllm_vllm.checks import check_attention
 from lazyllm_vllm.config import ConfigError
 
 BALANCED = {"lazyllm": {"preset": "balanced"}}
@@ -69,6 +72,39 @@ def test_what_is_switched_off(smollm2):
     assert not small.scheduler_config.enable_chunked_prefill
     large = _create(smollm2, max_num_batched_tokens=4096)
     assert large.scheduler_config.max_num_batched_tokens == 4096
+    # Less than a prompt a step would leave it waiting for ever.
+    few = _create(smollm2, max_num_scheduled_tokens=512)
+    assert few.scheduler_config.max_num_scheduled_tokens is None
+    assert "max_num_scheduled_tokens=512" in few.additional_config["lazyllm_switched_off"]
+
+
+def test_the_same_arguments_make_the_same_engine_twice(smollm2):
+    args = EngineArgs(
+        model=str(smollm2), additional_config=BALANCED, max_model_len=1024, dtype="float32"
+    )
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.additional_config == second.additional_config
+    assert first.model_config.architectures == second.model_config.architectures
+    assert first.scheduler_config == second.scheduler_config
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "says"),
+    [
+        ("sliding_window", 128, "sliding window"),
+        ("kv_cache_dtype", "fp8", "a fp8 KV cache"),
+        ("impl", SimpleNamespace(scale=1, logits_soft_cap=30.0), "soft-capped"),
+        ("impl", SimpleNamespace(scale=1, alibi_slopes=[1.0]), "ALiBi"),
+    ],
+)
+def test_attention_that_does_more(attribute, value, says):
+    plain = {
+        "layer_name": "layers.0", "attn_type": "decoder", "sliding_window": None,
+        "kv_cache_dtype": "auto", "impl": SimpleNamespace(scale=1, alibi_slopes=None),
+    }  # fmt: skip
+    check_attention(SimpleNamespace(**plain))
+    with pytest.raises(ConfigError, match=says):
+        check_attention(SimpleNamespace(**plain | {attribute: value}))
 
 
 def test_without_a_config_nothing_changes(smollm2):
