@@ -145,7 +145,6 @@ def request_stats(llm) -> dict[str, Any]:
     Raises:
         RuntimeError: the engine runs without LazyLLM.
     """
-    try:
-        return llm.collective_rpc("lazyllm_stats")[0]
-    except (AttributeError, NotImplementedError):
-        raise RuntimeError("this engine runs without LazyLLM: it was given no config") from None
+    if "lazyllm" not in (llm.llm_engine.vllm_config.additional_config or {}):
+        raise RuntimeError("this engine runs without LazyLLM: it was given no configuration")
+    return llm.collective_rpc("lazyllm_stats")[0]

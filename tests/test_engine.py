@@ -63,6 +63,18 @@ def test_short_prompts_are_stock_vllm_beside_long_ones(smollm2, noise, stock):
     assert result["room"] > 1.2 * stock["room"]
 
 
+def test_the_batch_does_not_matter(smollm2, noise):
+    """Without revival, whose share depends on the batch, a request gets the same answer in a batch
+    with others as by itself."""
+    config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_budget": 0, "decode": "strict"}
+    prompts = [p for p in noise if len(p) >= 128]
+    together = engine.run(smollm2, prompts, config, max_tokens=6, logprobs=5)
+    alone = engine.run(
+        smollm2, prompts, config, engine={"max_num_seqs": 1}, max_tokens=6, logprobs=5
+    )
+    _assert_same(together, alone)
+
+
 def test_preempted_requests_finish_right(smollm2):
     """With so few blocks that requests are preempted, each prefill's tokens are those of the
     reference for the prompt and what had been generated."""

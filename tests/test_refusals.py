@@ -8,6 +8,7 @@ from vllm import EngineArgs
 
 from lazyllm_vllm.checks import check_attention
 from lazyllm_vllm.config import ConfigError
+from lazyllm_vllm.stats import request_stats
 
 BALANCED = {"lazyllm": {"preset": "balanced"}}
 
@@ -112,6 +113,12 @@ def test_without_a_config_nothing_changes(smollm2):
     assert config.model_config.architectures == ["LlamaForCausalLM"]
     assert config.cache_config.enable_prefix_caching
     assert not config.parallel_config.worker_extension_cls
+
+
+def test_stats_of_a_stock_engine_are_refused():
+    stock = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    with pytest.raises(RuntimeError, match="runs without LazyLLM"):
+        request_stats(SimpleNamespace(llm_engine=stock))
 
 
 def test_another_vllm_is_refused(monkeypatch):
