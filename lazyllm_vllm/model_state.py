@@ -40,6 +40,7 @@ class LazyModelState(DefaultModelState):
         self.trace = Trace() if Trace.enabled() else None
         self.index_of: dict[str, int] = {}
         self.num_prompt: dict[str, int] = {}
+        self.pruned: set[str] = set()
 
     # A request's life.
 
@@ -48,6 +49,8 @@ class LazyModelState(DefaultModelState):
         num_prompt = len(new_req_data.prefill_token_ids)
         self.index_of[new_req_data.req_id] = req_index
         self.num_prompt[new_req_data.req_id] = num_prompt
+        if self.schedule.is_pruned(num_prompt):
+            self.pruned.add(new_req_data.req_id)
         self.table.add(req_index, num_prompt)
 
     def apply_staged_writes(self) -> None:
@@ -59,6 +62,7 @@ class LazyModelState(DefaultModelState):
         index = self.index_of.pop(req_id, None)
         if index is None:
             return
+        self.pruned.discard(req_id)
         num_prompt = self.num_prompt.pop(req_id)
         if not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, num_prompt, self.table.row(index))
@@ -115,10 +119,9 @@ class LazyModelState(DefaultModelState):
         prompts = [int(n) for n in lens[num_decodes:]]
         if real:
             self._check_whole_prompts(input_batch.req_ids[num_decodes:], prompts)
-        pruned_decodes = in_graph or any(
-            self._is_pruned(req_id) for req_id in input_batch.req_ids[:num_decodes]
+        pruned_decodes = self.schedule.prunes and (
+            in_graph or not self.pruned.isdisjoint(input_batch.req_ids[:num_decodes])
         )
-        has_decodes = num_decodes > 0 and pruned_decodes and self.schedule.prunes
         strict = self.schedule.config.decode == "strict"
         kept = (
             [self.schedule.kept(n) for n in prompts]
@@ -135,9 +138,9 @@ class LazyModelState(DefaultModelState):
             aux=self.aux,
             num_decodes=input_batch.num_reqs_after_padding if in_graph else num_decodes,
             prefill_lens=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
-            decodes_select=has_decodes and (strict or self.aux is not None),
+            decodes_select=pruned_decodes and (strict or self.aux is not None),
             prefills_select=any(k[-1] < k[0] for k in kept),
-            revives=has_decodes and self.aux is not None,
+            revives=pruned_decodes and self.aux is not None,
             sampled_tokens=input_batch.logits_indices,
             trace=self.trace if real else None,
             req_ids=input_batch.req_ids,
@@ -165,9 +168,6 @@ class LazyModelState(DefaultModelState):
             budget = self.schedule.config.revive_budget
             padded = num_decodes + input_batch.num_reqs_after_padding - num_reqs
             self.buffers.share.fill_(min(budget // num_decodes, largest_share(budget, padded)))
-
-    def _is_pruned(self, req_id: str) -> bool:
-        return req_id in self.num_prompt and self.schedule.is_pruned(self.num_prompt[req_id])
 
     def _check_whole_prompts(self, req_ids: list[str], lens: list[int]) -> None:
         for req_id, scheduled in zip(req_ids, lens):

@@ -7,13 +7,19 @@ and the worker's agree without a word between them.
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 from lazyllm_vllm.config import LazyLLMConfig
 
 
+@cache
+def _exact(share: float) -> Fraction:
+    return Fraction(str(share))
+
+
 def share_of(share: float, count: int) -> int:
     """``ceil(share * count)`` in exact decimal arithmetic: 0.3 of 10 is 3, not 4."""
-    return math.ceil(Fraction(str(share)) * count)
+    return math.ceil(_exact(share) * count)
 
 
 @dataclass(frozen=True)

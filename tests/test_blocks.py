@@ -68,12 +68,15 @@ def test_blocks_follow_the_arithmetic_and_come_back(keeps, reserve, lives):
             for manager in managers:
                 manager.free(f"r{i}")
                 manager.allocate_new_blocks(f"r{i}", prompt + decoded, prompt + decoded)
-                assert manager.num_prompt[f"r{i}"] == prompt + decoded
+            for stage, manager in enumerate(managers[:-1]):
+                blocks = len(manager.req_to_blocks[f"r{i}"])
+                length = prompt + decoded
+                assert blocks == cdiv(schedule.slots(stage, length, length), BLOCK)
     for i in range(len(lives)):
         for manager in managers:
             manager.free(f"r{i}")
     assert pool.get_num_free_blocks() == free
-    assert not any(m.num_prompt or m.req_to_blocks for m in managers)
+    assert not any(m.plans or m.req_to_blocks for m in managers)
 
 
 def test_group_size_is_vllms():

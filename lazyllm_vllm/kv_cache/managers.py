@@ -5,6 +5,7 @@ A request's prompt length is what its first allocation asks for, since prompts a
 piece; after preemption the prompt and what was generated are prefilled anew, as one prompt.
 """
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -13,33 +14,45 @@ from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
 
 
 class _ByNeedManager(FullAttentionManager):
-    """Allocates ``required_blocks(num_prompt, num_total)`` blocks for a request."""
+    """Allocates what a request needs. It is asked for every running request in every step, so the
+    arithmetic of a prompt's length is done once a prefill, in ``plan``."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.num_prompt: dict[str, int] = {}
+        self.plans: dict[str, int] = {}
 
-    def required_blocks(self, num_prompt: int, num_total: int) -> int:
+    def plan(self, num_prompt: int) -> int:
+        """What to remember of a prompt of ``num_prompt`` tokens."""
         raise NotImplementedError
 
-    def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
-        num_prompt = self.num_prompt.get(request_id, num_tokens)
+    def required_blocks(self, plan: int, num_tokens: int) -> int:
+        """Blocks for a request of ``num_tokens`` tokens so far."""
+        raise NotImplementedError
+
+    def _missing_blocks(self, request_id: str, plan: int, num_tokens: int) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
-        return max(self.required_blocks(num_prompt, num_tokens) - held, 0)
+        return max(self.required_blocks(plan, num_tokens) - held, 0)
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args, **kwargs) -> int:
-        return self._missing_blocks(request_id, num_tokens)
+        plan = self.plans.get(request_id)
+        if plan is None:  # not admitted yet
+            plan = self.plan(num_tokens)
+        return self._missing_blocks(request_id, plan, num_tokens)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        self.num_prompt.setdefault(request_id, num_tokens)
-        blocks = self.block_pool.get_new_blocks(self._missing_blocks(request_id, num_tokens))
+        if request_id not in self.plans:
+            self.plans[request_id] = self.plan(num_tokens)
+        missing = self._missing_blocks(request_id, self.plans[request_id], num_tokens)
+        if missing == 0:  # most steps
+            return []
+        blocks = self.block_pool.get_new_blocks(missing)
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.num_prompt.pop(request_id, None)
+        self.plans.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, *args, **kwargs) -> None:
@@ -47,13 +60,19 @@ class _ByNeedManager(FullAttentionManager):
 
 
 class StageManager(_ByNeedManager):
-    def required_blocks(self, num_prompt: int, num_total: int) -> int:
-        return self.kv_cache_spec.num_blocks(num_prompt, num_total)
+    def plan(self, num_prompt: int) -> int:
+        return self.kv_cache_spec.slots_saved(num_prompt)
+
+    def required_blocks(self, plan: int, num_tokens: int) -> int:
+        return cdiv(num_tokens - plan, self.block_size)
 
 
 class AuxManager(_ByNeedManager):
-    def required_blocks(self, num_prompt: int, num_total: int) -> int:
+    def plan(self, num_prompt: int) -> int:
         return self.kv_cache_spec.num_blocks(num_prompt)
+
+    def required_blocks(self, plan: int, num_tokens: int) -> int:
+        return plan
 
 
 def register_managers() -> None:

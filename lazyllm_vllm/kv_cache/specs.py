@@ -27,6 +27,10 @@ class StageSpec(FullAttentionSpec):
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(spec == self for spec in kv_cache_specs.values())
 
+    def slots_saved(self, num_prompt: int) -> int:
+        """Slots fewer than tokens that a request with such a prompt needs, however long it gets."""
+        return num_prompt - self.schedule.slots(self.stage, num_prompt, num_prompt)
+
     def num_blocks(self, num_prompt: int, num_total: int) -> int:
         """Blocks for a request of ``num_total`` tokens, ``num_prompt`` of them prefilled."""
         return cdiv(self.schedule.slots(self.stage, num_prompt, num_total), self.block_size)
