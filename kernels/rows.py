@@ -1,4 +1,4 @@
-"""Where rows go: per-batch state in, physical slots out, hidden states between stages."""
+"""Whose rows they are, and where their keys go: per-batch state, physical slots, the write."""
 
 import torch
 
@@ -161,10 +161,3 @@ def write_kv(kv_cache, k, v, slot_mapping) -> None:
     -1: nowhere) of ``[blocks, kv_heads, block_size, 2 * head_dim]``."""
     run = write_kv_triton if k.is_cuda else write_kv_reference
     run(kv_cache, k, v, slot_mapping)
-
-
-def last_row_lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Log-denominator of one query ``[heads, head_dim]`` over keys ``[n, kv_heads, head_dim]``:
-    ``[heads]`` fp32."""
-    grouped = q.float().unflatten(0, (k.shape[1], -1))
-    return (torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale).logsumexp(-1).flatten()

@@ -175,3 +175,10 @@ def score_tokens(
         token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len,
         num_prompt, is_pruned, slot_position, batch, scale, stage,
     )  # fmt: skip
+
+
+def last_row_lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Log-denominator of one query ``[heads, head_dim]`` over keys ``[n, kv_heads, head_dim]``:
+    ``[heads]`` fp32."""
+    grouped = q.float().unflatten(0, (k.shape[1], -1))
+    return (torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale).logsumexp(-1).flatten()

@@ -23,8 +23,8 @@ from vllm.v1.attention.backends import fa_utils
 from lazyllm_vllm.checks import check_attention
 from lazyllm_vllm.config import ConfigError
 from lazyllm_vllm.kernels.attention import paged_attention
-from lazyllm_vllm.kernels.rows import last_row_lse, write_kv
-from lazyllm_vllm.kernels.score import score_tokens
+from lazyllm_vllm.kernels.rows import write_kv
+from lazyllm_vllm.kernels.score import last_row_lse, score_tokens
 from lazyllm_vllm.kv_cache.specs import StageSpec
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.step import Step
@@ -122,11 +122,11 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
                 query[prefill], key[prefill], value[prefill], output[prefill], step, stage, scores
             )
             if scores:
-                step.lse[step.num_decodes : step.num_requests] = lse
+                step.buffers.lse[step.num_decodes : step.num_requests] = lse
         if scores:
             buffers = step.buffers
             score_tokens(
-                buffers.token_score, query, step.query_row(stage), step.lse, kv_cache,
+                buffers.token_score, query, step.query_row(stage), buffers.lse, kv_cache,
                 step.block_tables[group], step.position_table, step.key_len(stage),
                 buffers.num_prompt, buffers.is_pruned, buffers.slot_position,
                 step.num_requests, self.scale, stage,
@@ -136,7 +136,7 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
     def _decode(self, query, kv_cache, output, step, stage, group, num_rows) -> None:
         buffers = step.buffers
         paged_attention(
-            output[:num_rows], step.lse, query[:num_rows], kv_cache,
+            output[:num_rows], buffers.lse, query[:num_rows], kv_cache,
             step.block_tables[group], step.position_table,
             step.key_len(stage), buffers.rows[stage].num_revived, buffers.share,
             step.row_position(stage), buffers.slot_position, buffers.selected, buffers.num_prompt,

@@ -72,6 +72,6 @@ def aux_pages(
         page_stride=tensor.layer_stride // size,
         block_stride=tensor.block_stride // size,
         pages=spec.pages,
-        per_page=spec.page_size // spec.vector_size,
+        per_page=spec.per_page,
         hidden_size=spec.vector_size // size,
     )

@@ -10,7 +10,6 @@ from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import AttentionType
 
 from lazyllm_vllm.config import ConfigError, LazyLLMConfig
-from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.trace import Trace
 
 # Architectures that work, and the staged model for each.
@@ -117,7 +116,7 @@ def check_engine_config(vllm_config: VllmConfig, config: LazyLLMConfig) -> None:
         raise ConfigError("lazyllm: --dtype float32 does not work on a GPU; use bfloat16")
     if Trace.enabled() and not model.enforce_eager:
         raise ConfigError("lazyllm: LAZYLLM_TRACE=1 needs --enforce-eager")
-    Schedule.build(config, model.get_num_layers(vllm_config.parallel_config))
+    config.boundaries(model.get_num_layers(vllm_config.parallel_config))
 
 
 def check_attention(layer: Attention) -> None:

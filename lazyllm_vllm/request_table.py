@@ -46,6 +46,8 @@ class RequestTable:
         """``[1 + 3 * stages]``, a copy made on the device's stream."""
         return self._rows.gpu[index].clone()
 
-    def prompt_keys(self, row: list[int]) -> list[int]:
-        """``prompt_keys`` of a row brought to the CPU."""
-        return row[1 + 2 * self.schedule.num_stages :]
+
+def kept_and_prompt_keys(row: list[int]) -> tuple[list[int], list[int]]:
+    """``kept`` and ``prompt_keys``, by stage, of a row brought to the CPU."""
+    stages = (len(row) - 1) // 3
+    return row[1 : 1 + stages], row[1 + 2 * stages :]

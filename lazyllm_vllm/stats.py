@@ -12,6 +12,7 @@ import torch
 
 from vllm.logger import init_logger
 
+from lazyllm_vllm.request_table import kept_and_prompt_keys
 from lazyllm_vllm.schedule import Schedule
 
 logger = init_logger("vllm.lazyllm")
@@ -21,8 +22,8 @@ HISTORY = 4096  # requests remembered one by one
 
 
 class RequestStats:
-    """Counts by request. A row of the request table is copied to the CPU when its
-    request leaves, and read once the copy is there, so that no step waits."""
+    """Counts by request. A row of the request table is copied to the CPU when its request leaves,
+    and read once the copy is there, so that no step waits."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -75,8 +76,7 @@ class RequestStats:
         self._add(self.total, entry)
 
     def _entry(self, req_id: str, num_prompt: int, row: list[int]) -> dict[str, Any]:
-        stages = self.schedule.num_stages
-        kept, prompt_keys = row[1 : 1 + stages], row[1 + 2 * stages :]
+        kept, prompt_keys = kept_and_prompt_keys(row)
         return {
             "request_id": req_id,
             "prompt_tokens": num_prompt,

@@ -27,9 +27,9 @@ class StepBuffers:
     """Everything a step writes that outlives it or that a CUDA graph must find again. One owner.
 
     By batch index, ``max_num_reqs`` long, int32: ``req_index`` (row of the request table, -1:
-    none), ``num_prompt``, ``is_pruned``. By stage: ``rows``. By KV cache group:
-    ``slot_mappings``. ``share`` ``[1]`` int32: most tokens that a request may revive at a boundary
-    of this step.
+    none), ``num_prompt``, ``is_pruned``; ``lse`` ``[batch, heads]`` fp32 of the current rows. By
+    stage: ``rows``. By KV cache group: ``slot_mappings``. ``share`` ``[1]`` int32: most tokens that
+    a request may revive at a boundary of this step.
 
     By physical slot, once the KV cache exists: ``level`` int8, ``selected`` int8, ``token_score``
     fp32 and ``token_key`` int32 at a prompt position's slot in stage 0; ``slot_position`` int32 at
@@ -128,7 +128,7 @@ class Step:
     max_prefill_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        stages, self.num_prefills = self.prefill_lens.shape
+        self.num_prefills = self.prefill_lens.shape[1]
         self.num_requests = self.num_decodes + self.num_prefills
         self.strict = self.schedule.config.decode == "strict"
         self.position_table = self.block_tables[self.stage_groups[0][0]]
@@ -157,10 +157,6 @@ class Step:
             self.buffers.query_rows[:, : self.num_decodes] = self.buffers.identity[
                 : self.num_decodes
             ]
-
-    @property
-    def lse(self) -> torch.Tensor:
-        return self.buffers.lse
 
     def num_decode_rows(self, stage: int) -> int:
         """Current and revived rows."""

@@ -8,6 +8,8 @@ from collections import defaultdict
 
 import torch
 
+from lazyllm_vllm.kernels.attention import physical_slots
+
 
 class Trace:
     """Records by request id, and checks that no token is computed twice.
@@ -60,10 +62,8 @@ class Trace:
             self._check_levels(b, step, stage, i, had)
 
     def _home(self, step, i: int) -> torch.Tensor:
-        num_prompt = int(step.buffers.num_prompt[i])
-        size = step.buffers.block_size
-        p = torch.arange(num_prompt, device=step.buffers.level.device)
-        return step.position_table[i][p // size].long() * size + p % size
+        p = torch.arange(int(step.buffers.num_prompt[i]), device=step.buffers.level.device)
+        return physical_slots(step.position_table[i], p, step.buffers.block_size)
 
     def _selected(self, step, stage: int, i: int) -> list[int]:
         if not step.decodes_select or not int(step.buffers.is_pruned[i]):

@@ -91,7 +91,6 @@ def _main(asked: str, answer: str) -> None:
         result = {
             "seconds": time.monotonic() - start,
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
-            "request_ids": [o.request_id for o in outputs],
         }
         if request["logprobs"] is not None:
             result["logprobs"] = [

@@ -58,8 +58,13 @@ class AuxSpec(KVCacheSpec):
     schedule: Schedule = field(repr=False)
 
     @property
+    def per_page(self) -> int:
+        """Vectors a page."""
+        return self.page_size // self.vector_size
+
+    @property
     def tokens_per_block(self) -> int:
-        return self.pages * (self.page_size // self.vector_size)
+        return self.pages * self.per_page
 
     def num_blocks(self, num_prompt: int) -> int:
         """Blocks for a prompt of ``num_prompt`` tokens."""
