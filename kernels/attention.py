@@ -15,7 +15,7 @@ from vllm.triton_utils import tl, triton
 @triton.jit
 def _attention_kernel(
     partial_ptr,  # [rows, heads, splits, head_dim] fp32
-    partial_lse_ptr,  # [rows, heads, splits] fp32
+    partial_lse_ptr,  # [rows, heads, splits] fp32, to base 2
     q_ptr,  # [rows, heads, head_dim]
     q_stride_row,
     kv_ptr,  # [blocks, kv_heads, block_size, 2 * head_dim]
@@ -36,12 +36,12 @@ def _attention_kernel(
     num_decodes,
     scale,
     stage,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     IDENTITY: tl.constexpr,  # slot j holds position j (stage 0)
     STRICT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,10 +75,12 @@ def _attention_kernel(
         other=0.0,
     )
 
+    num_prompt = tl.load(num_prompt_ptr + batch)
+    to_log2 = scale * 1.4426950408889634  # exp2 is what the hardware has
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    per_split = tl.cdiv(tl.cdiv(key_len, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    per_split = tl.cdiv(tl.cdiv(key_len, BLOCK_N), num_splits) * BLOCK_N
     start = split * per_split
     end = tl.minimum(start + per_split, key_len)
     for j0 in range(start, end, BLOCK_N):
@@ -103,7 +105,6 @@ def _attention_kernel(
         k = tl.load(k_at[:, None] + d[None, :], mask=kv_mask, other=0.0)
         attended = j_valid[None, :] & (position[None, :] <= row_position[:, None])
         if STRICT:
-            num_prompt = tl.load(num_prompt_ptr + batch)
             in_prompt = j_valid & (position < num_prompt)
             home = tl.load(
                 position_table_ptr + batch * position_table_stride + position // BLOCK_SIZE,
@@ -114,19 +115,19 @@ def _attention_kernel(
                 selected_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE, mask=in_prompt, other=127
             )
             attended = attended & (depth >= stage)[None, :]
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
         logits = tl.where(attended, logits, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(logits, 1))
         safe = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        p = tl.exp(logits - safe[:, None])
-        rescale = tl.exp(highest - safe)
+        p = tl.exp2(logits - safe[:, None])
+        rescale = tl.exp2(highest - safe)
         total = total * rescale + tl.sum(p, 1)
         v = tl.load(k_at[:, None] + HEAD_DIM + d[None, :], mask=kv_mask, other=0.0)
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         highest = new_highest
 
-    at = (row.to(tl.int64) * NUM_HEADS + head) * NUM_SPLITS + split
-    lse = tl.where(total > 0, highest + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    at = (row.to(tl.int64) * NUM_HEADS + head) * num_splits + split
+    lse = tl.where(total > 0, highest + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
     tl.store(partial_lse_ptr + at, lse, mask=m_valid)
     tl.store(
         partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
@@ -146,10 +147,10 @@ def _combine_kernel(
     num_revived_ptr,
     share_ptr,
     num_decodes,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     IDENTITY: tl.constexpr,
 ):
@@ -175,11 +176,11 @@ def _combine_kernel(
         return
 
     split = tl.arange(0, SPLITS_PAD)
-    s_valid = split < NUM_SPLITS
-    at = (row * NUM_HEADS + head) * NUM_SPLITS + split
+    s_valid = split < num_splits
+    at = (row * NUM_HEADS + head) * num_splits + split
     lse = tl.load(partial_lse_ptr + at, mask=s_valid, other=float("-inf"))
     highest = tl.max(lse, 0)
-    weight = tl.exp(lse - highest)
+    weight = tl.exp2(lse - highest)
     total = tl.sum(weight, 0)
     partial = tl.load(
         partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
@@ -189,7 +190,7 @@ def _combine_kernel(
     out = tl.sum(partial * weight[:, None], 0) / total
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d_valid)
     if row < num_decodes:
-        tl.store(lse_ptr + row * NUM_HEADS + head, highest + tl.log(total))
+        tl.store(lse_ptr + row * NUM_HEADS + head, (highest + tl.log2(total)) * 0.6931471805599453)
 
 
 def paged_attention_triton(
@@ -206,8 +207,11 @@ def paged_attention_triton(
     tile_rows = (1 + max_revived) * group
     block_m = min(64, max(16, triton.next_power_of_2(tile_rows)))
     tiles = triton.cdiv(tile_rows, block_m)
-    # About two programs for each of a large GPU's processors, whatever the batch.
-    splits = max(1, min(64, 264 // (num_decodes * num_kv_heads)))
+    # Programs for each of a large GPU's processors: two with few rows, which leave room for it.
+    programs = 256 if block_m <= 32 else 128
+    splits = max(2, min(64, programs // (num_decodes * num_kv_heads * tiles)))
+    # Keys and values read together, in the shared memory of a processor several times over.
+    block_n = max(16, min(128, 65536 // (2 * head_pad * q.element_size())))
     partial = torch.empty(
         num_rows, num_heads, splits, head_dim, dtype=torch.float32, device=q.device
     )
@@ -218,15 +222,15 @@ def paged_attention_triton(
         kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table, block_table.stride(0), position_table, position_table.stride(0),
         key_len, num_revived, share, row_position, slot_position, selected, num_prompt,
-        num_decodes, scale, stage,
+        num_decodes, scale, stage, splits,
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, HEAD_PAD=head_pad,
-        BLOCK_SIZE=block_size, NUM_SPLITS=splits, IDENTITY=identity,
-        STRICT=strict and not identity, BLOCK_M=block_m, BLOCK_N=64,
+        BLOCK_SIZE=block_size, IDENTITY=identity,
+        STRICT=strict and not identity, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _combine_kernel[(num_rows, num_heads)](
         out, out.stride(0), lse, partial, partial_lse, key_len, num_revived, share, num_decodes,
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, HEAD_PAD=head_pad, NUM_SPLITS=splits,
+        splits, NUM_HEADS=num_heads, HEAD_DIM=head_dim, HEAD_PAD=head_pad,
         SPLITS_PAD=triton.next_power_of_2(splits), IDENTITY=identity, num_warps=1,
     )  # fmt: skip
 

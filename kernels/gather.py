@@ -106,7 +106,7 @@ def _move_kernel(
 
 
 @triton.jit
-def _aux_copy_kernel(
+def _store_kernel(
     hidden_ptr,
     request_ptr,
     position_ptr,
@@ -117,7 +117,6 @@ def _aux_copy_kernel(
     page_stride,
     block_stride,
     first_row,
-    LOAD: tl.constexpr,
     PAGES: tl.constexpr,
     PER_PAGE: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -125,21 +124,49 @@ def _aux_copy_kernel(
 ):
     row = first_row + tl.program_id(0).to(tl.int64)
     request = tl.load(request_ptr + row)
+    if request < 0:
+        return
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = i < HIDDEN
-    row_at = hidden_ptr + row * HIDDEN + i
-    if request < 0:
-        if LOAD:
-            tl.store(row_at, tl.zeros([BLOCK], hidden_ptr.dtype.element_ty), mask=valid)
-        return
     at = _aux_address(
         block_table_ptr, block_table_stride, request, tl.load(position_ptr + row),
         offset, page_stride, block_stride, PAGES, PER_PAGE, HIDDEN,
     )  # fmt: skip
-    if LOAD:
-        tl.store(row_at, tl.load(aux_ptr + at + i, mask=valid), mask=valid)
-    else:
-        tl.store(aux_ptr + at + i, tl.load(row_at, mask=valid), mask=valid)
+    tl.store(aux_ptr + at + i, tl.load(hidden_ptr + row * HIDDEN + i, mask=valid), mask=valid)
+
+
+@triton.jit
+def _load_kernel(
+    out_ptr,
+    hidden_ptr,
+    request_ptr,
+    position_ptr,
+    aux_ptr,
+    block_table_ptr,
+    block_table_stride,
+    offset,
+    page_stride,
+    block_stride,
+    num_decodes,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < HIDDEN
+    request = tl.load(request_ptr + row)
+    x = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+    if row < num_decodes:
+        x = tl.load(hidden_ptr + row * HIDDEN + i, mask=valid)
+    elif request >= 0:
+        at = _aux_address(
+            block_table_ptr, block_table_stride, request, tl.load(position_ptr + row),
+            offset, page_stride, block_stride, PAGES, PER_PAGE, HIDDEN,
+        )  # fmt: skip
+        x = tl.load(aux_ptr + at + i, mask=valid)
+    tl.store(out_ptr + row * HIDDEN + i, x, mask=valid)
 
 
 def move_prefill_rows_triton(out, hidden, move, first_row, num_rows, aux):
@@ -171,25 +198,47 @@ def _aux_write(hidden, rows, owner, aux):
     aux.buffer[at[:, None] + i] = hidden[rows]
 
 
-def _aux_copy_triton(hidden, rows, first_row, num_rows, aux, load):
-    assert hidden.is_contiguous()
+def _pages(aux):
+    """Arguments and constants of a kernel that copies vectors to or from the Aux Cache."""
     block = min(2048, triton.next_power_of_2(aux.hidden_size))
-    _aux_copy_kernel[(num_rows, triton.cdiv(aux.hidden_size, block))](
-        hidden, rows.request, rows.position, aux.buffer, aux.block_table,
-        aux.block_table.stride(0), aux.offset, aux.page_stride, aux.block_stride, first_row,
-        LOAD=load, PAGES=aux.pages, PER_PAGE=aux.per_page, HIDDEN=aux.hidden_size, BLOCK=block,
+    addresses = (
+        aux.buffer, aux.block_table, aux.block_table.stride(0),
+        aux.offset, aux.page_stride, aux.block_stride,
     )  # fmt: skip
+    constants = {
+        "PAGES": aux.pages, "PER_PAGE": aux.per_page, "HIDDEN": aux.hidden_size, "BLOCK": block
+    }  # fmt: skip
+    return addresses, constants, triton.cdiv(aux.hidden_size, block)
 
 
-def _aux_copy_reference(hidden, rows, first_row, num_rows, aux, load):
+def store_aux_triton(hidden, rows, first_row, num_rows, aux):
+    assert hidden.is_contiguous()
+    addresses, constants, parts = _pages(aux)
+    _store_kernel[(num_rows, parts)](
+        hidden, rows.request, rows.position, *addresses, first_row, **constants
+    )
+
+
+def store_aux_reference(hidden, rows, first_row, num_rows, aux):
     at = torch.arange(first_row, first_row + num_rows, device=hidden.device)
+    _aux_write(hidden, at[rows.request[at] >= 0], rows, aux)
+
+
+def load_aux_triton(out, hidden, rows, num_decodes, num_rows, aux):
+    assert hidden.is_contiguous() and out.is_contiguous()
+    addresses, constants, parts = _pages(aux)
+    _load_kernel[(num_rows, parts)](
+        out, hidden, rows.request, rows.position, *addresses, num_decodes, **constants
+    )
+
+
+def load_aux_reference(out, hidden, rows, num_decodes, num_rows, aux):
+    out[:num_decodes] = hidden[:num_decodes]
+    out[num_decodes:num_rows] = 0
+    at = torch.arange(num_decodes, num_rows, device=hidden.device)
     used = at[rows.request[at] >= 0]
-    if not load:
-        _aux_write(hidden, used, rows, aux)
-        return
-    hidden[at] = 0
     i = torch.arange(aux.hidden_size, device=hidden.device)
-    hidden[used] = aux.buffer[aux.addresses(rows.request[used], rows.position[used])[:, None] + i]
+    out[used] = aux.buffer[aux.addresses(rows.request[used], rows.position[used])[:, None] + i]
 
 
 def move_prefill_rows(
@@ -216,11 +265,14 @@ def move_prefill_rows(
 def store_aux(hidden: torch.Tensor, rows, first_row: int, num_rows: int, aux: AuxPages) -> None:
     """Write rows ``first_row .. first_row + num_rows - 1`` of ``hidden`` (``[rows, hidden]``) to
     their Aux slots; ``rows`` (``kernels.state.Rows``) says whose they are, -1: nobody's."""
-    run = _aux_copy_triton if hidden.is_cuda else _aux_copy_reference
-    run(hidden, rows, first_row, num_rows, aux, False)
+    run = store_aux_triton if hidden.is_cuda else store_aux_reference
+    run(hidden, rows, first_row, num_rows, aux)
 
 
-def load_aux(hidden: torch.Tensor, rows, first_row: int, num_rows: int, aux: AuxPages) -> None:
-    """The reverse of ``store_aux``; unused rows become zeros."""
-    run = _aux_copy_triton if hidden.is_cuda else _aux_copy_reference
-    run(hidden, rows, first_row, num_rows, aux, True)
+def load_aux(
+    out: torch.Tensor, hidden: torch.Tensor, rows, num_decodes: int, num_rows: int, aux: AuxPages
+) -> None:
+    """Fill rows ``0 .. num_rows - 1`` of ``out``: the decodes' from ``hidden``, the revived ones'
+    from their Aux slots; unused rows become zeros."""
+    run = load_aux_triton if hidden.is_cuda else load_aux_reference
+    run(out, hidden, rows, num_decodes, num_rows, aux)

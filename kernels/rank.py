@@ -2,7 +2,8 @@
 
     key(p) = highest score of the candidates within score_pool // 2 positions of p
 
-The first and last tokens of the prompt rank above every score.
+The first and last tokens of the prompt rank above every score. The keys' first digits are counted
+on the way, for ``top_k``.
 """
 
 import torch
@@ -10,7 +11,16 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from lazyllm_vllm.kernels.state import Selection
-from lazyllm_vllm.kernels.top_k import ALWAYS_KEPT, NO_CANDIDATE, home_slot, home_slots
+from lazyllm_vllm.kernels.top_k import (
+    ALWAYS_KEPT,
+    BLOCK,
+    NO_CANDIDATE,
+    add_digits,
+    home_slot,
+    home_slots,
+    num_splits,
+    split_bounds,
+)
 
 
 @triton.jit
@@ -28,30 +38,35 @@ def _is_candidate(level_ptr, selected_ptr, home, mask, STAGE: tl.constexpr, STRI
 @triton.jit
 def _rank_kernel(
     token_key_ptr,
+    histogram_ptr,
     token_score_ptr,
     level_ptr,
     selected_ptr,
     position_table_ptr,
     position_table_stride,
     num_prompt_ptr,
-    is_pruned_ptr,
+    active_ptr,
     first_tokens,
     last_tokens,
+    first_request,
+    splits,
     STAGE: tl.constexpr,
     POOL: tl.constexpr,
     STRICT: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    LISTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    batch = tl.program_id(0)
-    if tl.load(is_pruned_ptr + batch) == 0:
+    batch = first_request + tl.program_id(0)
+    if tl.load(active_ptr + batch) == 0:
         return
     num_prompt = tl.load(num_prompt_ptr + batch)
     table = position_table_ptr + batch * position_table_stride
-    for p0 in range(tl.program_id(1) * BLOCK, num_prompt, NUM_SPLITS * BLOCK):
+    row = histogram_ptr + batch * 8192
+    start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
+    for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
-        valid = p < num_prompt
+        valid = p < end
         best = tl.full([BLOCK], -1.0, tl.float32)
         own = valid
         for shift in range(-(POOL // 2), POOL // 2 + 1):
@@ -62,25 +77,27 @@ def _rank_kernel(
             score = tl.load(token_score_ptr + home, mask=candidate, other=-1.0)
             best = tl.maximum(best, tl.where(score >= 0, score, -1.0))
             if shift == 0:
-                own = candidate
+                own = candidate & valid
         key = tl.maximum(best, 0.0).to(tl.int32, bitcast=True)
         always = (p < first_tokens) | (p >= num_prompt - last_tokens)
         key = tl.where(always, 0x7F800000, key)
         home = home_slot(table, p, valid, BLOCK_SIZE)
         tl.store(token_key_ptr + home, tl.where(own, key, -1), mask=valid)
+        add_digits(row, key, own, 0, 0)
+        if LISTS == 2:
+            absent = own & (tl.load(level_ptr + home, mask=own, other=127) == STAGE)
+            add_digits(row, key, absent, 0, 1)
 
 
 def rank_tokens_triton(
-    s, first_request, num_requests, stage, strict, pool, first_tokens, last_tokens
+    s, first_request, num_requests, stage, lists, strict, pool, first_tokens, last_tokens
 ):
-    splits = max(1, min(32, 528 // num_requests))
-    table = s.position_table[first_request:]
+    splits = num_splits(num_requests)
+    table = s.position_table
     _rank_kernel[(num_requests, splits)](
-        s.token_key, s.token_score, s.level, s.selected, table, table.stride(0),
-        s.num_prompt[first_request:], s.is_pruned[first_request:],
-        first_tokens, last_tokens, STAGE=stage,
-        POOL=pool, STRICT=strict, NUM_SPLITS=splits, BLOCK_SIZE=s.block_size, BLOCK=512,
-        num_warps=4,
+        s.token_key, s.histogram, s.token_score, s.level, s.selected, table, table.stride(0),
+        s.num_prompt, s.active[stage], first_tokens, last_tokens, first_request, splits,
+        STAGE=stage, POOL=pool, STRICT=strict, LISTS=lists, BLOCK_SIZE=s.block_size, BLOCK=BLOCK,
     )  # fmt: skip
 
 
@@ -94,10 +111,10 @@ def _candidates(s, home, stage, strict):
 
 
 def rank_tokens_reference(
-    s, first_request, num_requests, stage, strict, pool, first_tokens, last_tokens
+    s, first_request, num_requests, stage, lists, strict, pool, first_tokens, last_tokens
 ):
     for i in range(first_request, first_request + num_requests):
-        if not s.is_pruned[i]:
+        if not s.active[stage, i]:
             continue
         home = home_slots(s, i)
         candidate = _candidates(s, home, stage, strict)
@@ -115,12 +132,13 @@ def rank_tokens(
     first_request: int,
     num_requests: int,
     stage: int,
+    lists: int,
     strict: bool,
     pool: int,
     first_tokens: int,
     last_tokens: int,
 ) -> None:
-    """Turn scores into keys for the boundary before ``stage``, for the pruned requests among
-    ``first_request .. first_request + num_requests - 1``."""
+    """Turn scores into keys for the boundary before ``stage``, for the active requests among
+    ``first_request .. first_request + num_requests - 1``; ``lists`` as in ``find_best``."""
     run = rank_tokens_triton if s.token_key.is_cuda else rank_tokens_reference
-    run(s, first_request, num_requests, stage, strict, pool, first_tokens, last_tokens)
+    run(s, first_request, num_requests, stage, lists, strict, pool, first_tokens, last_tokens)

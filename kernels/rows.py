@@ -1,51 +1,146 @@
-"""Whose rows they are, and where their keys go: per-batch state, physical slots, the write."""
+"""Whose rows they are, and where their keys go: the start of a step, physical slots, the write."""
 
 import torch
 
 from vllm.triton_utils import tl, triton
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.kernels.state import Rows, Selection
 
 
 @triton.jit
-def _load_batch_kernel(
-    num_prompt_ptr, is_pruned_ptr, req_index_ptr, table_ptr, table_stride, num_stages
+def _begin_step_kernel(
+    num_prompt_ptr,
+    is_pruned_ptr,
+    active_ptr,  # [stages, max batch]
+    limit_ptr,  # [stages, max batch]
+    req_index_ptr,
+    table_ptr,
+    table_stride,
+    positions_ptr,  # [rows of stage 0] int64
+    share_ptr,
+    key_len_ptr,  # [stages, max batch]
+    num_revived_ptr,  # [stages, max batch]
+    row_position_ptr,  # [stages, max rows] int64
+    row_request_ptr,
+    row_slot_ptr,
+    max_batch,
+    max_rows,
+    num_decodes,
+    revive_rows,
+    always,
+    num_stages,
 ):
     batch = tl.program_id(0)
     index = tl.load(req_index_ptr + batch)
-    num_prompt = 0
-    pruned = 0
-    if index >= 0:
-        state = table_ptr + index * table_stride
-        num_prompt = tl.load(state)
-        pruned = (tl.load(state + num_stages) < num_prompt).to(tl.int32)
+    state = table_ptr + tl.maximum(index, 0) * table_stride
+    num_prompt = tl.load(state)
+    if index < 0:
+        num_prompt = 0
+    pruned = (tl.load(state + num_stages) < num_prompt).to(tl.int32)
     tl.store(num_prompt_ptr + batch, num_prompt)
     tl.store(is_pruned_ptr + batch, pruned)
 
+    if batch >= num_decodes:
+        for stage in range(1, num_stages):
+            kept = tl.load(state + 1 + stage)
+            drops = (pruned != 0) & (kept < tl.load(state + stage))
+            tl.store(active_ptr + stage * max_batch + batch, drops.to(tl.int32))
+        return
 
-def load_batch_triton(num_prompt, is_pruned, req_index, table, num_stages, batch):
-    _load_batch_kernel[(batch,)](
-        num_prompt, is_pruned, req_index, table, table.stride(0), num_stages, num_warps=1
-    )
+    position = tl.load(positions_ptr + batch)
+    if index < 0:
+        position = position * 0
+    share = tl.load(share_ptr)
+    for stage in range(num_stages):
+        at = stage * max_batch + batch
+        prompt_keys = tl.load(state + 1 + 2 * num_stages + stage)
+        slot = prompt_keys + position.to(tl.int32) - num_prompt
+        tl.store(key_len_ptr + at, tl.where(index < 0, 0, slot + 1))
+        tl.store(num_revived_ptr + at, 0)
+        row = stage * max_rows + batch
+        tl.store(row_position_ptr + row, position)
+        tl.store(row_request_ptr + row, tl.where(index < 0, -1, batch))
+        tl.store(row_slot_ptr + row, slot)
+        if stage > 0:
+            room = tl.load(state + 1 + num_stages + stage) - prompt_keys
+            limit = 0
+            if revive_rows > 0:
+                limit = tl.minimum(share, tl.maximum(room, 0))
+            active = (pruned != 0) & ((always != 0) | (limit > 0))
+            tl.store(limit_ptr + at, limit)
+            tl.store(active_ptr + at, active.to(tl.int32))
+            # Rows set aside for revived tokens are nobody's until a token is chosen.
+            for unused in range(batch, revive_rows, num_decodes):
+                row = stage * max_rows + num_decodes + unused
+                tl.store(row_request_ptr + row, -1)
+                tl.store(row_position_ptr + row, position * 0)
 
 
-def load_batch_reference(num_prompt, is_pruned, req_index, table, num_stages, batch):
-    real = req_index[:batch] >= 0
-    state = table[req_index[:batch].clamp(min=0).long()]
-    num_prompt[:batch] = state[:, 0] * real
-    is_pruned[:batch] = (state[:, num_stages] < state[:, 0]) & real
+def begin_step_triton(
+    s, rows, positions, share, num_decodes, batch, revive_rows, always, num_stages
+):
+    _begin_step_kernel[(batch,)](
+        s.num_prompt, s.is_pruned, s.active, s.limit, s.req_index, s.table, s.table.stride(0),
+        positions, share, rows.key_len, rows.num_revived, rows.position, rows.request, rows.slot,
+        s.active.shape[1], rows.position.shape[1], num_decodes, revive_rows, int(always),
+        num_stages, num_warps=1,
+    )  # fmt: skip
 
 
-def load_batch(
-    num_prompt: torch.Tensor,
-    is_pruned: torch.Tensor,
-    req_index: torch.Tensor,
-    table: torch.Tensor,
-    num_stages: int,
+def begin_step_reference(
+    s, rows, positions, share, num_decodes, batch, revive_rows, always, num_stages
+):
+    real = s.req_index[:batch] >= 0
+    state = s.table[s.req_index[:batch].clamp(min=0).long()]
+    kept, room, prompt_keys = state[:, 1:].view(batch, 3, num_stages).unbind(1)
+    s.num_prompt[:batch] = state[:, 0] * real
+    s.is_pruned[:batch] = (kept[:, -1] < state[:, 0]) & real
+    pruned = s.is_pruned[:batch].bool()
+    s.active[1:, num_decodes:batch] = ((kept[:, 1:] < kept[:, :-1]) & pruned[:, None])[
+        num_decodes:
+    ].T.int()
+    if num_decodes == 0:
+        return
+    n = num_decodes
+    position = positions[:n] * real[:n]
+    slot = (prompt_keys[:n].T + position - s.num_prompt[:n]).int()
+    rows.key_len[:, :n] = (slot + 1) * real[:n]
+    rows.num_revived[:, :n] = 0
+    rows.position[:, :n] = position
+    rows.request[:, :n] = torch.arange(n, device=real.device).where(real[:n], -1).int()
+    rows.slot[:, :n] = slot
+    most = int(share) if revive_rows else 0
+    s.limit[1:, :n] = (room - prompt_keys)[:n, 1:].T.clamp(0, most)
+    s.active[1:, :n] = (pruned[:n] & ((s.limit[1:, :n] > 0) | bool(always))).int()
+    rows.request[1:, n : n + revive_rows] = -1
+    rows.position[1:, n : n + revive_rows] = 0
+
+
+def begin_step(
+    s: Selection,
+    rows: Rows,
+    positions: torch.Tensor,
+    share: torch.Tensor,
+    num_decodes: int,
     batch: int,
+    revive_rows: int,
+    always: bool,
+    num_stages: int,
 ) -> None:
-    """Write ``num_prompt`` and ``is_pruned`` (``[batch]`` int32) of the requests at ``req_index``
-    (-1: none); a request is pruned if its last stage keeps less than its prompt."""
-    run = load_batch_triton if table.is_cuda else load_batch_reference
-    run(num_prompt, is_pruned, req_index, table, num_stages, batch)
+    """What the boundaries of a step go by: fills ``num_prompt``, ``is_pruned``, ``active`` and
+    ``limit`` of ``s``, and the current rows of the decodes in every stage.
+
+    Args:
+        rows: of all stages; revived rows are left to nobody.
+        positions: ``[rows]`` int64, of stage 0.
+        share: ``[1]`` int32, most tokens each decode may revive at a boundary.
+        num_decodes: the first of the ``batch`` requests.
+        revive_rows: rows set aside for revived tokens; 0: nothing is revived in this step.
+        always: decodes select at every boundary, though nothing may be revived.
+    """
+    run = begin_step_triton if positions.is_cuda else begin_step_reference
+    run(s, rows, positions, share, num_decodes, batch, revive_rows, always, num_stages)
 
 
 @triton.jit
@@ -105,59 +200,16 @@ def place_rows(slot_mapping, slot_position, rows, block_table, num_rows, block_s
     run(slot_mapping, slot_position, rows, block_table, num_rows, block_size)
 
 
-@triton.jit
-def _write_kv_kernel(
-    kv_ptr,
-    kv_stride_block,
-    kv_stride_head,
-    kv_stride_slot,
-    k_ptr,
-    k_stride_row,
-    v_ptr,
-    v_stride_row,
-    slot_mapping_ptr,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping_ptr + row)
-    if slot < 0:
+def write_kv(layer, kv_cache, k, v, slot_mapping) -> None:
+    """Store keys and values (``[rows, kv_heads, head_dim]``) at physical slots (``[rows]`` int64,
+    -1: nowhere) of ``[blocks, kv_heads, block_size, 2 * head_dim]``."""
+    if k.is_cuda:
+        key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+        fa_utils.reshape_and_cache_flash(
+            k, v, key_cache, value_cache, slot_mapping, "auto", layer._k_scale, layer._v_scale
+        )
         return
-    i = tl.arange(0, PAD)
-    valid = i < NUM_HEADS * HEAD_DIM
-    at = (
-        kv_ptr
-        + (slot // BLOCK_SIZE) * kv_stride_block
-        + (slot % BLOCK_SIZE) * kv_stride_slot
-        + (i // HEAD_DIM) * kv_stride_head
-        + i % HEAD_DIM
-    )
-    tl.store(at, tl.load(k_ptr + row * k_stride_row + i, mask=valid), mask=valid)
-    tl.store(at + HEAD_DIM, tl.load(v_ptr + row * v_stride_row + i, mask=valid), mask=valid)
-
-
-def write_kv_triton(kv_cache, k, v, slot_mapping):
-    num_heads, head_dim = k.shape[1:]
-    assert k.stride(1) == v.stride(1) == head_dim and kv_cache.stride(3) == 1
-    _write_kv_kernel[(len(slot_mapping),)](
-        kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        k, k.stride(0), v, v.stride(0), slot_mapping,
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, PAD=triton.next_power_of_2(num_heads * head_dim),
-        BLOCK_SIZE=kv_cache.shape[2],
-    )  # fmt: skip
-
-
-def write_kv_reference(kv_cache, k, v, slot_mapping):
     at = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[at]
     block_size = kv_cache.shape[2]
     kv_cache[slot // block_size, :, slot % block_size] = torch.cat([k[at], v[at]], -1)
-
-
-def write_kv(kv_cache, k, v, slot_mapping) -> None:
-    """Store keys and values (``[rows, kv_heads, head_dim]``) at physical slots (``[rows]`` int64,
-    -1: nowhere) of ``[blocks, kv_heads, block_size, 2 * head_dim]``."""
-    run = write_kv_triton if k.is_cuda else write_kv_reference
-    run(kv_cache, k, v, slot_mapping)

@@ -30,21 +30,21 @@ def _score_kernel(
     position_table_stride,
     key_len_ptr,
     num_prompt_ptr,
-    is_pruned_ptr,
+    active_ptr,
     slot_position_ptr,
     scale,
+    splits,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     IDENTITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     batch = tl.program_id(0)
-    if tl.load(is_pruned_ptr + batch) == 0:
+    if tl.load(active_ptr + batch) == 0:
         return
     key_len = tl.load(key_len_ptr + batch)
     num_prompt = tl.load(num_prompt_ptr + batch)
@@ -54,7 +54,7 @@ def _score_kernel(
     d = tl.arange(0, HEAD_PAD)
     d_valid = d < HEAD_DIM
 
-    for j0 in range(tl.program_id(1) * BLOCK_N, key_len, NUM_SPLITS * BLOCK_N):
+    for j0 in range(tl.program_id(1) * BLOCK_N, key_len, splits * BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         j_valid = j < key_len
         block = tl.load(
@@ -99,7 +99,7 @@ def _score_kernel(
 
 def score_tokens_triton(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    is_pruned, slot_position, batch, scale, stage,
+    active, slot_position, batch, scale, stage,
 ):  # fmt: skip
     num_heads, head_dim = q.shape[1:]
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -111,21 +111,21 @@ def score_tokens_triton(
         token_score, q, q.stride(0), query_row, lse,
         kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table, block_table.stride(0), position_table, position_table.stride(0),
-        key_len, num_prompt, is_pruned, slot_position, scale,
+        key_len, num_prompt, active, slot_position, scale, splits,
         NUM_HEADS=num_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        NUM_SPLITS=splits, IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,
+        IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,
     )  # fmt: skip
 
 
 def score_tokens_reference(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    is_pruned, slot_position, batch, scale, stage,
+    active, slot_position, batch, scale, stage,
 ):  # fmt: skip
     block_size = kv_cache.shape[2]
     group = q.shape[1] // kv_cache.shape[1]
     for i in range(batch):
-        if not is_pruned[i]:
+        if not active[i]:
             continue
         slots = torch.arange(int(key_len[i]), device=q.device)
         position = slots
@@ -151,7 +151,7 @@ def score_tokens(
     position_table: torch.Tensor,
     key_len: torch.Tensor,
     num_prompt: torch.Tensor,
-    is_pruned: torch.Tensor,
+    active: torch.Tensor,
     slot_position: torch.Tensor,
     batch: int,
     scale: float,
@@ -167,13 +167,14 @@ def score_tokens(
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table, position_table: ``[batch, width]`` int32, of the stage and of stage 0.
         key_len, num_prompt: ``[batch]`` int32.
-        is_pruned: ``[batch]`` int32; requests with 0 are passed over.
+        active: ``[batch]`` int32, of the boundary after the stage; requests with 0 are passed
+            over.
         slot_position: ``[physical slots]`` int32 (unused in stage 0).
     """
     run = score_tokens_triton if q.is_cuda else score_tokens_reference
     run(
         token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len,
-        num_prompt, is_pruned, slot_position, batch, scale, stage,
+        num_prompt, active, slot_position, batch, scale, stage,
     )  # fmt: skip
 
 

@@ -18,6 +18,14 @@ class Selection:
         table: ``[requests, 1 + 3 * stages]`` int32, see ``lazyllm_vllm.request_table``.
         req_index: ``[batch]`` int32, row of ``table``; -1: no request.
         num_prompt, is_pruned: ``[batch]`` int32.
+        active: ``[stages, batch]`` int32, whether the boundary before the stage chooses anew among
+            the request's tokens in this step.
+        limit: ``[stages, batch]`` int32, most tokens that the request may revive into the stage.
+        histogram: ``[batch, 2 * 4096]`` int32, zeros between boundaries; see ``top_k``.
+        found: ``[batch, 4]`` int32, threshold and ties of either list.
+        counts: ``[batch, 3, splits]`` int32, of each split's positions: 0 those above the
+            threshold, 1 those on list 0's. In prefill 2 counts the candidates. For decodes 0 and 2
+            are of list 1, above and on the higher threshold.
         block_size: tokens a block of stage 0.
     """
 
@@ -30,12 +38,18 @@ class Selection:
     req_index: torch.Tensor
     num_prompt: torch.Tensor
     is_pruned: torch.Tensor
+    active: torch.Tensor
+    limit: torch.Tensor
+    histogram: torch.Tensor
+    found: torch.Tensor
+    counts: torch.Tensor
     block_size: int
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one stage: ``[decodes | revived | prefill tokens]``.
+    """The rows of one stage: ``[decodes | revived | prefill tokens]``; or of all, every tensor with
+    a leading dimension of stages.
 
     Attributes:
         position: ``[rows]`` int64.
@@ -50,6 +64,9 @@ class Rows:
     slot: torch.Tensor
     key_len: torch.Tensor
     num_revived: torch.Tensor
+
+    def of_stage(self, stage: int) -> "Rows":
+        return Rows(*(getattr(self, name)[stage] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """The k best keys of a request, ties to the lower position, without sorting.
 
 Scores are never negative, so the bits of a float32 order as the float does: keys are int32, -1 for
-a position that is no candidate, and the k-th largest is found by a radix search, 8 bits a pass. A
-second pass in order of position then takes what is above it, and of what equals it the first.
+a position that is no candidate. The k-th largest is found by a radix search in three digits, and
+each pass over the positions is spread over ``NUM_SPLITS`` programs a request, which add to one
+histogram a digit: ``rank`` fills the first digit's, ``_refine_kernel`` the others', and
+``_count_kernel`` then knows the threshold and counts, split by split, what lies above it and on it,
+so that whoever takes the best knows how many were taken in the splits before.
+
+Two lists are searched at once: 0, all candidates, for the k best of them; 1, for decodes, those
+that have no keys in the stage yet, for the best that may be revived.
 """
 
 import torch
@@ -13,6 +19,16 @@ from lazyllm_vllm.kernels.attention import physical_slots
 
 ALWAYS_KEPT = 0x7F800000  # the bits of infinity: above every score
 NO_CANDIDATE = -1
+MAX_SPLITS = 128
+BLOCK = 1024  # positions a program looks at together
+# A key's digits, from the top: bits 30-20, 19-10, 9-0, and where each one's histogram starts.
+BINS = 4096
+NUM_COUNTS = 3
+
+
+def num_splits(num_requests: int) -> int:
+    """Programs that share a request's positions: about two for each of a large GPU's processors."""
+    return max(1, min(MAX_SPLITS, 264 // num_requests))
 
 
 @triton.jit
@@ -23,42 +39,214 @@ def home_slot(position_table_row, position, mask, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def kth_key(token_key_ptr, table, num_prompt, k, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The k-th largest key, and how many keys equal to it are among the k (all of them, at
-    threshold 0, when there are fewer than k)."""
-    bins = tl.arange(0, 256)
-    prefix = 0
-    remaining = k
-    for step in tl.static_range(4):
-        shift = 24 - 8 * step
-        counts = tl.zeros([256], tl.int32)
-        for p0 in range(0, num_prompt, BLOCK):
-            p = p0 + tl.arange(0, BLOCK)
-            valid = p < num_prompt
-            home = home_slot(table, p, valid, BLOCK_SIZE)
-            key = tl.load(token_key_ptr + home, mask=valid, other=-1)
-            if step == 0:
-                valid = valid & (key >= 0)
-            else:
-                valid = valid & (key >= 0) & ((key >> (shift + 8)) == prefix)
-            counts += tl.histogram((key >> shift) & 255, 256, mask=valid)
-        # Keys in this bin or a higher one.
-        suffix = tl.cumsum(counts, 0, reverse=True)
-        if step == 0:
-            remaining = tl.minimum(remaining, tl.max(suffix, 0))
-        digit = tl.maximum(tl.sum((suffix >= remaining).to(tl.int32), 0) - 1, 0)
-        remaining -= tl.sum(tl.where(bins > digit, counts, 0), 0)
-        prefix = (prefix << 8) | digit
+def split_bounds(num_prompt, split, splits, BLOCK: tl.constexpr):
+    """Positions of the split: all splits but the last have as many whole blocks."""
+    size = tl.cdiv(tl.cdiv(num_prompt, BLOCK), splits) * BLOCK
+    start = split * size
+    return start, tl.minimum(start + size, num_prompt)
+
+
+@triton.jit
+def _digit(key, STEP: tl.constexpr):
+    if STEP == 0:
+        return key >> 20
+    elif STEP == 1:
+        return (key >> 10) & 1023
+    else:
+        return key & 1023
+
+
+@triton.jit
+def add_digits(histogram_row, key, listed, STEP: tl.constexpr, LIST: tl.constexpr):
+    """Count the listed keys' digits into the request's histogram."""
+    bins: tl.constexpr = 2048 if STEP == 0 else 1024
+    first: tl.constexpr = 4096 * LIST + (0 if STEP == 0 else 1024 + 1024 * STEP)
+    counts = tl.histogram(tl.where(listed, _digit(key, STEP), 0), bins, mask=listed)
+    at = tl.arange(0, bins)
+    tl.atomic_add(histogram_row + first + at, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _next_digit(histogram_row, prefix, remaining, STEP: tl.constexpr, LIST: tl.constexpr):
+    bins: tl.constexpr = 2048 if STEP == 0 else 1024
+    first: tl.constexpr = 4096 * LIST + (0 if STEP == 0 else 1024 + 1024 * STEP)
+    at = tl.arange(0, bins)
+    counts = tl.load(histogram_row + first + at)
+    here_and_above = tl.cumsum(counts, 0, reverse=True)
+    if STEP == 0:
+        remaining = tl.minimum(remaining, tl.max(here_and_above, 0))
+    digit = tl.sum((here_and_above >= remaining).to(tl.int32), 0) - 1
+    remaining -= tl.sum(tl.where(at > digit, counts, 0), 0)
+    return prefix * bins + digit, remaining
+
+
+@triton.jit
+def prefix_of(histogram_row, k, STEPS: tl.constexpr, LIST: tl.constexpr):
+    """First ``STEPS`` digits of the k-th largest key (of the least one, if there are fewer; above
+    all keys, if k is 0 or there are none), and how many of the keys with them are among the k."""
+    prefix, remaining = _next_digit(histogram_row, 0, k, 0, LIST)
+    if STEPS > 1:
+        prefix, remaining = _next_digit(histogram_row, prefix, remaining, 1, LIST)
+    if STEPS > 2:
+        prefix, remaining = _next_digit(histogram_row, prefix, remaining, 2, LIST)
     return prefix, remaining
 
 
 @triton.jit
-def take_best(key, threshold, ties, ties_before):
-    """Which of a tile's keys are among the k best, and how many ties were met so far."""
-    tie = key == threshold
-    order = ties_before + tl.cumsum(tie.to(tl.int32), 0)
-    taken = (key > threshold) | (tie & (order <= ties))
-    return taken, ties_before + tl.sum(tie.to(tl.int32), 0)
+def _refine_kernel(
+    histogram_ptr,
+    token_key_ptr,
+    level_ptr,
+    position_table_ptr,
+    position_table_stride,
+    num_prompt_ptr,
+    active_ptr,
+    limit_ptr,
+    table_ptr,
+    table_stride,
+    req_index_ptr,
+    first_request,
+    splits,
+    STAGE: tl.constexpr,
+    STEP: tl.constexpr,
+    LISTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    batch = first_request + tl.program_id(0)
+    if tl.load(active_ptr + batch) == 0:
+        return
+    num_prompt = tl.load(num_prompt_ptr + batch)
+    start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
+    if start >= end:
+        return
+    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + STAGE)
+    row = histogram_ptr + batch * 8192
+    prefix_0, ties_0 = prefix_of(row, k, STEP, 0)
+    prefix_1 = 0
+    if LISTS == 2:
+        prefix_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), STEP, 1)
+    table = position_table_ptr + batch * position_table_stride
+    for p0 in range(start, end, BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        valid = p < end
+        home = home_slot(table, p, valid, BLOCK_SIZE)
+        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
+        above = key >> (30 - 10 * STEP)
+        add_digits(row, key, (key >= 0) & (above == prefix_0), STEP, 0)
+        if LISTS == 2:
+            listed = (key >= 0) & (above == prefix_1)
+            listed &= tl.load(level_ptr + home, mask=listed, other=127) == STAGE
+            add_digits(row, key, listed, STEP, 1)
+
+
+@triton.jit
+def _count_kernel(
+    found_ptr,  # [batch, 4] int32: threshold and ties of list 0, of list 1
+    counts_ptr,  # [batch, 3, MAX_SPLITS]: see Selection.counts
+    histogram_ptr,
+    token_key_ptr,
+    level_ptr,
+    position_table_ptr,
+    position_table_stride,
+    num_prompt_ptr,
+    active_ptr,
+    limit_ptr,
+    table_ptr,
+    table_stride,
+    req_index_ptr,
+    first_request,
+    splits,
+    STAGE: tl.constexpr,
+    LISTS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    batch = first_request + tl.program_id(0)
+    split = tl.program_id(1)
+    if tl.load(active_ptr + batch) == 0:
+        return
+    num_prompt = tl.load(num_prompt_ptr + batch)
+    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + STAGE)
+    row = histogram_ptr + batch * 8192
+    start, end = split_bounds(num_prompt, split, splits, BLOCK)
+    counts = counts_ptr + batch * 3 * MAX_SPLITS + split
+    if start >= end:
+        for which in tl.static_range(3):
+            tl.store(counts + which * MAX_SPLITS, 0)
+        return
+    threshold, ties = prefix_of(row, k, 3, 0)
+    best = threshold
+    if LISTS == 2:
+        threshold_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), 3, 1)
+        best = tl.maximum(threshold, threshold_1)
+    if split == 0:
+        tl.store(found_ptr + batch * 4, threshold)
+        tl.store(found_ptr + batch * 4 + 1, ties)
+        if LISTS == 2:
+            tl.store(found_ptr + batch * 4 + 2, threshold_1)
+            tl.store(found_ptr + batch * 4 + 3, ties_1)
+
+    table = position_table_ptr + batch * position_table_stride
+    num_above = 0
+    num_ties = 0
+    num_third = 0
+    for p0 in range(start, end, BLOCK):
+        p = p0 + tl.arange(0, BLOCK)
+        valid = p < end
+        home = home_slot(table, p, valid, BLOCK_SIZE)
+        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
+        num_ties += tl.sum((key == threshold).to(tl.int32), 0)
+        if LISTS == 2:
+            absent = tl.load(level_ptr + home, mask=key >= best, other=127) == STAGE
+            num_above += tl.sum((absent & (key > best)).to(tl.int32), 0)
+            num_third += tl.sum((absent & (key == best)).to(tl.int32), 0)
+        else:
+            num_above += tl.sum((key > threshold).to(tl.int32), 0)
+            num_third += tl.sum((key >= 0).to(tl.int32), 0)
+    tl.store(counts, num_above)
+    tl.store(counts + MAX_SPLITS, num_ties)
+    tl.store(counts + 2 * MAX_SPLITS, num_third)
+
+
+def find_best(s, first_request: int, num_requests: int, stage: int, lists: int) -> None:
+    """Fill ``s.found`` and ``s.counts`` for the active requests ``first_request ..
+    first_request + num_requests - 1``, whose keys and first digits ``rank_tokens`` left.
+
+    Args:
+        s: ``kernels.state.Selection``.
+        lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit``.
+    """
+    table = s.position_table
+    splits = num_splits(num_requests)
+    common = (
+        s.token_key, s.level, table, table.stride(0), s.num_prompt, s.active[stage],
+        s.limit[stage], s.table, s.table.stride(0), s.req_index, first_request, splits,
+    )  # fmt: skip
+    constants = {"STAGE": stage, "LISTS": lists, "BLOCK_SIZE": s.block_size, "BLOCK": BLOCK}
+    for step in (1, 2):
+        _refine_kernel[(num_requests, splits)](s.histogram, *common, STEP=step, **constants)
+    _count_kernel[(num_requests, splits)](
+        s.found, s.counts, s.histogram, *common, MAX_SPLITS=MAX_SPLITS, **constants
+    )
+
+
+@triton.jit
+def counts_before(counts_row, split, splits, WHICH: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Sum of one of the counts over the splits before this one, and over all."""
+    at = tl.arange(0, MAX_SPLITS)
+    counts = tl.load(counts_row + WHICH * MAX_SPLITS + at, mask=at < splits, other=0)
+    return tl.sum(tl.where(at < split, counts, 0), 0), tl.sum(counts, 0)
+
+
+@triton.jit
+def clear_histogram(histogram_row, split, splits):
+    """Leave zeros for the next boundary; each split clears its share."""
+    size = 8192 // 1024
+    for part in range(split, size, splits):
+        at = part * 1024 + tl.arange(0, 1024)
+        tl.store(histogram_row + at, tl.zeros([1024], tl.int32))
 
 
 def home_slots(s, i):

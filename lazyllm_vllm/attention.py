@@ -1,8 +1,9 @@
 """The attention backend of the staged model: vLLM's interface, thin.
 
 Prefill rows attend to the prefill rows of their own request, which are all at hand, through
-FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache through
-``kernels.attention``. At the last layer of a stage the current tokens' scores are taken.
+FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache: through
+FlashAttention where all of it is attended to, else through ``kernels.attention``. At the last layer
+of a stage the current tokens' scores are taken.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -75,7 +77,10 @@ class LazyMetadataBuilder(AttentionMetadataBuilder[StageMetadata]):
 
 
 class LazyAttentionImpl(AttentionImpl[StageMetadata]):
-    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int) -> None:
+    def __init__(
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, max_model_len: int
+    ) -> None:
+        self.max_model_len = max_model_len
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -113,9 +118,13 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         num_rows = step.num_rows(stage)
         num_decode_rows = num_rows - step.num_prefill_rows(stage)
         scores = attn_metadata.scoring_layer == layer.layer_name
-        write_kv(kv_cache, key[:num_rows], value[:num_rows], step.slot_mapping(group)[:num_rows])
+        slots = step.slot_mapping(group)[:num_rows]
+        write_kv(layer, kv_cache, key[:num_rows], value[:num_rows], slots)
         if step.num_decodes:
-            self._decode(query, kv_cache, output, step, stage, group, num_decode_rows)
+            if query.is_cuda and (stage == 0 or not step.decodes_select):
+                self._decode_whole(query, kv_cache, output, step, stage, group, scores)
+            else:
+                self._decode(query, kv_cache, output, step, stage, group, num_decode_rows)
         if num_decode_rows < num_rows:
             prefill = slice(num_decode_rows, num_rows)
             lse = self._prefill(
@@ -128,10 +137,52 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
             score_tokens(
                 buffers.token_score, query, step.query_row(stage), buffers.lse, kv_cache,
                 step.block_tables[group], step.position_table, step.key_len(stage),
-                buffers.num_prompt, buffers.is_pruned, buffers.slot_position,
+                buffers.num_prompt, buffers.active[stage + 1], buffers.slot_position,
                 step.num_requests, self.scale, stage,
             )  # fmt: skip
         return output
+
+    def _decode_whole(self, query, kv_cache, output, step, stage, group, scores) -> None:
+        """Decodes that attend to every key of theirs in the stage, where nothing is revived: what
+        stock vLLM does, with FlashAttention and as many keys as the stage has."""
+        n = step.num_decodes
+        key_len = step.key_len(stage)[:n]
+        starts = step.buffers.decode_starts[: n + 1]
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if stage not in step.decode_schedules and self.fa_version == 3:
+            step.decode_schedules[stage] = fa_utils.get_scheduler_metadata(
+                batch_size=n,
+                max_seqlen_q=1,
+                max_seqlen_k=self.max_model_len,
+                num_heads_q=self.num_heads,
+                num_heads_kv=self.num_kv_heads,
+                headdim=self.head_size,
+                cache_seqlens=key_len,
+                qkv_dtype=kv_cache.dtype,
+                cu_seqlens_q=starts,
+                page_size=kv_cache.shape[2],
+                causal=True,
+                num_splits=step.max_splits,
+            )
+        result = fa_utils.flash_attn_varlen_func(
+            query[:n],
+            canonicalize_singleton_dim_strides(keys),
+            canonicalize_singleton_dim_strides(values),
+            max_seqlen_q=1,
+            cu_seqlens_q=starts,
+            max_seqlen_k=self.max_model_len,
+            seqused_k=key_len,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=step.block_tables[group],
+            out=output[:n],
+            return_softmax_lse=scores,
+            scheduler_metadata=step.decode_schedules.get(stage),
+            num_splits=step.max_splits if self.fa_version == 3 else 0,
+            fa_version=self.fa_version,
+        )
+        if scores:
+            step.buffers.lse[:n] = result[1].T
 
     def _decode(self, query, kv_cache, output, step, stage, group, num_rows) -> None:
         buffers = step.buffers
@@ -187,7 +238,7 @@ class StagedAttention(Attention):
     stage: int
 
     @classmethod
-    def adopt(cls, layer: Attention, schedule: Schedule, stage: int) -> None:
+    def adopt(cls, layer: Attention, schedule: Schedule, stage: int, max_model_len: int) -> None:
         """Turn a decoder layer's attention, as its model built it, into one of a stage.
 
         Models build ``Attention`` themselves and the backend they get is the platform's to choose,
@@ -199,7 +250,7 @@ class StagedAttention(Attention):
         layer.stage = stage
         layer.attn_backend = LazyAttentionBackend
         layer.impl = LazyAttentionImpl(
-            layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads
+            layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads, max_model_len
         )
 
     def get_kv_cache_spec(self, vllm_config) -> StageSpec:

@@ -60,6 +60,7 @@ class LazyLLMConfig(BaseModel):
     score_pool: int = Field(default=13, ge=1)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
+    revive_per_request: int = Field(default=15, ge=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
 
     @field_validator("score_pool")

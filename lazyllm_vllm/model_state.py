@@ -17,7 +17,7 @@ from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
 from lazyllm_vllm.report import log_start
 from lazyllm_vllm.request_table import RequestTable
 from lazyllm_vllm.stats import RequestStats
-from lazyllm_vllm.step import Step, StepBuffers, largest_share
+from lazyllm_vllm.step import Step, StepBuffers
 from lazyllm_vllm.trace import Trace
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -41,6 +41,10 @@ class LazyModelState(DefaultModelState):
         self.index_of: dict[str, int] = {}
         self.num_prompt: dict[str, int] = {}
         self.pruned: set[str] = set()
+        self.strict = self.schedule.config.decode == "strict"
+        # Which of a batch size's two CUDA graphs is being captured; see cuda_graphs.
+        self.capture_selecting = False
+        self.graph_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     # A request's life.
 
@@ -71,6 +75,11 @@ class LazyModelState(DefaultModelState):
         """See ``stats.request_stats``."""
         live = {r: (self.num_prompt[r], self.table.row(i)) for r, i in self.index_of.items()}
         return self.stats.report(live)
+
+    @property
+    def selecting(self) -> bool:
+        """Whether a decode of any live request may choose tokens anew."""
+        return bool(self.pruned) and (self.strict or self.aux is not None)
 
     # The KV cache.
 
@@ -119,10 +128,10 @@ class LazyModelState(DefaultModelState):
         prompts = [int(n) for n in lens[num_decodes:]]
         if real:
             self._check_whole_prompts(input_batch.req_ids[num_decodes:], prompts)
-        pruned_decodes = self.schedule.prunes and (
-            in_graph or not self.pruned.isdisjoint(input_batch.req_ids[:num_decodes])
-        )
-        strict = self.schedule.config.decode == "strict"
+        if in_graph:
+            pruned_decodes = self.capture_selecting
+        else:
+            pruned_decodes = not self.pruned.isdisjoint(input_batch.req_ids[:num_decodes])
         kept = (
             [self.schedule.kept(n) for n in prompts]
             if real
@@ -138,9 +147,10 @@ class LazyModelState(DefaultModelState):
             aux=self.aux,
             num_decodes=input_batch.num_reqs_after_padding if in_graph else num_decodes,
             prefill_lens=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
-            decodes_select=pruned_decodes and (strict or self.aux is not None),
+            decodes_select=pruned_decodes and (self.strict or self.aux is not None),
             prefills_select=any(k[-1] < k[0] for k in kept),
             revives=pruned_decodes and self.aux is not None,
+            max_splits=self.graph_splits if in_graph else 0,
             sampled_tokens=input_batch.logits_indices,
             trace=self.trace if real else None,
             req_ids=input_batch.req_ids,
@@ -165,9 +175,9 @@ class LazyModelState(DefaultModelState):
         else:
             req_index[:num_reqs] = -1
         if num_decodes:
-            budget = self.schedule.config.revive_budget
             padded = num_decodes + input_batch.num_reqs_after_padding - num_reqs
-            self.buffers.share.fill_(min(budget // num_decodes, largest_share(budget, padded)))
+            share = self.schedule.revive_share(num_decodes)
+            self.buffers.share.fill_(min(share, self.schedule.largest_share(padded)))
 
     def _check_whole_prompts(self, req_ids: list[str], lens: list[int]) -> None:
         for req_id, scheduled in zip(req_ids, lens):

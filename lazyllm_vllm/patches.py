@@ -25,6 +25,17 @@ def install() -> None:
     _wrap(InputProcessor, "_validate_params", ["self", "params", "supported_tasks"], _validate)
 
 
+def install_in_worker() -> None:
+    """The same for what only the process of the model needs."""
+    from vllm.v1.worker.gpu import model_runner
+
+    parameters = [
+        "vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases",
+        "varlen_decode", "ubatch_runner",
+    ]  # fmt: skip
+    _wrap(model_runner, "ModelCudaGraphManager", parameters, _cuda_graph_manager)
+
+
 def _wrap(owner, name, parameters, wrapper) -> None:
     """Make ``wrapper(original, *arguments)`` stand for ``owner.name``, of the same kind."""
     raw = inspect.getattr_static(owner, name, None)
@@ -121,3 +132,14 @@ def _validate(original, self, params, supported_tasks):
                     parameter=field,
                 )
     return original(self, params, supported_tasks)
+
+
+# vLLM captures a graph for each batch size and picks by size alone.
+
+
+def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
+    if "lazyllm" not in (vllm_config.additional_config or {}):
+        return original(vllm_config, *args, **kwargs)
+    from lazyllm_vllm.cuda_graphs import LazyCudaGraphManager
+
+    return LazyCudaGraphManager(vllm_config, *args, **kwargs)

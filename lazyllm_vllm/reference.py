@@ -175,7 +175,8 @@ class ReferenceSequence:
 
             # The ranking's always-kept head has keys everywhere, so this is in order of score.
             missing = [p for p in selected if self.level[p] == s]
-            limit = min(self.config.revive_budget, self.room[s] - self.prompt_keys(s))
+            share = min(self.config.revive_budget, self.config.revive_per_request)
+            limit = min(share, self.room[s] - self.prompt_keys(s))
             revived = sorted(missing[:limit])
             hidden = self._exchange(s, hidden, rows, [*revived, current])
             rows = [*revived, current]

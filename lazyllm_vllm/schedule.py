@@ -99,6 +99,24 @@ class Schedule:
         dropped."""
         return num_prompt if self.has_aux and self.is_pruned(num_prompt) else 0
 
+    def revive_share(self, num_decodes: int) -> int:
+        """Most tokens that each of ``num_decodes`` requests may revive at a boundary of a step."""
+        config = self.config
+        return min(config.revive_budget // num_decodes, config.revive_per_request)
+
+    def largest_share(self, num_decodes: int) -> int:
+        """The same, whatever part of ``num_decodes`` is padding.
+
+        A CUDA graph is captured for this many. vLLM's graphs are at most twice as large as the
+        batches they serve, so that the real share fits unless the user chose other sizes.
+        """
+        return self.revive_share(num_decodes // 2 + 1)
+
+    def revive_rows(self, num_decodes: int) -> int:
+        """Rows that hold every revived token of a step with at most ``num_decodes`` decodes."""
+        config = self.config
+        return min(config.revive_budget, num_decodes * config.revive_per_request)
+
     def share_computed(self, prompt_keys: list[int] | tuple[int, ...], num_prompt: int) -> float:
         """Share of (prompt token, layer) pairs computed, given the number of prompt tokens with
         keys in each stage; the paper's "% of prompt tokens computed" (section 5)."""

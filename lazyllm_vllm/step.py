@@ -14,10 +14,11 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from lazyllm_vllm.kernels.gather import AuxPages, load_aux, move_prefill_rows, store_aux
 from lazyllm_vllm.kernels.rank import rank_tokens
-from lazyllm_vllm.kernels.rows import load_batch, place_rows
+from lazyllm_vllm.kernels.rows import begin_step, place_rows
 from lazyllm_vllm.kernels.select_decode import select_decode
 from lazyllm_vllm.kernels.select_prefill import select_prefill
 from lazyllm_vllm.kernels.state import PrefillMove, Rows, Selection
+from lazyllm_vllm.kernels.top_k import BINS, MAX_SPLITS, NUM_COUNTS
 from lazyllm_vllm.request_table import RequestTable
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.trace import Trace
@@ -26,10 +27,10 @@ from lazyllm_vllm.trace import Trace
 class StepBuffers:
     """Everything a step writes that outlives it or that a CUDA graph must find again. One owner.
 
-    By batch index, ``max_num_reqs`` long, int32: ``req_index`` (row of the request table, -1:
-    none), ``num_prompt``, ``is_pruned``; ``lse`` ``[batch, heads]`` fp32 of the current rows. By
-    stage: ``rows``. By KV cache group: ``slot_mappings``. ``share`` ``[1]`` int32: most tokens that
-    a request may revive at a boundary of this step.
+    By batch index, ``max_num_reqs`` long: ``req_index`` int32 (row of the request table, -1:
+    none); ``lse`` ``[batch, heads]`` fp32 of the current rows; and what ``Selection`` holds by
+    batch index. By stage: ``rows``. By KV cache group: ``slot_mappings``. ``share`` ``[1]`` int32:
+    most tokens that a request may revive at a boundary of this step.
 
     By physical slot, once the KV cache exists: ``level`` int8, ``selected`` int8, ``token_score``
     fp32 and ``token_key`` int32 at a prompt position's slot in stage 0; ``slot_position`` int32 at
@@ -47,27 +48,30 @@ class StepBuffers:
         self.schedule = schedule
         self.device = device
         self.max_rows = max_num_tokens + schedule.config.revive_budget
+        stages = schedule.num_stages
         ints = {"dtype": torch.int32, "device": device}
         self.req_index = torch.full((max_num_reqs,), -1, **ints)
         self.num_prompt = torch.zeros(max_num_reqs, **ints)
         self.is_pruned = torch.zeros(max_num_reqs, **ints)
+        self.active = torch.zeros(stages, max_num_reqs, **ints)
+        self.limit = torch.zeros(stages, max_num_reqs, **ints)
+        self.histogram = torch.zeros(max_num_reqs, 2 * BINS, **ints)
+        self.found = torch.zeros(max_num_reqs, 4, **ints)
+        self.counts = torch.zeros(max_num_reqs, NUM_COUNTS, MAX_SPLITS, **ints)
         self.share = torch.zeros(1, **ints)
         self.lse = torch.zeros(max_num_reqs, num_heads, dtype=torch.float32, device=device)
-        self.identity = torch.arange(max_num_reqs, **ints)
-        self.key_lens = torch.zeros(schedule.num_stages, max_num_reqs, **ints)
-        self.query_rows = torch.zeros(schedule.num_stages, max_num_reqs, **ints)
+        self.decode_starts = torch.arange(max_num_reqs + 1, **ints)
+        self.query_rows = torch.zeros(stages, max_num_reqs, **ints)
         self.dst_row = torch.zeros(self.max_rows, **ints)
         self.src_request = torch.zeros(self.max_rows, **ints)
-        self.rows = [
-            Rows(
-                position=torch.zeros(self.max_rows, dtype=torch.int64, device=device),
-                request=torch.full((self.max_rows,), -1, **ints),
-                slot=torch.zeros(self.max_rows, **ints),
-                key_len=self.key_lens[stage],
-                num_revived=torch.zeros(max_num_reqs, **ints),
-            )
-            for stage in range(schedule.num_stages)
-        ]
+        self.all_rows = Rows(
+            position=torch.zeros(stages, self.max_rows, dtype=torch.int64, device=device),
+            request=torch.full((stages, self.max_rows), -1, **ints),
+            slot=torch.zeros(stages, self.max_rows, **ints),
+            key_len=torch.zeros(stages, max_num_reqs, **ints),
+            num_revived=torch.zeros(stages, max_num_reqs, **ints),
+        )
+        self.rows = [self.all_rows.of_stage(stage) for stage in range(stages)]
 
     def attach_kv_cache(self, num_blocks: int, block_size: int, num_groups: int) -> None:
         """Make what is kept by physical slot; called whenever vLLM makes a KV cache."""
@@ -83,15 +87,6 @@ class StepBuffers:
         )
 
 
-def largest_share(budget: int, num_decodes: int) -> int:
-    """Most tokens that one of ``num_decodes`` requests, padding included, may revive at a boundary.
-
-    A CUDA graph is captured for this many. vLLM's graphs are at most twice as large as the batches
-    they serve, so that ``budget // (unpadded decodes)`` fits unless the user chose other sizes.
-    """
-    return budget // (num_decodes // 2 + 1)
-
-
 @dataclass
 class Step:
     """The plan of one forward pass, made on the CPU by ``LazyModelState.prepare_attn``.
@@ -104,6 +99,7 @@ class Step:
         prefill_lens: tokens of each prefill in each stage, ``[stages, prefills]``.
         decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
         revives: whether decodes may revive (rows are set aside for it).
+        max_splits: programs that FlashAttention may share a decode's keys among; 0: its choice.
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         req_ids: the requests, in batch order.
         trace: told of every boundary, in debugging; else None.
@@ -121,6 +117,7 @@ class Step:
     decodes_select: bool
     prefills_select: bool
     revives: bool
+    max_splits: int
     sampled_tokens: torch.Tensor
     req_ids: list[str]
     trace: Trace | None = None
@@ -133,9 +130,14 @@ class Step:
         self.strict = self.schedule.config.decode == "strict"
         self.position_table = self.block_tables[self.stage_groups[0][0]]
         self._prefill_rows = [int(n) for n in self.prefill_lens.sum(1)]
-        budget = self.schedule.config.revive_budget
-        self._revive_rows = budget if self.revives else 0
-        self.max_revived = largest_share(budget, self.num_decodes) if self.revives else 0
+        self.revive_rows = self.max_revived = 0
+        if self.revives:
+            self.revive_rows = self.schedule.revive_rows(self.num_decodes)
+            self.max_revived = self.schedule.largest_share(self.num_decodes)
+        # Decodes search two lists where they may revive; see kernels.top_k.
+        self._lists = 2 if self.revives else 1
+        self._marks = self.strict or self.trace is not None
+        self.decode_schedules: dict[int, torch.Tensor] = {}
         if self.num_prefills:
             self._upload_prefills()
 
@@ -151,16 +153,16 @@ class Step:
         self.max_prefill_rows = [int(n) for n in self.prefill_lens.max(1)]
         mine = slice(self.num_decodes, self.num_requests)
         lens, last_rows = packed[:, self.num_prefills + 1 :].split(self.num_prefills, 1)
-        self.buffers.key_lens[:, mine] = lens
+        self.buffers.all_rows.key_len[:, mine] = lens
         self.buffers.query_rows[:, mine] = last_rows
         if self.num_decodes:
-            self.buffers.query_rows[:, : self.num_decodes] = self.buffers.identity[
+            self.buffers.query_rows[:, : self.num_decodes] = self.buffers.decode_starts[
                 : self.num_decodes
             ]
 
     def num_decode_rows(self, stage: int) -> int:
         """Current and revived rows."""
-        return self.num_decodes + (self._revive_rows if stage else 0)
+        return self.num_decodes + (self.revive_rows if stage else 0)
 
     def num_prefill_rows(self, stage: int) -> int:
         return self._prefill_rows[stage]
@@ -170,11 +172,11 @@ class Step:
 
     def key_len(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32."""
-        return self.buffers.key_lens[stage]
+        return self.buffers.rows[stage].key_len
 
     def query_row(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32, each request's current row; decodes come first in every stage."""
-        return self.buffers.query_rows[stage] if self.num_prefills else self.buffers.identity
+        return self.buffers.query_rows[stage] if self.num_prefills else self.buffers.decode_starts
 
     def row_position(self, stage: int) -> torch.Tensor:
         """``[rows]`` int64."""
@@ -195,19 +197,16 @@ class Step:
         """Start the step; ``positions`` is ``[rows]`` int64 of stage 0."""
         b = self.buffers
         self._positions = positions
-        load_batch(
-            b.num_prompt, b.is_pruned, b.req_index, self.table.gpu,
-            self.schedule.num_stages, self.num_requests,
-        )  # fmt: skip
         self.selection = Selection(
             token_key=b.token_key, token_score=b.token_score, level=b.level, selected=b.selected,
             position_table=self.position_table, table=self.table.gpu, req_index=b.req_index,
-            num_prompt=b.num_prompt, is_pruned=b.is_pruned, block_size=b.block_size,
+            num_prompt=b.num_prompt, is_pruned=b.is_pruned, active=b.active, limit=b.limit,
+            histogram=b.histogram, found=b.found, counts=b.counts, block_size=b.block_size,
         )  # fmt: skip
-        if self.num_decodes:
-            # Every token has keys in stage 0; padding has no request.
-            real = b.req_index[: self.num_decodes] >= 0
-            b.key_lens[0, : self.num_decodes] = (positions[: self.num_decodes] + 1) * real
+        begin_step(
+            self.selection, b.all_rows, positions, b.share, self.num_decodes, self.num_requests,
+            self.revive_rows, self.decodes_select and self._marks, self.schedule.num_stages,
+        )  # fmt: skip
         if self.trace:
             self.trace.begin(self)
 
@@ -224,8 +223,11 @@ class Step:
         rows = self.buffers.rows[stage]
         self._rank(stage)
         move = self._select_prefills(stage, rows) if self.num_prefills else None
-        if self.num_decodes:
-            self._select_decodes(stage, rows)
+        if self.num_decodes and self.decodes_select:
+            select_decode(
+                self.selection, rows, self.buffers.share, self.num_decodes, stage,
+                self.schedule.num_stages, self._lists, self._marks,
+            )  # fmt: skip
         for group in self.stage_groups[stage]:
             place_rows(
                 self.buffers.slot_mappings[group], self.buffers.slot_position, rows,
@@ -238,10 +240,11 @@ class Step:
     def _rank(self, stage: int) -> None:
         config = self.schedule.config
         common = (config.score_pool, config.first_tokens, config.last_tokens)
-        if self.num_decodes and self.decodes_select:
-            rank_tokens(self.selection, 0, self.num_decodes, stage, self.strict, *common)
-        if self.num_prefills and self.prefills_select:
-            rank_tokens(self.selection, self.num_decodes, self.num_prefills, stage, False, *common)
+        first, second = self.num_decodes, self.num_prefills
+        if first and self.decodes_select:
+            rank_tokens(self.selection, 0, first, stage, self._lists, self.strict, *common)
+        if second and self.prefills_select:
+            rank_tokens(self.selection, first, second, stage, 1, False, *common)
 
     def _select_prefills(self, stage: int, rows: Rows) -> PrefillMove:
         before = self._positions if stage == 1 else self.buffers.rows[stage - 1].position
@@ -254,19 +257,8 @@ class Step:
             dst_row=self.buffers.dst_row,
             request=self.buffers.src_request,
         )
-        select_prefill(self.selection, rows, move, self.num_decodes, stage)
+        select_prefill(self.selection, rows, move, self.num_decodes, stage, self.prefills_select)
         return move
-
-    def _select_decodes(self, stage: int, rows: Rows) -> None:
-        if self._revive_rows:
-            revived = slice(self.num_decodes, self.num_decode_rows(stage))
-            rows.request[revived] = -1
-            rows.position[revived] = 0
-        select_decode(
-            self.selection, rows, self._positions, self.buffers.share, self.num_decodes, stage,
-            self.schedule.num_stages, revives=self.revives, strict=self.strict,
-            marks=self.trace is not None and self.decodes_select,
-        )  # fmt: skip
 
     def _gather(
         self, stage: int, rows: Rows, move: PrefillMove | None, hidden: torch.Tensor
@@ -274,14 +266,15 @@ class Step:
         if not (self.revives or self.prefills_select):
             return hidden  # every row goes on, in the same order
         out = hidden.new_empty(self.num_rows(stage), hidden.shape[1])
-        out[: self.num_decodes] = hidden[: self.num_decodes]
         if self.revives:
-            first, count = self.num_decodes, self._revive_rows
             if stage > 1:
                 # States revived into the stage before go by way of the Aux Cache, so that those
                 # not revived again are found there later, newer than they were.
-                store_aux(hidden, self.buffers.rows[stage - 1], first, count, self.aux)
-            load_aux(out, rows, first, count, self.aux)
+                before = self.buffers.rows[stage - 1]
+                store_aux(hidden, before, self.num_decodes, self.revive_rows, self.aux)
+            load_aux(out, hidden, rows, self.num_decodes, self.num_decode_rows(stage), self.aux)
+        else:
+            out[: self.num_decodes] = hidden[: self.num_decodes]
         if move is not None:
             move_prefill_rows(
                 out, hidden, move, self.num_decode_rows(stage - 1),

@@ -34,8 +34,7 @@ def run(
         lazyllm: the plugin's configuration; None: stock vLLM.
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
-        random_weights: fill the model with weights of a real model's spread. vLLM's dummy weights
-            are so small that every score ties and nothing is ever revived.
+        random_weights: fill the model with ``benchmarks.weights``.
         timed: prompts to time alone, afterwards: medians of 3, ``ttft`` in ms, ``tpot`` over 32
             tokens.
 
@@ -70,7 +69,11 @@ def _main(asked: str, answer: str) -> None:
     core = llm.llm_engine.engine_core.engine_core
     state = core.model_executor.driver_worker.worker.model_runner.model_state
     if request["random_weights"]:
-        _randomize(state.model)
+        # After what is installed, which the sources must not stand in for.
+        sys.path.append(str(HERE.parent))
+        from benchmarks.weights import randomize
+
+        randomize(state.model)
     pool = core.scheduler.kv_cache_manager.block_pool
     free = [pool.get_num_free_blocks()]
     params = SamplingParams(
@@ -128,20 +131,6 @@ def _time(llm, prompt: list[int]) -> dict[str, float]:
     first = statistics.median(seconds(1) for _ in range(3))
     both = statistics.median(seconds(33) for _ in range(3))
     return {"tokens": len(prompt), "ttft": 1000 * first, "tpot": 1000 * (both - first) / 32}
-
-
-def _randomize(model) -> None:
-    import torch
-
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(0, 1.0 if "embed" in name else weight.shape[-1] ** -0.5)
-        elif "norm" in name:
-            weight.data.fill_(1)
-    for name, weight in model.named_parameters():
-        if "qkv" in name:  # attention that tells tokens apart
-            weight.data.mul_(1.5)
 
 
 def _abort(llm, prompts, params) -> dict:

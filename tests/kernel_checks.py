@@ -13,7 +13,8 @@ from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.attention import LazyAttentionImpl
 from lazyllm_vllm.kernels import attention, gather, rank, rows, score, select_decode, select_prefill
-from lazyllm_vllm.kernels.state import PrefillMove
+from lazyllm_vllm.kernels.state import PrefillMove, Rows
+from lazyllm_vllm.kernels.top_k import BINS
 
 LONG = 3
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -140,13 +141,13 @@ def check_score(seed, stage, device="cpu", dtype=torch.float32):
     inputs = _attention_inputs(w)
     query_row = torch.tensor([2, 0, 3, 1], dtype=torch.int32, device=device)
     lse = torch.randn(4, inputs["q"].shape[1], generator=w.random).to(device) + 6
-    is_pruned = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=device)
+    active = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=device)
     results = []
     for run in (score.score_tokens_triton, score.score_tokens_reference):
         token_score = torch.full((len(w.level),), -9.0, device=device)
         run(
             token_score, inputs["q"], query_row, lse, inputs["kv_cache"], inputs["block_table"],
-            w.position_table, inputs["key_len"], inputs["num_prompt"], is_pruned,
+            w.position_table, inputs["key_len"], inputs["num_prompt"], active,
             inputs["slot_position"], 4, inputs["scale"], stage,
         )  # fmt: skip
         results.append(token_score)
@@ -155,7 +156,9 @@ def check_score(seed, stage, device="cpu", dtype=torch.float32):
     if stage:
         home = home[w.present[2]]
     assert (results[0].cpu()[home] > 0).all(), "every prompt token with keys is scored"
-    assert (results[0].cpu()[w.homes(3)] == -9).all(), "an unpruned request is passed over"
+    assert (results[0].cpu()[w.homes(3)] == -9).all(), (
+        "a request that does not select is passed over"
+    )
 
 
 def _kept(w: World, share: float) -> list[int]:
@@ -167,15 +170,31 @@ def check_rank(seed, stage, pool, strict, device="cpu"):
     results = []
     for run in (rank.rank_tokens_triton, rank.rank_tokens_reference):
         s = w.selection(_kept(w, 0.5), 0)
-        run(s, 1, 3, stage, strict, pool, 2, 7)
+        run(s, 1, 3, stage, 2, strict, pool, 2, 7)
         results.append(s)
+    for i in (1, 2, 3):
+        if not results[0].is_pruned[i]:
+            continue
+        key = results[0].token_key[w.homes(i)].cpu()
+        absent = w.level[w.homes(i)] == stage
+        for first, listed in ((0, key >= 0), (BINS, (key >= 0) & absent)):
+            digits = (key[listed] >> 20).long().bincount(minlength=2048)
+            assert torch.equal(results[0].histogram[i, first : first + 2048].cpu(), digits.int())
+    results[0].histogram.zero_()
     same(*results)
     assert (results[0].token_key.cpu()[w.homes(0)] == -99).all(), "request 0 was not asked for"
 
 
-def check_prefill_selection(seed, stage, device="cpu"):
+def _forget_search(s):
+    """Drop what only the kernel keeps between its parts; the histogram must be clean by itself."""
+    s.found.zero_()
+    s.counts.zero_()
+
+
+def check_prefill_selection(seed, stage, ties=True, device="cpu"):
     """Requests 0 (a decode, left alone), 1 and 2 (pruned), 3 (kept whole)."""
-    w = with_ties(_world(seed, stage, decoded=(5, 0, 0, 0), device=device))
+    w = _world(seed, stage, decoded=(5, 0, 0, 0), device=device)
+    w = with_ties(w) if ties else w
     before = []
     for i in (1, 2, 3):
         level = w.level[w.homes(i)]
@@ -191,7 +210,8 @@ def check_prefill_selection(seed, stage, device="cpu"):
         (select_prefill.select_prefill_reference, rank.rank_tokens_reference),
     ):
         s = w.selection([1, *kept[:2], w.prompts[3]], 0)
-        rank_tokens(s, 1, 3, stage, False, 3, 1, 2)
+        s.active[stage] = torch.tensor([0, *(int(k < len(b)) for k, b in zip(kept, before))])
+        rank_tokens(s, 1, 3, stage, 1, False, 3, 1, 2)
         out = w.rows(dst_base + dst_start[-1])
         ints = {"dtype": torch.int32, "device": device}
         move = PrefillMove(
@@ -201,7 +221,8 @@ def check_prefill_selection(seed, stage, device="cpu"):
             dst_row=torch.full((base + start[-1],), -99, **ints),
             request=torch.full((base + start[-1],), -99, **ints),
         )  # fmt: skip
-        run(s, out, move, 1, stage)
+        run(s, out, move, 1, stage, True)
+        _forget_search(s)
         results.append((s, out, move))
     for mine, theirs in zip(*results):
         same(mine, theirs)
@@ -213,11 +234,11 @@ def check_prefill_selection(seed, stage, device="cpu"):
     assert (move.dst_row[base:] >= -1).all() and (move.dst_row[base:] >= 0).sum() == sum(kept)
 
 
-def check_decode_selection(seed, stage, strict, share, device="cpu"):
-    w = with_ties(_world(seed, stage, share=share, device=device))
+def check_decode_selection(seed, stage, strict, share, ties=True, device="cpu"):
+    w = _world(seed, stage, share=share, device=device)
+    w = with_ties(w) if ties else w
     n = len(w.prompts)
     num_rows = n + n * share
-    position = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
     kept = [*_kept(w, 0.6)[:3], w.prompts[3]]  # the last is not pruned
     results = []
     for run, rank_tokens in (
@@ -225,24 +246,73 @@ def check_decode_selection(seed, stage, strict, share, device="cpu"):
         (select_decode.select_decode_reference, rank.rank_tokens_reference),
     ):
         s = w.selection(kept, room=6)
-        s.req_index[1] = -1
-        s.is_pruned[1] = 0
-        rank_tokens(s, 0, n, stage, strict, 3, 1, 2)
+        s.active[:, 1] = 0
+        if not strict:
+            s.active[:] *= s.limit > 0
+        rank_tokens(s, 0, n, stage, 2, strict, 3, 1, 2)
         out = w.rows(num_rows)
+        for revived in (out.num_revived, out.key_len, out.slot[:n]):
+            revived.copy_(
+                torch.tensor([0, 0, 0, 0] if revived is out.num_revived else [40, 7, 90, 3])
+            )
         shares = torch.tensor([share], dtype=torch.int32, device=device)
-        run(s, out, position, shares, n, stage, w.num_stages, True, strict, False)
-        s.token_key.zero_()  # the kernel works in it
+        run(s, out, shares, n, stage, w.num_stages, 2, strict)
+        _forget_search(s)
         results.append((s, out))
     for mine, theirs in zip(*results):
         same(mine, theirs)
     _, out = results[0]
-    assert (out.num_revived <= min(share, 6)).all() and out.num_revived[3] == 0
+    assert (out.num_revived <= min(share, 6)).all() and out.num_revived[[1, 3]].sum() == 0
     for i in (0, 2):
         mine = slice(n + i * share, n + i * share + int(out.num_revived[i]))
         revived = out.position[mine].cpu()
         assert (w.level[w.homes(i)][revived] == stage).all(), "only tokens without keys here"
+        assert len(set(revived.tolist())) == len(revived)
     if share and seed != 1:
         assert out.num_revived.sum() > 0
+
+
+def check_begin_step(seed, share, always, num_decodes, device="cpu"):
+    """Requests that decode, one of them padding, then requests that are prefilled."""
+    w = _world(seed, 1, share=max(share, 1), device=device)
+    n, stages = len(w.prompts), w.num_stages
+    revive_rows = num_decodes * share + 1 if share else 0
+    positions = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
+    results = []
+    for run in (rows.begin_step_triton, rows.begin_step_reference):
+        s = w.selection(_kept(w, 0.5), 3)
+        index = s.req_index.long()
+        s.table[index[0], 1 + stages :] += torch.arange(2 * stages, device=device).int() % 2
+        s.table[index[2], 1 + stages : 1 + 2 * stages] = 0  # no room left
+        s.table[index[3], 1 : 1 + stages] = s.table[index[3], 0]  # kept whole
+        s.table[index, 1] = s.num_prompt
+        s.req_index[1] = -1
+        for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit):
+            poisoned.fill_(-99)
+        all_rows = Rows(
+            *(torch.stack([x] * stages) for x in vars(w.rows(n + revive_rows)).values())
+        )
+        all_rows.request.fill_(-99)
+        shares = torch.tensor([share], dtype=torch.int32, device=device)
+        run(s, all_rows, positions, shares, num_decodes, n, revive_rows, always, stages)
+        results.append((s, all_rows))
+    for mine, theirs in zip(*results):
+        for name in mine.__dataclass_fields__:
+            a, b = getattr(mine, name), getattr(theirs, name)
+            if name == "slot":  # padding has none
+                a[:, 1] = b[:, 1] = 0
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(a, b), name
+    s, all_rows = results[0]
+    assert s.num_prompt.tolist() == [w.prompts[0], 0, w.prompts[2], w.prompts[3]]
+    assert s.is_pruned.tolist() == [1, 0, 1, 0]
+    if num_decodes == n:
+        assert all_rows.key_len[:, 1].tolist() == [0] * stages
+        assert (s.active[1:, 2] == int(always)).all(), "without room only marking selects"
+        assert (s.active[1:, 0] == int(always or share > 0)).all()
+        assert (all_rows.request[1:, n : n + revive_rows] == -1).all()
+    else:
+        assert s.active[1:, 2].tolist() == [1, 0], "a prefill selects where it keeps less"
 
 
 def check_place_and_write(seed, device="cpu", dtype=torch.float32):
@@ -265,25 +335,16 @@ def check_place_and_write(seed, device="cpu", dtype=torch.float32):
 
     kv = w.kv_cache()
     k, v = (w.rand(num_rows, w.kv_heads, w.head_dim) for _ in range(2))
-    written = []
-    for run in (rows.write_kv_triton, rows.write_kv_reference):
-        cache = kv.clone()
-        run(cache, k, v, mapping[:num_rows])
-        written.append(cache)
-    assert torch.equal(*written) and not torch.equal(written[0], kv)
-
-    loaded = []
-    s = w.selection(_kept(w, 0.5), 0)
-    s.req_index[2] = -1
-    for use in ("kernel", "reference"):
-        num_prompt, is_pruned = (
-            torch.full((n,), -99, dtype=torch.int32, device=device) for _ in range(2)
-        )
-        run = rows.load_batch_triton if use == "kernel" else rows.load_batch_reference
-        run(num_prompt, is_pruned, s.req_index, s.table, w.num_stages, n)
-        loaded.append((num_prompt, is_pruned))
-    assert all(torch.equal(a, b) for a, b in zip(*loaded))
-    assert loaded[0][0].tolist() == [*w.prompts[:2], 0, w.prompts[3]]
+    one = torch.ones(1, device=device)
+    written = kv.clone()
+    rows.write_kv(SimpleNamespace(_k_scale=one, _v_scale=one), written, k, v, mapping[:num_rows])
+    expected = kv.clone()
+    for row in range(num_rows):
+        slot = int(mapping[row])
+        if slot >= 0:
+            at = expected[slot // w.block_size, :, slot % w.block_size]
+            at[:, : w.head_dim], at[:, w.head_dim :] = k[row], v[row]
+    assert torch.equal(written, expected) and not torch.equal(written, kv)
 
 
 def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):
@@ -317,13 +378,17 @@ def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):
     out = w.rows(24)
     out.request[2:22] = request[dropped]
     out.position[2:22] = position[dropped]
-    for run in (gather._aux_copy_triton, gather._aux_copy_reference):
+    for load, store in (
+        (gather.load_aux_triton, gather.store_aux_triton),
+        (gather.load_aux_reference, gather.store_aux_reference),
+    ):
         back = torch.full((24, hidden_size), 9e9, device=device, dtype=dtype)
-        run(back, out, 1, 22, aux, True)
+        load(back, hidden, out, 2, 23, aux)
         assert torch.equal(back[2:22], hidden[dropped])
-        assert (back[1] == 0).all() and (back[22] == 0).all() and (back[0] == back[23]).all()
+        assert torch.equal(back[:2], hidden[:2]), "the decodes' own"
+        assert (back[22] == 0).all() and (back[23].float() > 8e9).all()
         stored = gather.AuxPages(**{**vars(aux), "buffer": torch.full_like(aux.buffer, 7)})
-        run(back, out, 2, 20, stored, False)
+        store(back, out, 2, 20, stored)
         at = aux.addresses(out.request[2:22], out.position[2:22])
         assert torch.equal(
             stored.buffer[at[:, None] + torch.arange(hidden_size, device=device)], back[2:22]

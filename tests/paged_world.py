@@ -7,6 +7,7 @@ import torch
 
 from lazyllm_vllm.kernels.gather import AuxPages
 from lazyllm_vllm.kernels.state import Rows, Selection
+from lazyllm_vllm.kernels.top_k import BINS, MAX_SPLITS, NUM_COUNTS
 
 
 @dataclass
@@ -86,6 +87,7 @@ class World:
             row[1 + stages : 1 + 2 * stages] = len(self.present[i]) + room
             row[1 + 2 * stages :] = len(self.present[i])
         ints = {"dtype": torch.int32, "device": self.device}
+        is_pruned = torch.tensor([int(k < p) for k, p in zip(kept, self.prompts)], **ints)
         return Selection(
             token_key=torch.full((len(self.level),), -99, **ints),
             token_score=self.token_score.clone().to(self.device),
@@ -95,7 +97,12 @@ class World:
             table=table.to(self.device),
             req_index=index.int().to(self.device),
             num_prompt=torch.tensor(self.prompts, **ints),
-            is_pruned=torch.tensor([int(k < p) for k, p in zip(kept, self.prompts)], **ints),
+            is_pruned=is_pruned,
+            active=is_pruned.repeat(stages, 1),
+            limit=torch.full((stages, n), min(self.share, room), **ints),
+            histogram=torch.zeros(n, 2 * BINS, **ints),
+            found=torch.full((n, 4), -99, **ints),
+            counts=torch.full((n, NUM_COUNTS, MAX_SPLITS), -99, **ints),
             block_size=self.block_size,
         )
 

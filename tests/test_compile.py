@@ -18,34 +18,36 @@ INT8 = {"level_ptr", "selected_ptr"}
 LLAMA = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_PAD": 128}
 
 
-def _variants(attention, gather, rank, rows, score, select_decode, select_prefill):
+def _variants(attention, gather, rank, rows, score, select_decode, select_prefill, top_k):
     for stage in (0, 2):
         place = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
         yield attention._attention_kernel, LLAMA | place | {
-            "GROUP": 4, "NUM_SPLITS": 8, "STRICT": stage > 0, "BLOCK_M": 64, "BLOCK_N": 64,
+            "GROUP": 4, "STRICT": stage > 0, "BLOCK_M": 64, "BLOCK_N": 128,
         }  # fmt: skip
         yield attention._combine_kernel, LLAMA | {
-            "NUM_SPLITS": 8, "SPLITS_PAD": 8, "IDENTITY": stage == 0
+            "SPLITS_PAD": 8, "IDENTITY": stage == 0
         }  # fmt: skip
         yield score._score_kernel, LLAMA | place | {
-            "GROUP": 4, "GROUP_PAD": 16, "NUM_SPLITS": 8, "BLOCK_N": 64
+            "GROUP": 4, "GROUP_PAD": 16, "BLOCK_N": 64
         }  # fmt: skip
     for stage, strict in ((1, False), (2, True)):
-        blocks = {"STAGE": stage, "BLOCK_SIZE": 16}
-        yield rank._rank_kernel, blocks | {
-            "POOL": 13, "STRICT": strict, "NUM_SPLITS": 8, "BLOCK": 512
-        }  # fmt: skip
-        yield select_prefill._select_prefill_kernel, blocks | {"BLOCK": 1024}
-        yield select_decode._select_decode_kernel, blocks | {
-            "REVIVES": True, "STRICT": strict, "MARKS": strict, "BLOCK": 1024
-        }  # fmt: skip
-    yield rows._load_batch_kernel, {}
+        for lists in (1, 2):
+            blocks = {"STAGE": stage, "BLOCK_SIZE": 16, "BLOCK": 1024}
+            splits = {"MAX_SPLITS": top_k.MAX_SPLITS}
+            yield rank._rank_kernel, blocks | {"POOL": 13, "STRICT": strict, "LISTS": lists}
+            for step in (1, 2):
+                yield top_k._refine_kernel, blocks | {"STEP": step, "LISTS": lists}
+            yield top_k._count_kernel, blocks | splits | {"LISTS": lists}
+            yield select_decode._select_decode_kernel, blocks | splits | {
+                "LISTS": lists, "MARKS": strict
+            }  # fmt: skip
+        yield select_prefill._select_prefill_kernel, blocks | splits
+    yield rows._begin_step_kernel, {}
     yield rows._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
-    yield rows._write_kv_kernel, {"NUM_HEADS": 8, "HEAD_DIM": 128, "PAD": 1024, "BLOCK_SIZE": 16}
     pages = {"PAGES": 8, "PER_PAGE": 8, "HIDDEN": 4096, "BLOCK": 2048}
     yield gather._move_kernel, pages | {"HAS_AUX": True}
-    for load in (False, True):
-        yield gather._aux_copy_kernel, pages | {"LOAD": load}
+    yield gather._store_kernel, pages
+    yield gather._load_kernel, pages
 
 
 def _type_of(name: str) -> str:
@@ -79,9 +81,10 @@ def _compile_all() -> None:
         score,
         select_decode,
         select_prefill,
+        top_k,
     )
 
-    modules = (attention, gather, rank, rows, score, select_decode, select_prefill)
+    modules = (attention, gather, rank, rows, score, select_decode, select_prefill, top_k)
     compiled = set()
     for kernel, constants in _variants(*modules):
         types = {n: "constexpr" if n in constants else _type_of(n) for n in kernel.arg_names}

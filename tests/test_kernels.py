@@ -8,6 +8,7 @@ from kernel_checks import (
     LONG,
     check_attention,
     check_aux_copies,
+    check_begin_step,
     check_decode_selection,
     check_place_and_write,
     check_prefill_attention,
@@ -16,6 +17,8 @@ from kernel_checks import (
     check_score,
     check_strict_attention_masks,
 )
+
+from lazyllm_vllm.kernels import rank, select_decode, select_prefill, top_k
 
 SEEDS = (0, 1, 2, LONG)
 
@@ -49,18 +52,34 @@ def test_rank(seed, stage, pool, strict):
     check_rank(seed, stage, pool, strict)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.fixture(params=[(seed, None) for seed in SEEDS[:3]] + [(LONG, 2)])
+def seed_and_splits(request, monkeypatch):
+    """A world's seed; for long prompts, so few programs that each has several blocks of them."""
+    seed, splits = request.param
+    if splits:
+        for module in (rank, top_k, select_prefill, select_decode):
+            monkeypatch.setattr(module, "num_splits", lambda num_requests: splits)
+    return seed
+
+
 @pytest.mark.parametrize("stage", (1, 2))
-def test_prefill_selection(seed, stage):
-    check_prefill_selection(seed, stage)
+@pytest.mark.parametrize("ties", (True, False))
+def test_prefill_selection(seed_and_splits, stage, ties):
+    check_prefill_selection(seed_and_splits, stage, ties)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("stage", (1, 2))
 @pytest.mark.parametrize("strict", (False, True))
-@pytest.mark.parametrize("share", (0, 3, 40))
-def test_decode_selection(seed, stage, strict, share):
-    check_decode_selection(seed, stage, strict, share)
+@pytest.mark.parametrize("share, ties", ((0, True), (3, True), (40, True), (5, False)))
+def test_decode_selection(seed_and_splits, stage, strict, share, ties):
+    check_decode_selection(seed_and_splits, stage, strict, share, ties)
+
+
+@pytest.mark.parametrize("share", (0, 1, 5))
+@pytest.mark.parametrize("always", (False, True))
+@pytest.mark.parametrize("num_decodes", (0, 4))
+def test_begin_step(share, always, num_decodes):
+    check_begin_step(0, share, always, num_decodes)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from lazyllm_vllm.attention import StagedAttention
 from lazyllm_vllm.aux_cache import add_aux_pages
 from lazyllm_vllm.config import parse_config
+from lazyllm_vllm.patches import install_in_worker
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.step import Step
 
@@ -29,8 +30,13 @@ class StagedDecoder:
             next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
         ]
         for index, module in enumerate(attention):
-            StagedAttention.adopt(module, self.schedule, self.schedule.stage_of(index))
+            stage = self.schedule.stage_of(index)
+            StagedAttention.adopt(
+                module, self.schedule, stage, vllm_config.model_config.max_model_len
+            )
         self.layer_names = [module.layer_name for module in attention]
+        if self.schedule.prunes:
+            install_in_worker()
         if self.schedule.has_aux:
             add_aux_pages(vllm_config, attention[0], self.schedule)
 

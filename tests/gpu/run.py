@@ -59,25 +59,31 @@ def kernels() -> None:
                 lambda: kernel_checks.check_score(seed, stage, **bf16),
             )
         for stage in (1, 2):
-            report(
-                f"prefill selection, seed {seed}, stage {stage}",
-                lambda: kernel_checks.check_prefill_selection(seed, stage, **gpu),
-            )
+            for ties in (False, True):
+                report(
+                    f"prefill selection, seed {seed}, stage {stage}, ties {ties}",
+                    lambda: kernel_checks.check_prefill_selection(seed, stage, ties, **gpu),
+                )
             for strict in (False, True):
                 report(
                     f"rank, seed {seed}, stage {stage}, strict {strict}",
                     lambda: kernel_checks.check_rank(seed, stage, 13, strict, **gpu),
                 )
-                for share in (0, 3, 40):
+                for share, ties in ((0, True), (3, True), (40, True), (5, False)):
                     report(
-                        f"decode selection, seed {seed}, {stage}, {strict}, share {share}",
+                        f"decode selection, seed {seed}, {stage}, {strict}, {share}, {ties}",
                         lambda: kernel_checks.check_decode_selection(
-                            seed, stage, strict, share, **gpu
+                            seed, stage, strict, share, ties, **gpu
                         ),
                     )
         report(
             f"place and write, seed {seed}",
             lambda: kernel_checks.check_place_and_write(seed, **bf16),
+        )
+    for num_decodes in (0, 4):
+        report(
+            f"start of a step, {num_decodes} decodes",
+            lambda: kernel_checks.check_begin_step(0, 5, False, num_decodes, **gpu),
         )
     report("prefill attention", lambda: kernel_checks.check_prefill_attention(0, **bf16))
     report("strict mask", lambda: kernel_checks.check_strict_attention_masks(**gpu))

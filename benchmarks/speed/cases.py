@@ -1,0 +1,192 @@
+"""The benchmarks: which engines, measured how, beside stock vLLM in the same run.
+
+``ttft`` and ``decode`` hold their engines on the GPU side by side and take turns between them,
+run by run, so that a clock that drifts favours nobody. ``memory`` and ``throughput`` give each
+engine the whole GPU, one after the other.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.speed.engine import Engine
+from benchmarks.speed.results import Row
+from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, TWENTIETH, WHOLE, Pruning, flop_bound
+
+GIB = 1 << 30
+LLAMA_8B, LLAMA_7B = "Llama-3.1-8B", "Llama-2-7B"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A prompt length (and batch, and steps) measured so many times on each engine."""
+
+    tokens: int
+    runs: int
+    engines: tuple[Pruning, ...]
+    batch: int = 1
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Engines of one shape that stand side by side, and what is measured on them."""
+
+    shape: str
+    engines: tuple[Pruning, ...]
+    # Longest prompt, and GiB of KV cache, of each; stock first.
+    max_len: tuple[int, ...]
+    kv_gib: tuple[int, ...]
+    ttft: tuple[Timed, ...]
+    decode: tuple[Timed, ...] = ()
+
+
+SHORT = 384  # under min_prompt_tokens: not pruned
+
+SIDE_BY_SIDE = (
+    Group(
+        LLAMA_8B,
+        (HALVES, WHOLE),
+        max_len=(131072, 131072, 17408),
+        kv_gib=(20, 20, 20),
+        ttft=(
+            Timed(SHORT, 15, (HALVES,)),
+            Timed(4096, 11, (HALVES, WHOLE)),
+            Timed(16384, 7, (HALVES, WHOLE)),
+            Timed(32768, 5, (HALVES,)),
+            Timed(65536, 3, (HALVES,)),
+            Timed(131000, 3, (HALVES,)),
+        ),
+        decode=(
+            Timed(SHORT, 5, (HALVES,), steps=64),
+            Timed(8192, 7, (HALVES, WHOLE), steps=20),
+            Timed(8192, 3, (HALVES, WHOLE), batch=16, steps=20),
+            Timed(130000, 2, (HALVES,), steps=20),
+        ),
+    ),
+    Group(
+        LLAMA_7B,
+        (TENTH, TWENTIETH),
+        max_len=(16640, 16640, 16640),
+        kv_gib=(20, 20, 20),
+        ttft=(Timed(4000, 11, (TENTH, TWENTIETH)), Timed(16384, 7, (TENTH, TWENTIETH))),
+    ),
+)
+
+
+def name_of(pruning: Pruning | None) -> str:
+    return pruning.name if pruning else "stock"
+
+
+@contextmanager
+def _running(specs: list[tuple[str, Pruning | None, dict]], logs: Path) -> Iterator[list]:
+    """Engines started together, up when this yields them."""
+    engines = [
+        Engine(shape, pruning, options, logs / f"{shape}-{i}.log")
+        for i, (shape, pruning, options) in enumerate(specs)
+    ]
+    try:
+        versions = [engine.ready() for engine in engines]
+        yield engines, versions[0]
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def side_by_side(group: Group, wanted: set[str], report: Callable) -> list[Row]:
+    """``ttft`` and ``decode`` of a group."""
+    specs = []
+    for pruning, max_len, kv in zip((None, *group.engines), group.max_len, group.kv_gib):
+        options = {
+            "max_model_len": max_len, "max_num_batched_tokens": max_len, "max_num_seqs": 32,
+            "kv_cache_memory_bytes": kv * GIB, "gpu_memory_utilization": 0.1,
+        }  # fmt: skip
+        specs.append((group.shape, pruning, options))
+    rows = []
+    with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (engines, versions):
+        if "ttft" in wanted:
+            for timed in group.ttft:
+                arguments = {"tokens": timed.tokens}
+                rows += _in_turn("ttft", group, engines, timed, arguments, report)
+        if "decode" in wanted:
+            for timed in group.decode:
+                arguments = {"tokens": timed.tokens, "batch": timed.batch, "steps": timed.steps}
+                rows += _in_turn("decode", group, engines, timed, arguments, report)
+    return _with(rows, versions)
+
+
+def _in_turn(benchmark, group, engines, timed, arguments, report) -> list[Row]:
+    chosen = [e for e in engines if e.pruning is None or e.pruning in timed.engines]
+    results: dict[str, list[dict]] = {name_of(e.pruning): [] for e in chosen}
+    for run in range(-1, timed.runs):  # the first warms up
+        for engine in chosen:
+            result = engine.measure(benchmark, **arguments)
+            if run >= 0:
+                results[name_of(engine.pruning)].append(result)
+    rows = []
+    for engine in chosen:
+        row = Row.of(
+            results[name_of(engine.pruning)], benchmark=benchmark, shape=group.shape,
+            engine=name_of(engine.pruning), tokens=timed.tokens, batch=timed.batch, unit="ms",
+        )  # fmt: skip
+        row.ratio = (rows[0] if rows else row).median / row.median
+        if benchmark == "ttft" and engine.pruning and timed.tokens != SHORT:
+            row.flop_bound = flop_bound(SHAPES[group.shape], engine.pruning.prune, timed.tokens)
+        rows.append(row)
+        report(row)
+    return rows
+
+
+def whole_gpu(wanted: set[str], report: Callable) -> list[Row]:
+    """``memory``, ``throughput``, and ``decode`` with more requests than fit side by side."""
+    rows: list[Row] = []
+    for pruning in (None, HALVES):
+        options = {
+            "max_model_len": 33280, "max_num_batched_tokens": 33280, "max_num_seqs": 128,
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128],
+        }  # fmt: skip
+        plan = [
+            ("memory", "room", {"tokens": 32768}, 1, "requests"),
+            ("decode", "decode", {"tokens": 8192, "batch": 64, "steps": 20}, 2, "ms"),
+            ("throughput", "throughput", {"requests": 64, "tokens": 16384, "max_tokens": 128}, 1,
+             "tokens/s"),
+        ]  # fmt: skip
+        specs = [(LLAMA_8B, pruning, options)]
+        with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (up, versions):
+            for benchmark, function, arguments, runs, unit in plan:
+                if benchmark not in wanted:
+                    continue
+                results = [up[0].measure(function, **arguments) for _ in range(runs)]
+                row = Row.of(
+                    results[1:] or results, benchmark=benchmark, shape=LLAMA_8B,
+                    engine=name_of(pruning), tokens=arguments["tokens"],
+                    batch=arguments.get("batch", arguments.get("requests", 1)), unit=unit,
+                )  # fmt: skip
+                stock = next((r for r in rows if _same(r, row)), row)
+                row.ratio = row.median / stock.median
+                if unit == "ms":
+                    row.ratio = 1 / row.ratio
+                rows += _with([row], versions)
+                report(row)
+    return rows
+
+
+def _same(a: Row, b: Row) -> bool:
+    return (a.benchmark, a.tokens, a.batch) == (b.benchmark, b.tokens, b.batch)
+
+
+def _with(rows: list[Row], versions: dict) -> list[Row]:
+    for row in rows:
+        row.environment = versions
+    return rows
+
+
+def profile() -> tuple[str, dict]:
+    """Kernels of a 32K prefill and a decode step, as text; versions."""
+    options = {"max_model_len": 33280, "max_num_batched_tokens": 33280, "max_num_seqs": 2}
+    specs = [(LLAMA_8B, HALVES, options)]
+    with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (engines, versions):
+        result = engines[0].measure("profile", tokens=32768, decode_tokens=8192)
+    return result["text"], versions

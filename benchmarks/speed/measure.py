@@ -1,0 +1,153 @@
+"""What is measured on a running engine. Times are wall-clock, in milliseconds, of the whole engine:
+scheduling, the model, sampling."""
+
+import time
+
+import torch
+
+from vllm import LLM, SamplingParams
+
+
+def _prompts(count: int, tokens: int, seed: int) -> list[dict]:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 30000, (count, tokens), generator=random).tolist()
+    return [{"prompt_token_ids": prompt} for prompt in ids]
+
+
+def _params(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def _core(llm: LLM):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def ttft(llm: LLM, tokens: int) -> dict:
+    """Time to the first token of one request."""
+    start = time.monotonic()
+    llm.generate(_prompts(1, tokens, 0), _params(1), use_tqdm=False)
+    return {"value": 1000 * (time.monotonic() - start)}
+
+
+def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
+    """Time per output token while ``batch`` requests of ``tokens`` tokens decode together, over
+    ``steps`` steps that begin when the last of them has its third token; how many tokens each
+    request revived in one step, in one stage, on average."""
+    engine = llm.llm_engine
+    ids = [f"decode-{i}" for i in range(batch)]
+    for name, prompt in zip(ids, _prompts(batch, tokens, 1)):
+        engine.add_request(name, prompt, _params(steps + 4 * batch + 8))
+    count = {}
+    start = end = None
+    while end is None:
+        for output in engine.step():
+            count[output.request_id] = len(output.outputs[0].token_ids)
+        least = min((count.get(name, 0) for name in ids), default=0)
+        if start is None and least >= 3:
+            revived, first = _revived(llm), least
+            start = time.monotonic()
+        elif start is not None and least >= first + steps:
+            end = time.monotonic()
+            done = least - first
+    result = {"value": 1000 * (end - start) / done}
+    if revived is not None:
+        result["revived"] = (_revived(llm) - revived) / (done * batch)
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return result
+
+
+def _revived(llm: LLM) -> float | None:
+    """Prompt tokens revived so far, a stage."""
+    if "lazyllm" not in (_core(llm).vllm_config.additional_config or {}):
+        return None
+    from lazyllm_vllm.stats import request_stats
+
+    by_stage = request_stats(llm)["total"]["revived"]
+    return sum(by_stage) / max(len(by_stage) - 1, 1)
+
+
+def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int) -> dict:
+    """Output tokens a second with all requests there from the start; most that ran at once."""
+    engine, scheduler = llm.llm_engine, _core(llm).scheduler
+    peak = 0
+    start = time.monotonic()
+    for i, prompt in enumerate(_prompts(requests, tokens, 2)):
+        engine.add_request(f"throughput-{i}", prompt, _params(max_tokens))
+    while engine.has_unfinished_requests():
+        engine.step()
+        peak = max(peak, len(scheduler.running))
+    return {"value": requests * max_tokens / (time.monotonic() - start), "peak_running": peak}
+
+
+def room(llm: LLM, tokens: int) -> dict:
+    """Requests of ``tokens`` tokens whose caches fit at once: allocated, in the engine's own KV
+    cache manager, until it has no more."""
+    from vllm.v1.request import Request
+
+    manager = _core(llm).scheduler.kv_cache_manager
+    held = []
+    while True:
+        request = Request(
+            request_id=f"room-{len(held)}",
+            prompt_token_ids=[3] * tokens,
+            sampling_params=_params(1),
+            pooling_params=None,
+        )
+        if manager.allocate_slots(request, tokens) is None:
+            break
+        held.append(request)
+    for request in held:
+        manager.free(request)
+    return {"value": len(held)}
+
+
+def profile(llm: LLM, tokens: int, decode_tokens: int) -> dict:
+    """Kernels of one prefill, and of one decode step, as text."""
+    prefill = _prompts(1, tokens, 3)
+    decode = _prompts(1, decode_tokens, 3)
+    steps = 16
+    for prompt, count in ((prefill, 1), (decode, 1 + steps)):
+        llm.generate(prompt, _params(count), use_tqdm=False)
+    one = _kernels(lambda: llm.generate(prefill, _params(1), use_tqdm=False))
+    first = _kernels(lambda: llm.generate(decode, _params(1), use_tqdm=False))
+    many = _kernels(lambda: llm.generate(decode, _params(1 + steps), use_tqdm=False))
+    for name, (us, count) in first.items():
+        before = many.get(name, (0, 0))
+        many[name] = (before[0] - us, before[1] - count)
+    step = {n: (us / steps, c / steps) for n, (us, c) in many.items() if c > 0}
+    return {
+        "value": 0,
+        "text": _table(f"Prefill of {tokens:,} tokens", one)
+        + "\n"
+        + _table(f"A decode step after {decode_tokens:,} tokens, mean of {steps}", step),
+    }
+
+
+def _kernels(run) -> dict[str, tuple[float, float]]:
+    """Microseconds and launches of each kernel."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    kernels: dict[str, tuple[float, float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            us, count = kernels.get(event.name, (0.0, 0))
+            kernels[event.name] = (us + event.time_range.elapsed_us(), count + 1)
+    return kernels
+
+
+def _table(title: str, kernels: dict[str, tuple[float, float]], most: int = 30) -> str:
+    total = sum(us for us, _ in kernels.values())
+    lines = [
+        f"{title}: {total / 1000:.3f} ms in kernels",
+        f"{'us':>12} {'launches':>9} {'share':>7}",
+    ]
+    for name, (us, count) in sorted(kernels.items(), key=lambda x: -x[1][0])[:most]:
+        lines.append(f"{us:12.1f} {count:9.1f} {us / total:7.2%}  {name[:100]}")
+    rest = sorted(kernels.values(), reverse=True)[most:]
+    lines.append(f"{sum(us for us, _ in rest):12.1f} {'':9} {'':7}  {len(rest)} others")
+    return "\n".join(lines) + "\n"

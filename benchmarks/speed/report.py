@@ -1,0 +1,141 @@
+"""Plots and the README's section, from the results file alone."""
+
+from pathlib import Path
+
+from benchmarks.speed import results
+from benchmarks.speed.results import Row
+from benchmarks.speed.shapes import HALVES
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+
+
+def main() -> None:
+    """Draw the plots and rewrite the README's section on speed."""
+    rows = results.read(results.FILE)
+    draw_ttft(rows, results.FOLDER / "ttft.svg")
+    draw_room(rows, results.FOLDER / "room.svg")
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{section(rows)}\n{END}{after}")
+
+
+def _pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row.benchmark == benchmark and all(getattr(row, k) == v for k, v in fields.items())
+    ]
+
+
+def section(rows: list[Row]) -> str:
+    """Markdown: what was measured, where and when, then a table a benchmark."""
+    place = rows[0].environment
+    parts = [
+        f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
+        f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
+        "the shapes named, prefix caching off, CUDA graphs and FlashAttention on in both engines. "
+        "Medians; the results file has every figure's spread.",
+        "![Time to first token](benchmarks/speed/results/ttft.svg)",
+        "Time to first token, one request. The bound is how many times fewer floating-point "
+        "operations the schedule takes.",
+        _table(
+            ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
+            [
+                (r.shape, r.engine, f"{r.tokens:,}", _ms(_stock(rows, r)), _ms(r),
+                 f"{r.ratio:.2f}x", f"{r.flop_bound:.2f}x" if r.flop_bound else "not pruned")
+                for r in rows if r.benchmark == "ttft" and r.engine != "stock"
+            ],
+        ),
+        "Time per output token, with revival. A prompt too short to be pruned, and a schedule that "
+        "keeps every token, run as in stock vLLM.",
+        _table(
+            ("layers and keep", "prompt", "requests", "stock ms", "LazyLLM ms", "LazyLLM / stock",
+             "revived a step"),
+            [
+                (r.engine, f"{r.tokens:,}", str(r.batch), _ms(_stock(rows, r)), _ms(r),
+                 f"{1 / r.ratio:.3f}", f"{r.details.get('revived', 0):.1f}")
+                for r in rows if r.benchmark == "decode" and r.engine != "stock"
+            ],
+        ),
+        "![Requests that fit](benchmarks/speed/results/room.svg)",
+    ]  # fmt: skip
+    more = []
+    for benchmark, what in (
+        ("memory", "requests of 32,768 tokens that fit in the KV cache at once"),
+        ("throughput", "output tokens a second, {batch} requests of {tokens:,} tokens at once"),
+    ):
+        for row in _pick(rows, benchmark, engine=HALVES.name):
+            stock = _stock(rows, row)
+            more.append(
+                (what.format(batch=row.batch, tokens=row.tokens), f"{stock.median:,.0f}",
+                 f"{row.median:,.0f}", f"{row.ratio:.2f}x")
+            )  # fmt: skip
+    parts.append(_table(("", "stock", "LazyLLM", "ratio"), more))
+    return "\n\n".join(parts)
+
+
+def _stock(rows: list[Row], row: Row) -> Row:
+    fields = {"shape": row.shape, "tokens": row.tokens, "batch": row.batch}
+    return _pick(rows, row.benchmark, engine="stock", **fields)[0]
+
+
+def _ms(row: Row) -> str:
+    return f"{row.median:,.1f}" if row.median > 20 else f"{row.median:.2f}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw_ttft(rows: list[Row], path: Path) -> None:
+    """Time to first token against prompt length, with the FLOP bound as a line."""
+    lazy = [r for r in _pick(rows, "ttft", engine=HALVES.name) if r.flop_bound]
+    stock = [_stock(rows, r) for r in lazy]
+    figure, axes = _figure("Time to first token, " + lazy[0].shape)
+    tokens = [r.tokens for r in lazy]
+    axes.plot(tokens, [r.median for r in stock], "o-", color="#888888", label="stock vLLM")
+    axes.plot(tokens, [r.median for r in lazy], "o-", color="#0a6ebd", label="LazyLLM")
+    axes.plot(
+        tokens, [s.median / r.flop_bound for s, r in zip(stock, lazy)], "--", color="#d1495b",
+        label="stock / FLOP bound",
+    )  # fmt: skip
+    for s, r in zip(stock, lazy):
+        axes.annotate(
+            f"{s.median / r.median:.2f}x", (r.tokens, r.median), textcoords="offset points",
+            xytext=(0, -14), ha="center", fontsize=8, color="#0a6ebd",
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="ms")
+    axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def draw_room(rows: list[Row], path: Path) -> None:
+    """Requests that fit in the KV cache at once."""
+    lazy = _pick(rows, "memory", engine=HALVES.name)[0]
+    stock = _stock(rows, lazy)
+    figure, axes = _figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
+    bars = axes.barh(
+        ["LazyLLM", "stock vLLM"], [lazy.median, stock.median], color=["#0a6ebd", "#888888"]
+    )
+    axes.bar_label(bars, fmt="%d", padding=4)
+    axes.set(xlabel="requests", xlim=(0, 1.15 * lazy.median))
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _figure(title: str):
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = title
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.set_title(title, fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes

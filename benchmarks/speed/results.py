@@ -1,0 +1,76 @@
+"""The results file: JSON lines, one for each measured figure, with all that it depends on."""
+
+import json
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "results"
+FILE = FOLDER / "speed.jsonl"
+
+
+@dataclass
+class Row:
+    """One figure.
+
+    Attributes:
+        benchmark: ``ttft``, ``decode``, ``memory`` or ``throughput``.
+        engine: ``stock``, or the name of a pruning.
+        tokens: prompt length; batch: requests.
+        median, least, most: of ``runs`` runs, in ``unit``.
+        ratio: how many times better than stock, from the same run of the benchmark.
+        flop_bound: how many times fewer operations than stock a prefill takes.
+        details: further figures.
+    """
+
+    benchmark: str
+    shape: str
+    engine: str
+    tokens: int
+    batch: int
+    unit: str
+    median: float
+    least: float
+    most: float
+    runs: int
+    ratio: float | None = None
+    flop_bound: float | None = None
+    details: dict = field(default_factory=dict)
+    environment: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, results: list[dict], **fields) -> "Row":
+        """Of the dicts that ``measure``'s functions return."""
+        values = [result["value"] for result in results]
+        details = {
+            name: statistics.median(result[name] for result in results)
+            for name in results[0]
+            if name != "value"
+        }
+        return cls(
+            median=statistics.median(values), least=min(values), most=max(values),
+            runs=len(values), details=details, **fields,
+        )  # fmt: skip
+
+
+def environment(versions: dict, commit: str | None) -> dict:
+    """Versions, date and commit, for every row of a run."""
+    return {**versions, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit or _commit()}
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
