@@ -24,14 +24,16 @@ from lazyllm_vllm.kernels.top_k import (
 
 
 @triton.jit
-def _is_candidate(level_ptr, selected_ptr, home, mask, STAGE: tl.constexpr, STRICT: tl.constexpr):
+def _is_candidate(
+    level_ptr, selected_ptr, home, mask, stage, FIRST: tl.constexpr, STRICT: tl.constexpr
+):
     """Whether positions have keys in the stage before the boundary (and, when strict, are in this
     step's selection of that stage). All have keys in stage 0."""
     candidate = mask
-    if STAGE > 1:
-        candidate &= tl.load(level_ptr + home, mask=mask, other=0) >= STAGE
+    if not FIRST:
+        candidate &= tl.load(level_ptr + home, mask=mask, other=0) >= stage
         if STRICT:
-            candidate &= tl.load(selected_ptr + home, mask=mask, other=0) >= STAGE - 1
+            candidate &= tl.load(selected_ptr + home, mask=mask, other=0) >= stage - 1
     return candidate
 
 
@@ -50,7 +52,8 @@ def _rank_kernel(
     last_tokens,
     first_request,
     splits,
-    STAGE: tl.constexpr,
+    stage,
+    FIRST: tl.constexpr,  # the first boundary: all tokens are candidates
     POOL: tl.constexpr,
     STRICT: tl.constexpr,
     LISTS: tl.constexpr,
@@ -73,7 +76,7 @@ def _rank_kernel(
             near = p + shift
             mask = (near >= 0) & (near < num_prompt)
             home = home_slot(table, near, mask, BLOCK_SIZE)
-            candidate = _is_candidate(level_ptr, selected_ptr, home, mask, STAGE, STRICT)
+            candidate = _is_candidate(level_ptr, selected_ptr, home, mask, stage, FIRST, STRICT)
             score = tl.load(token_score_ptr + home, mask=candidate, other=-1.0)
             best = tl.maximum(best, tl.where(score >= 0, score, -1.0))
             if shift == 0:
@@ -85,7 +88,7 @@ def _rank_kernel(
         tl.store(token_key_ptr + home, tl.where(own, key, -1), mask=valid)
         add_digits(row, key, own, 0, 0)
         if LISTS == 2:
-            absent = own & (tl.load(level_ptr + home, mask=own, other=127) == STAGE)
+            absent = own & (tl.load(level_ptr + home, mask=own, other=127) == stage)
             add_digits(row, key, absent, 0, 1)
 
 
@@ -97,7 +100,8 @@ def rank_tokens_triton(
     _rank_kernel[(num_requests, splits)](
         s.token_key, s.histogram, s.token_score, s.level, s.selected, table, table.stride(0),
         s.num_prompt, s.active[stage], first_tokens, last_tokens, first_request, splits,
-        STAGE=stage, POOL=pool, STRICT=strict, LISTS=lists, BLOCK_SIZE=s.block_size, BLOCK=BLOCK,
+        stage, FIRST=stage == 1, POOL=pool, STRICT=strict, LISTS=lists,
+        BLOCK_SIZE=s.block_size, BLOCK=BLOCK,
     )  # fmt: skip
 
 

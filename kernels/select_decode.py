@@ -50,7 +50,8 @@ def _select_decode_kernel(
     num_decodes,
     num_stages,
     splits,
-    STAGE: tl.constexpr,
+    stage,
+    FIRST: tl.constexpr,
     LISTS: tl.constexpr,
     MARKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -91,10 +92,10 @@ def _select_decode_kernel(
         order = met + tl.cumsum(tie, 0)
         if MARKS:
             taken = (key > threshold) | ((tie != 0) & (order <= ties))
-            marked = valid if STAGE == 1 else taken
-            tl.store(selected_ptr + home, tl.where(taken, STAGE, 0).to(tl.int8), mask=marked)
+            marked = valid if FIRST else taken
+            tl.store(selected_ptr + home, tl.where(taken, stage, 0).to(tl.int8), mask=marked)
         if LISTS == 2:
-            absent = valid & (tl.load(level_ptr + home, mask=key >= best, other=127) == STAGE)
+            absent = valid & (tl.load(level_ptr + home, mask=key >= best, other=127) == stage)
             better = absent & (key > best)
             level_with = (absent & (key == best)).to(tl.int32)
             on_order = on + tl.cumsum(level_with, 0)
@@ -107,7 +108,7 @@ def _select_decode_kernel(
             tl.store(row_position_ptr + first_row + nth, p.to(tl.int64), mask=chosen)
             tl.store(row_request_ptr + first_row + nth, batch, mask=chosen)
             tl.store(row_slot_ptr + first_row + nth, first_slot + nth, mask=chosen)
-            tl.store(level_ptr + home, STAGE + 1, mask=chosen)
+            tl.store(level_ptr + home, stage + 1, mask=chosen)
             above += tl.sum(better.to(tl.int32), 0)
             on += tl.sum(level_with, 0)
             revived += tl.sum(chosen.to(tl.int32), 0)
@@ -115,7 +116,7 @@ def _select_decode_kernel(
     if LISTS == 2:
         if revived > 0:
             keys_at = table_ptr + tl.load(req_index_ptr + batch) * table_stride
-            tl.atomic_add(keys_at + 1 + 2 * num_stages + STAGE, revived, sem="relaxed")
+            tl.atomic_add(keys_at + 1 + 2 * num_stages + stage, revived, sem="relaxed")
             tl.atomic_add(key_len_ptr + batch, revived, sem="relaxed")
             tl.atomic_add(num_revived_ptr + batch, revived, sem="relaxed")
 
@@ -128,7 +129,7 @@ def select_decode_triton(s, rows, share, num_decodes, stage, num_stages, lists, 
         s.histogram, s.found, s.counts, s.token_key, s.level, s.selected, table, table.stride(0),
         s.num_prompt, s.active[stage], s.table, s.table.stride(0), s.req_index, share,
         rows.key_len, rows.num_revived, rows.position, rows.request, rows.slot,
-        num_decodes, num_stages, splits, STAGE=stage, LISTS=lists, MARKS=marks,
+        num_decodes, num_stages, splits, stage, FIRST=stage == 1, LISTS=lists, MARKS=marks,
         MAX_SPLITS=MAX_SPLITS, BLOCK_SIZE=s.block_size, BLOCK=BLOCK,
     )  # fmt: skip
 

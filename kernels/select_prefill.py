@@ -45,7 +45,7 @@ def _select_prefill_kernel(
     dst_base,
     num_decodes,
     splits,
-    STAGE: tl.constexpr,
+    stage,
     MAX_SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,7 +74,7 @@ def _select_prefill_kernel(
             tl.store(row_slot_ptr + dst + j, j, mask=valid)
             if is_pruned:
                 home = home_slot(table, position, valid, BLOCK_SIZE)
-                tl.store(level_ptr + home, STAGE + 1, mask=valid)
+                tl.store(level_ptr + home, stage + 1, mask=valid)
         return
 
     clear_histogram(histogram_ptr + batch * 8192, split, splits)
@@ -101,7 +101,7 @@ def _select_prefill_kernel(
         tl.store(row_position_ptr + dst + slot, p.to(tl.int64), mask=kept)
         tl.store(row_request_ptr + dst + slot, request, mask=kept)
         tl.store(row_slot_ptr + dst + slot, slot, mask=kept)
-        level = tl.where(kept, STAGE + 1, STAGE).to(tl.int8)
+        level = tl.where(kept, stage + 1, stage).to(tl.int8)
         tl.store(level_ptr + home, level, mask=candidate)
         met += tl.sum(tie, 0)
         num_seen += tl.sum(candidate.to(tl.int32), 0)
@@ -118,7 +118,7 @@ def select_prefill_triton(s, rows, src, num_decodes, stage, any_active):
         s.histogram, s.found, s.counts, s.token_key, s.level, table, table.stride(0), s.is_pruned,
         s.active[stage], src.start, src.dst_start, src.position, src.dst_row, src.request,
         rows.position, rows.request, rows.slot, s.num_prompt, s.req_index, src.base, src.dst_base,
-        num_decodes, splits, STAGE=stage, MAX_SPLITS=MAX_SPLITS, BLOCK_SIZE=s.block_size,
+        num_decodes, splits, stage, MAX_SPLITS=MAX_SPLITS, BLOCK_SIZE=s.block_size,
         BLOCK=BLOCK,
     )  # fmt: skip
 

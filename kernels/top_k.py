@@ -107,7 +107,7 @@ def _refine_kernel(
     req_index_ptr,
     first_request,
     splits,
-    STAGE: tl.constexpr,
+    stage,
     STEP: tl.constexpr,
     LISTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -120,7 +120,7 @@ def _refine_kernel(
     start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
     if start >= end:
         return
-    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + STAGE)
+    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
     row = histogram_ptr + batch * 8192
     prefix_0, ties_0 = prefix_of(row, k, STEP, 0)
     prefix_1 = 0
@@ -136,7 +136,7 @@ def _refine_kernel(
         add_digits(row, key, (key >= 0) & (above == prefix_0), STEP, 0)
         if LISTS == 2:
             listed = (key >= 0) & (above == prefix_1)
-            listed &= tl.load(level_ptr + home, mask=listed, other=127) == STAGE
+            listed &= tl.load(level_ptr + home, mask=listed, other=127) == stage
             add_digits(row, key, listed, STEP, 1)
 
 
@@ -157,7 +157,7 @@ def _count_kernel(
     req_index_ptr,
     first_request,
     splits,
-    STAGE: tl.constexpr,
+    stage,
     LISTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -168,7 +168,7 @@ def _count_kernel(
     if tl.load(active_ptr + batch) == 0:
         return
     num_prompt = tl.load(num_prompt_ptr + batch)
-    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + STAGE)
+    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
     row = histogram_ptr + batch * 8192
     start, end = split_bounds(num_prompt, split, splits, BLOCK)
     counts = counts_ptr + batch * 3 * MAX_SPLITS + split
@@ -199,7 +199,7 @@ def _count_kernel(
         key = tl.load(token_key_ptr + home, mask=valid, other=-1)
         num_ties += tl.sum((key == threshold).to(tl.int32), 0)
         if LISTS == 2:
-            absent = tl.load(level_ptr + home, mask=key >= best, other=127) == STAGE
+            absent = tl.load(level_ptr + home, mask=key >= best, other=127) == stage
             num_above += tl.sum((absent & (key > best)).to(tl.int32), 0)
             num_third += tl.sum((absent & (key == best)).to(tl.int32), 0)
         else:
@@ -222,9 +222,9 @@ def find_best(s, first_request: int, num_requests: int, stage: int, lists: int) 
     splits = num_splits(num_requests)
     common = (
         s.token_key, s.level, table, table.stride(0), s.num_prompt, s.active[stage],
-        s.limit[stage], s.table, s.table.stride(0), s.req_index, first_request, splits,
+        s.limit[stage], s.table, s.table.stride(0), s.req_index, first_request, splits, stage,
     )  # fmt: skip
-    constants = {"STAGE": stage, "LISTS": lists, "BLOCK_SIZE": s.block_size, "BLOCK": BLOCK}
+    constants = {"LISTS": lists, "BLOCK_SIZE": s.block_size, "BLOCK": BLOCK}
     for step in (1, 2):
         _refine_kernel[(num_requests, splits)](s.histogram, *common, STEP=step, **constants)
     _count_kernel[(num_requests, splits)](

@@ -31,8 +31,7 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
     def dispatch(
         self, num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs
     ) -> BatchExecutionDescriptor:
-        selecting = self.model_state is not None and self.model_state.selecting
-        case = SELECTING if selecting else PLAIN
+        case = SELECTING if self.model_state and self.model_state.selecting else PLAIN
         found = super().dispatch(num_reqs, num_tokens, uniform_token_count, case, *args, **kwargs)
         if found.cg_mode == CUDAGraphMode.FULL:
             return found

@@ -16,6 +16,7 @@ from lazyllm_vllm.aux_cache import aux_pages
 from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
 from lazyllm_vllm.report import log_start
 from lazyllm_vllm.request_table import RequestTable
+from lazyllm_vllm.room_watch import RoomWatch
 from lazyllm_vllm.stats import RequestStats
 from lazyllm_vllm.step import Step, StepBuffers
 from lazyllm_vllm.trace import Trace
@@ -40,8 +41,10 @@ class LazyModelState(DefaultModelState):
         self.trace = Trace() if Trace.enabled() else None
         self.index_of: dict[str, int] = {}
         self.num_prompt: dict[str, int] = {}
-        self.pruned: set[str] = set()
         self.strict = self.schedule.config.decode == "strict"
+        # Row in the request table of the requests whose decoding chooses tokens anew.
+        self.selecting: dict[str, int] = {}
+        self.room_watch = RoomWatch(self.table)
         # Which of a batch size's two CUDA graphs is being captured; see cuda_graphs.
         self.capture_selecting = False
         self.graph_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
@@ -53,8 +56,8 @@ class LazyModelState(DefaultModelState):
         num_prompt = len(new_req_data.prefill_token_ids)
         self.index_of[new_req_data.req_id] = req_index
         self.num_prompt[new_req_data.req_id] = num_prompt
-        if self.schedule.is_pruned(num_prompt):
-            self.pruned.add(new_req_data.req_id)
+        if self.schedule.is_pruned(num_prompt) and (self.strict or self.schedule.has_aux):
+            self.selecting[new_req_data.req_id] = req_index
         self.table.add(req_index, num_prompt)
 
     def apply_staged_writes(self) -> None:
@@ -66,7 +69,7 @@ class LazyModelState(DefaultModelState):
         index = self.index_of.pop(req_id, None)
         if index is None:
             return
-        self.pruned.discard(req_id)
+        self.selecting.pop(req_id, None)
         num_prompt = self.num_prompt.pop(req_id)
         if not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, num_prompt, self.table.row(index))
@@ -75,11 +78,6 @@ class LazyModelState(DefaultModelState):
         """See ``stats.request_stats``."""
         live = {r: (self.num_prompt[r], self.table.row(i)) for r, i in self.index_of.items()}
         return self.stats.report(live)
-
-    @property
-    def selecting(self) -> bool:
-        """Whether a decode of any live request may choose tokens anew."""
-        return bool(self.pruned) and (self.strict or self.aux is not None)
 
     # The KV cache.
 
@@ -122,6 +120,10 @@ class LazyModelState(DefaultModelState):
         num_decodes = num_reqs if in_graph else int((lens == 1).sum())
         real = input_batch.req_ids[0] in self.index_of  # else vLLM's dummy batch
         self._fill_batch(input_batch, num_decodes, real)
+        # A trace shows what every step selects; strict needs it.
+        if real and not self.strict and not self.trace:
+            for req_id in self.room_watch.step(self.selecting, self.num_prompt):
+                del self.selecting[req_id]
         if replay:
             return {}
 
@@ -129,9 +131,9 @@ class LazyModelState(DefaultModelState):
         if real:
             self._check_whole_prompts(input_batch.req_ids[num_decodes:], prompts)
         if in_graph:
-            pruned_decodes = self.capture_selecting
+            selects = self.capture_selecting
         else:
-            pruned_decodes = not self.pruned.isdisjoint(input_batch.req_ids[:num_decodes])
+            selects = not self.selecting.keys().isdisjoint(input_batch.req_ids[:num_decodes])
         kept = (
             [self.schedule.kept(n) for n in prompts]
             if real
@@ -147,9 +149,9 @@ class LazyModelState(DefaultModelState):
             aux=self.aux,
             num_decodes=input_batch.num_reqs_after_padding if in_graph else num_decodes,
             prefill_lens=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
-            decodes_select=pruned_decodes and (self.strict or self.aux is not None),
+            decodes_select=selects,
             prefills_select=any(k[-1] < k[0] for k in kept),
-            revives=pruned_decodes and self.aux is not None,
+            revives=selects and self.aux is not None,
             max_splits=self.graph_splits if in_graph else 0,
             sampled_tokens=input_batch.logits_indices,
             trace=self.trace if real else None,

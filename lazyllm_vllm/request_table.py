@@ -51,3 +51,10 @@ def kept_and_prompt_keys(row: list[int]) -> tuple[list[int], list[int]]:
     """``kept`` and ``prompt_keys``, by stage, of a row brought to the CPU."""
     stages = (len(row) - 1) // 3
     return row[1 : 1 + stages], row[1 + 2 * stages :]
+
+
+def is_full(row: list[int]) -> bool:
+    """Whether no stage has room for another revived token."""
+    stages = (len(row) - 1) // 3
+    room, prompt_keys = row[1 + stages : 1 + 2 * stages], row[1 + 2 * stages :]
+    return all(keys >= most for keys, most in zip(prompt_keys, room))

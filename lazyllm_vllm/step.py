@@ -210,15 +210,17 @@ class Step:
         if self.trace:
             self.trace.begin(self)
 
-    def cross(self, stage: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def cross(
+        self, stage: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Carry hidden states over the boundary into ``stage``: score (done by the last layer's
         attention), rank, select, gather.
 
         Args:
-            hidden: ``[rows of stage - 1, hidden]``, residual added in.
+            hidden, residual: ``[rows of stage - 1, hidden]``, what the layers hand on.
 
         Returns:
-            ``[rows of stage, hidden]`` and their positions, int64.
+            The same for the rows of ``stage``, and their positions, int64.
         """
         rows = self.buffers.rows[stage]
         self._rank(stage)
@@ -235,7 +237,10 @@ class Step:
             )  # fmt: skip
         if self.trace:
             self.trace.boundary(self, stage)
-        return self._gather(stage, rows, move, hidden), rows.position[: self.num_rows(stage)]
+        positions = rows.position[: self.num_rows(stage)]
+        if not (self.revives or self.prefills_select):
+            return hidden, residual, positions  # every row goes on, in the same order
+        return self._gather(stage, rows, move, hidden + residual), None, positions
 
     def _rank(self, stage: int) -> None:
         config = self.schedule.config
@@ -263,8 +268,6 @@ class Step:
     def _gather(
         self, stage: int, rows: Rows, move: PrefillMove | None, hidden: torch.Tensor
     ) -> torch.Tensor:
-        if not (self.revives or self.prefills_select):
-            return hidden  # every row goes on, in the same order
         out = hidden.new_empty(self.num_rows(stage), hidden.shape[1])
         if self.revives:
             if stage > 1:

@@ -6,7 +6,6 @@ from the file it is given and writes its answer beside it.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,6 @@ def run(
     trace: bool = False,
     scenario: str = "generate",
     random_weights: bool = False,
-    timed: list[list[int]] | None = None,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -35,17 +33,16 @@ def run(
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
         random_weights: fill the model with ``benchmarks.weights``.
-        timed: prompts to time alone, afterwards: medians of 3, ``ttft`` in ms, ``tpot`` over 32
-            tokens.
 
     Returns:
         ``tokens`` and ``logprobs`` by prompt, ``stats``, ``trace``, ``free_blocks`` before and
-        after, ``model_class``, ``preemptions``, ``room``.
+        after, ``model_class``, ``preemptions``, ``room``; ``full``, the requests found to have no
+        room left for revived tokens.
     """
     request = {
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
-        "random_weights": random_weights, "timed": timed or [],
+        "random_weights": random_weights,
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +82,10 @@ def _main(asked: str, answer: str) -> None:
     core.scheduler._preempt_request = lambda r, *args, **kwargs: (
         preempted.append(r.request_id), preempt(r, *args, **kwargs)
     )  # fmt: skip
+    full = []
+    if additional:
+        look = state.room_watch.step
+        state.room_watch.step = lambda *args: full.extend(found := look(*args)) or found
     prompts = [{"prompt_token_ids": p} for p in request["prompts"]]
     if request["scenario"] == "abort":
         result = _abort(llm, prompts, params)
@@ -101,10 +102,10 @@ def _main(asked: str, answer: str) -> None:
                 for o in outputs
             ]
     free.append(pool.get_num_free_blocks())
-    result["timed"] = [_time(llm, prompt) for prompt in request["timed"]]
     result |= {
         "free_blocks": free,
         "preemptions": len(preempted),
+        "full": full,
         "model_class": type(state.model).__name__,
         "async_scheduling": core.scheduler.vllm_config.scheduler_config.async_scheduling,
         "room": core.vllm_config.cache_config.kv_cache_size_tokens,
@@ -116,21 +117,6 @@ def _main(asked: str, answer: str) -> None:
         if os.environ["LAZYLLM_TRACE"] == "1":
             result["trace"] = llm.collective_rpc("lazyllm_trace")[0]
     Path(answer).write_text(json.dumps(result))
-
-
-def _time(llm, prompt: list[int]) -> dict[str, float]:
-    from vllm import SamplingParams
-
-    def seconds(max_tokens: int) -> float:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        start = time.monotonic()
-        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        return time.monotonic() - start
-
-    seconds(2)
-    first = statistics.median(seconds(1) for _ in range(3))
-    both = statistics.median(seconds(33) for _ in range(3))
-    return {"tokens": len(prompt), "ttft": 1000 * first, "tpot": 1000 * (both - first) / 32}
 
 
 def _abort(llm, prompts, params) -> dict:

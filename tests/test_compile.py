@@ -30,16 +30,18 @@ def _variants(attention, gather, rank, rows, score, select_decode, select_prefil
         yield score._score_kernel, LLAMA | place | {
             "GROUP": 4, "GROUP_PAD": 16, "BLOCK_N": 64
         }  # fmt: skip
-    for stage, strict in ((1, False), (2, True)):
+    for first, strict in ((True, False), (False, True)):
         for lists in (1, 2):
-            blocks = {"STAGE": stage, "BLOCK_SIZE": 16, "BLOCK": 1024}
+            blocks = {"BLOCK_SIZE": 16, "BLOCK": 1024}
             splits = {"MAX_SPLITS": top_k.MAX_SPLITS}
-            yield rank._rank_kernel, blocks | {"POOL": 13, "STRICT": strict, "LISTS": lists}
+            yield rank._rank_kernel, blocks | {
+                "FIRST": first, "POOL": 13, "STRICT": strict, "LISTS": lists
+            }  # fmt: skip
             for step in (1, 2):
                 yield top_k._refine_kernel, blocks | {"STEP": step, "LISTS": lists}
             yield top_k._count_kernel, blocks | splits | {"LISTS": lists}
             yield select_decode._select_decode_kernel, blocks | splits | {
-                "LISTS": lists, "MARKS": strict
+                "FIRST": first, "LISTS": lists, "MARKS": strict
             }  # fmt: skip
         yield select_prefill._select_prefill_kernel, blocks | splits
     yield rows._begin_step_kernel, {}

@@ -63,6 +63,20 @@ def test_short_prompts_are_stock_vllm_beside_long_ones(smollm2, noise, stock):
     assert result["room"] > 1.2 * stock["room"]
 
 
+def test_requests_without_room_go_on_without_selecting(smollm2, noise):
+    """The same answers as when every step selects, which a trace makes it do."""
+    config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_reserve": 0.02}
+    prompts = [p for p in noise if 256 <= len(p) <= 700]
+    plain, selecting = (
+        engine.run(smollm2, prompts, config, max_tokens=48, logprobs=5, trace=trace)
+        for trace in (False, True)
+    )
+    assert len(plain["full"]) == len(prompts) and not selecting["full"]
+    assert sum(plain["stats"]["total"]["revived"]) > 0
+    assert plain["stats"]["total"]["revived"] == selecting["stats"]["total"]["revived"]
+    _assert_same(plain, selecting)
+
+
 def test_the_batch_does_not_matter(smollm2, noise):
     """Without revival, whose share depends on the batch, a request gets the same answer in a batch
     with others as by itself."""

@@ -21,57 +21,78 @@ LLAMA_8B, LLAMA_7B = "Llama-3.1-8B", "Llama-2-7B"
 
 @dataclass(frozen=True)
 class Timed:
-    """A prompt length (and batch, and steps) measured so many times on each engine."""
+    """A prompt length (and batch, and steps) on the engines that ``pruning`` names, and stock.
+
+    Each engine's turn is one run that does not count, if ``warm``, and ``runs`` that do; there are
+    ``turns`` turns that count, after one of each engine that does not.
+    """
 
     tokens: int
-    runs: int
+    turns: int
     engines: tuple[Pruning, ...]
     batch: int = 1
     steps: int = 0
+    runs: int = 1
+    warm: bool = False
 
 
 @dataclass(frozen=True)
 class Group:
-    """Engines of one shape that stand side by side, and what is measured on them."""
+    """Engines of one shape that stand side by side, and what is measured on them.
+
+    Attributes:
+        kv_gib: KV cache of each, stock first.
+    """
 
     shape: str
     engines: tuple[Pruning, ...]
-    # Longest prompt, and GiB of KV cache, of each; stock first.
-    max_len: tuple[int, ...]
     kv_gib: tuple[int, ...]
+    max_len: int
     ttft: tuple[Timed, ...]
     decode: tuple[Timed, ...] = ()
 
 
 SHORT = 384  # under min_prompt_tokens: not pruned
+_OFTEN = {"turns": 4, "runs": 3, "warm": True}
 
 SIDE_BY_SIDE = (
     Group(
         LLAMA_8B,
         (HALVES, WHOLE),
-        max_len=(131072, 131072, 17408),
-        kv_gib=(20, 20, 20),
+        kv_gib=(20, 14, 20),
+        max_len=17408,
         ttft=(
-            Timed(SHORT, 15, (HALVES,)),
-            Timed(4096, 11, (HALVES, WHOLE)),
-            Timed(16384, 7, (HALVES, WHOLE)),
-            Timed(32768, 5, (HALVES,)),
-            Timed(65536, 3, (HALVES,)),
-            Timed(131000, 3, (HALVES,)),
+            Timed(SHORT, engines=(HALVES,), **_OFTEN),
+            Timed(4096, engines=(HALVES, WHOLE), **_OFTEN),
+            Timed(16384, engines=(HALVES, WHOLE), **_OFTEN),
         ),
         decode=(
             Timed(SHORT, 5, (HALVES,), steps=64),
-            Timed(8192, 7, (HALVES, WHOLE), steps=20),
+            Timed(8192, 5, (HALVES, WHOLE), steps=20),
             Timed(8192, 3, (HALVES, WHOLE), batch=16, steps=20),
-            Timed(130000, 2, (HALVES,), steps=20),
         ),
     ),
     Group(
         LLAMA_7B,
         (TENTH, TWENTIETH),
-        max_len=(16640, 16640, 16640),
-        kv_gib=(20, 20, 20),
-        ttft=(Timed(4000, 11, (TENTH, TWENTIETH)), Timed(16384, 7, (TENTH, TWENTIETH))),
+        kv_gib=(10, 10, 10),
+        max_len=16640,
+        ttft=(
+            Timed(4000, engines=(TENTH, TWENTIETH), **_OFTEN),
+            Timed(16384, engines=(TENTH, TWENTIETH), **_OFTEN),
+        ),
+    ),
+    Group(
+        LLAMA_8B,
+        (HALVES,),
+        kv_gib=(20, 14),
+        max_len=131072,
+        ttft=(
+            Timed(32768, 5, (HALVES,)),
+            Timed(65536, 3, (HALVES,)),
+            Timed(131000, 3, (HALVES,)),
+        ),
+        decode=(Timed(130000, 2, (HALVES,), steps=20),),
     ),
 )
 
@@ -81,10 +102,12 @@ def name_of(pruning: Pruning | None) -> str:
 
 
 @contextmanager
-def _running(specs: list[tuple[str, Pruning | None, dict]], logs: Path) -> Iterator[list]:
-    """Engines started together, up when this yields them."""
+def _running(
+    specs: list[tuple[str, Pruning | None, dict]], logs: Path
+) -> Iterator[tuple[list[Engine], dict]]:
+    """Engines started together, up when this yields them; versions."""
     engines = [
-        Engine(shape, pruning, options, logs / f"{shape}-{i}.log")
+        Engine(SHAPES[shape], pruning, options, logs / f"{shape}-{i}.log")
         for i, (shape, pruning, options) in enumerate(specs)
     ]
     try:
@@ -98,9 +121,10 @@ def _running(specs: list[tuple[str, Pruning | None, dict]], logs: Path) -> Itera
 def side_by_side(group: Group, wanted: set[str], report: Callable) -> list[Row]:
     """``ttft`` and ``decode`` of a group."""
     specs = []
-    for pruning, max_len, kv in zip((None, *group.engines), group.max_len, group.kv_gib):
+    for pruning, kv in zip((None, *group.engines), group.kv_gib):
         options = {
-            "max_model_len": max_len, "max_num_batched_tokens": max_len, "max_num_seqs": 32,
+            "max_model_len": group.max_len, "max_num_batched_tokens": group.max_len,
+            "max_num_seqs": 32, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32],
             "kv_cache_memory_bytes": kv * GIB, "gpu_memory_utilization": 0.1,
         }  # fmt: skip
         specs.append((group.shape, pruning, options))
@@ -120,11 +144,14 @@ def side_by_side(group: Group, wanted: set[str], report: Callable) -> list[Row]:
 def _in_turn(benchmark, group, engines, timed, arguments, report) -> list[Row]:
     chosen = [e for e in engines if e.pruning is None or e.pruning in timed.engines]
     results: dict[str, list[dict]] = {name_of(e.pruning): [] for e in chosen}
-    for run in range(-1, timed.runs):  # the first warms up
+    for turn in range(-1, timed.turns):
         for engine in chosen:
-            result = engine.measure(benchmark, **arguments)
-            if run >= 0:
-                results[name_of(engine.pruning)].append(result)
+            if timed.warm:
+                engine.measure(benchmark, **arguments)
+            for _ in range(timed.runs):
+                result = engine.measure(benchmark, **arguments)
+                if turn >= 0:
+                    results[name_of(engine.pruning)].append(result)
     rows = []
     for engine in chosen:
         row = Row.of(
@@ -140,7 +167,8 @@ def _in_turn(benchmark, group, engines, timed, arguments, report) -> list[Row]:
 
 
 def whole_gpu(wanted: set[str], report: Callable) -> list[Row]:
-    """``memory``, ``throughput``, and ``decode`` with more requests than fit side by side."""
+    """``memory``, ``throughput``, and ``decode`` with more requests than fit side by side; the
+    ``profile`` of the pruned engine, which is told as text."""
     rows: list[Row] = []
     for pruning in (None, HALVES):
         options = {
@@ -170,6 +198,10 @@ def whole_gpu(wanted: set[str], report: Callable) -> list[Row]:
                     row.ratio = 1 / row.ratio
                 rows += _with([row], versions)
                 report(row)
+            if pruning and "profile" in wanted:
+                text = up[0].measure("profile", tokens=32768, decode_tokens=8192)["text"]
+                head = ", ".join(f"{name} {value}" for name, value in versions.items())
+                report(f"{LLAMA_8B}, {pruning.name}; {head}\n\n{text}")
     return rows
 
 
@@ -181,12 +213,3 @@ def _with(rows: list[Row], versions: dict) -> list[Row]:
     for row in rows:
         row.environment = versions
     return rows
-
-
-def profile() -> tuple[str, dict]:
-    """Kernels of a 32K prefill and a decode step, as text; versions."""
-    options = {"max_model_len": 33280, "max_num_batched_tokens": 33280, "max_num_seqs": 2}
-    specs = [(LLAMA_8B, HALVES, options)]
-    with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (engines, versions):
-        result = engines[0].measure("profile", tokens=32768, decode_tokens=8192)
-    return result["text"], versions

@@ -8,22 +8,21 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from benchmarks.speed.shapes import SHAPES, Pruning
+from benchmarks.speed.shapes import Pruning
 
 
 class Engine:
     """A vLLM engine on random weights, stock unless it prunes.
 
     Args:
-        shape: a name of ``SHAPES``.
+        shape: the model's config.json.
         pruning: None: stock vLLM.
         options: arguments of ``vllm.LLM``.
         log: file for what the engine prints.
     """
 
-    def __init__(self, shape: str, pruning: Pruning | None, options: dict, log: Path) -> None:
-        self.shape, self.pruning = shape, pruning
-        self.log = log
+    def __init__(self, shape: dict, pruning: Pruning | None, options: dict, log: Path) -> None:
+        self.pruning, self.log = pruning, log
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         config = pruning.config if pruning else None
@@ -47,7 +46,7 @@ class Engine:
             result = {"error": "it ended"}
         if "error" in result:
             tail = self.log.read_text()[-3000:]
-            raise RuntimeError(f"{self.shape}, {self.pruning}: {result['error']}\n{tail}")
+            raise RuntimeError(f"{self.pruning}: {result['error']}\n{tail}")
         return result
 
     def close(self) -> None:
@@ -57,7 +56,7 @@ class Engine:
             self._process.terminate()
 
 
-def _serve(pipe, shape: str, config: dict | None, options: dict, log: Path) -> None:
+def _serve(pipe, shape: dict, config: dict | None, options: dict, log: Path) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -78,13 +77,13 @@ def _serve(pipe, shape: str, config: dict | None, options: dict, log: Path) -> N
         pipe.send({"error": traceback.format_exc()})
 
 
-def _start(shape: str, config: dict | None, options: dict):
+def _start(shape: dict, config: dict | None, options: dict):
     from vllm import LLM
 
     from benchmarks.weights import randomize
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(SHAPES[shape]))
+        Path(folder, "config.json").write_text(json.dumps(shape))
         llm = LLM(
             folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
             enable_prefix_caching=False,
@@ -101,8 +100,9 @@ def _versions() -> dict:
 
     import vllm
 
+    has_gpu = torch.cuda.is_available()
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if has_gpu else "no GPU",
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -24,8 +24,9 @@ def _core(llm: LLM):
 
 def ttft(llm: LLM, tokens: int) -> dict:
     """Time to the first token of one request."""
+    prompt = _prompts(1, tokens, 0)
     start = time.monotonic()
-    llm.generate(_prompts(1, tokens, 0), _params(1), use_tqdm=False)
+    llm.generate(prompt, _params(1), use_tqdm=False)
     return {"value": 1000 * (time.monotonic() - start)}
 
 
@@ -72,8 +73,9 @@ def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int) -> dict:
     """Output tokens a second with all requests there from the start; most that ran at once."""
     engine, scheduler = llm.llm_engine, _core(llm).scheduler
     peak = 0
+    prompts = _prompts(requests, tokens, 2)
     start = time.monotonic()
-    for i, prompt in enumerate(_prompts(requests, tokens, 2)):
+    for i, prompt in enumerate(prompts):
         engine.add_request(f"throughput-{i}", prompt, _params(max_tokens))
     while engine.has_unfinished_requests():
         engine.step()

@@ -40,6 +40,11 @@ class Row:
     details: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
 
+    @property
+    def key(self) -> tuple:
+        """What no two rows of a file share."""
+        return self.benchmark, self.shape, self.engine, self.tokens, self.batch
+
     @classmethod
     def of(cls, results: list[dict], **fields) -> "Row":
         """Of the dicts that ``measure``'s functions return."""

@@ -15,6 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all if none"
     )
+    parser.add_argument(
+        "--part",
+        type=int,
+        action="append",
+        help="only these engines (0: the first), to go on "
+        "with later: the others' rows stay in the results file",
+    )
     parser.add_argument("--out", type=Path, default=results.FILE, help="the results file")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
 
@@ -25,36 +32,32 @@ def main(args: argparse.Namespace) -> None:
     if unknown := wanted - set(BENCHMARKS):
         raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {BENCHMARKS}")
     console = Console(width=150)
-    parts = []
-    if wanted & {"ttft", "decode"}:
-        for group in cases.SIDE_BY_SIDE:
-            if ("ttft" in wanted and group.ttft) or ("decode" in wanted and group.decode):
-                parts.append(lambda report, g=group: cases.side_by_side(g, wanted, report))
-    if wanted & {"memory", "throughput", "decode"}:
+    parts = [
+        lambda report, g=group: cases.side_by_side(g, wanted, report)
+        for group in cases.SIDE_BY_SIDE
+        if ("ttft" in wanted and group.ttft) or ("decode" in wanted and group.decode)
+    ]
+    if wanted & {"memory", "throughput", "decode", "profile"}:
         parts.append(lambda report: cases.whole_gpu(wanted, report))
-
     rows: list[results.Row] = []
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-    )
-    with bar:
-        task = bar.add_task("speed", total=len(parts))
+    if args.part:
+        parts = [part for i, part in enumerate(parts) if i in args.part]
+        rows = results.read(args.out) if args.out.exists() else []
 
-        def report(row: results.Row) -> None:
-            console.print(_line(row))
+    def report(found: results.Row | str) -> None:
+        if isinstance(found, str):
+            args.out.with_name("profile.txt").write_text(found)
+        console.print(found if isinstance(found, str) else _line(found))
 
-        for part in parts:
-            for row in part(report):
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as bar:
+        for part in bar.track(parts, description="engines"):
+            new = part(report)
+            for row in new:
                 row.environment = results.environment(row.environment, args.commit)
-                rows.append(row)
-            bar.advance(task)
+            keys = {row.key for row in new}
+            rows = [row for row in rows if row.key not in keys] + new
             results.write(args.out, rows)
-    if "profile" in wanted:
-        text, versions = cases.profile()
-        place = results.environment(versions, args.commit)
-        head = ", ".join(f"{name} {value}" for name, value in place.items())
-        args.out.with_name("profile.txt").write_text(f"{head}\n\n{text}")
-        console.print(text)
 
 
 def _line(row: results.Row) -> str:

@@ -1,4 +1,4 @@
-"""Model shapes and schedules that are measured. Weights are random: timing needs the shape alone."""
+"""Model shapes and schedules that are measured. Timing needs no more of a model than its shape."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ from lazyllm_vllm.step import Step
 
 class StagedDecoder:
     """Mix-in for a vLLM causal language model with ``self.model.embed_input_ids``,
-    ``self.model.layers`` and ``self.model.norm``.
+    ``self.model.layers``, each of which ends with its ``mlp``, and ``self.model.norm``.
 
     Call ``cut_into_stages`` at the end of ``__init__`` and put the mix-in before the model's class.
     """
@@ -34,6 +34,8 @@ class StagedDecoder:
             StagedAttention.adopt(
                 module, self.schedule, stage, vllm_config.model_config.max_model_len
             )
+        # After the last attention only the rows that are sampled from matter.
+        layers[-1].mlp.register_forward_pre_hook(_take_current_rows)
         self.layer_names = [module.layer_name for module in attention]
         if self.schedule.prunes:
             install_in_worker()
@@ -75,17 +77,20 @@ class StagedDecoder:
         residual = None
         for stage in range(self.schedule.num_stages):
             if stage > 0:
-                hidden, positions = step.cross(stage, hidden + residual)
-                residual = None
+                hidden, residual, positions = step.cross(stage, hidden, residual)
             for index in self.schedule.stage_layers(stage):
                 hidden, residual = self.model.layers[index](positions, hidden, residual)
-        rows = step.current_rows()
-        hidden, _ = self.model.norm(hidden[rows].contiguous(), residual[rows].contiguous())
+        hidden, _ = self.model.norm(hidden, residual[step.current_rows()])
         if step.num_prefills == 0 and step.num_decodes == num_tokens:
             return hidden
         out = hidden.new_empty(num_tokens, hidden.shape[1])
         out[step.sampled_tokens] = hidden
         return out
+
+
+def _take_current_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
+    step = _current_step()
+    return None if step is None else (args[0][step.current_rows()], *args[1:])
 
 
 def _current_step() -> Step | None:

@@ -1,0 +1,98 @@
+"""The benchmarks' own arithmetic and machinery, which run without a GPU."""
+
+import pytest
+
+from benchmarks.speed import report
+from benchmarks.speed.engine import Engine
+from benchmarks.speed.results import Row, read, write
+from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, Pruning, flop_bound, flops
+
+TINY = SHAPES["Llama-3.1-8B"] | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 30000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_flops_by_hand():
+    """One layer's linear weights: q and o 64 * 64, k and v 64 * 32, the MLP 3 * 64 * 128."""
+    weights = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    pairs = sum(i + 1 for i in range(1000))
+    attention = pairs * 4 * (2 * 16 + 2 * 16)  # 4 heads of 16, logits and values
+    head = 2 * 64 * 30000
+    exact = 4 * (2 * 1000 * weights + attention) + head
+    assert flops(TINY, (), 1000) == pytest.approx(exact, rel=2e-3)
+    halved = 2 * (2 * 500 * weights + sum(i + 1 for i in range(500)) * 256)
+    exact_pruned = 2 * (2 * 1000 * weights + attention) + halved + head
+    assert flops(TINY, ((2, 0.5),), 1000) == pytest.approx(exact_pruned, rel=2e-3)
+
+
+def test_flop_bounds():
+    llama_2 = SHAPES["Llama-2-7B"]
+    assert flop_bound(llama_2, TENTH.prune, 4000) == pytest.approx(3.6, abs=0.05)
+    assert flop_bound(llama_2, (), 4000) == 1
+    # Attention grows with the square of the length, and is cut by the square of what is kept.
+    bounds = [flop_bound(SHAPES["Llama-3.1-8B"], HALVES.prune, n) for n in (4096, 32768, 131072)]
+    assert bounds == sorted(bounds) and 32 / 15 < bounds[0] < bounds[2] < 64 / 21.25
+
+
+def test_an_engine_is_measured(tmp_path):
+    pruning = Pruning("half", ((2, 0.5),))
+    options = {
+        "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True, "block_size": 128,
+        "num_gpu_blocks_override": 64,
+    }  # fmt: skip
+    engine = Engine(TINY, pruning, options, tmp_path / "log")
+    try:
+        assert engine.ready()["vllm"].startswith("0.32")
+        assert engine.measure("ttft", tokens=600)["value"] > 0
+        decoded = engine.measure("decode", tokens=1000, batch=2, steps=6)
+        assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
+        # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage
+        # 1 (500 and a tenth of the rest), and 4 for its states: 128 bytes each, in two pages of
+        # 128 slots * 2 heads * 2 * 16 * 2 bytes.
+        assert engine.measure("room", tokens=1000)["value"] == 63 // 17
+        through = engine.measure("throughput", requests=3, tokens=600, max_tokens=4)
+        assert through["value"] > 0 and through["peak_running"] == 3
+    finally:
+        engine.close()
+
+
+def _rows() -> list[Row]:
+    place = {"gpu": "G", "vllm": "v", "torch": "t", "triton": "3", "date": "d", "commit": "c"}
+    rows = []
+    for benchmark, unit, tokens, batch, stock, lazy in (
+        ("ttft", "ms", 4096, 1, 100.0, 50.0),
+        ("ttft", "ms", 16384, 1, 500.0, 200.0),
+        ("decode", "ms", 8192, 1, 5.0, 5.5),
+        ("memory", "requests", 32768, 1, 26.0, 45.0),
+        ("throughput", "tokens/s", 16384, 64, 100.0, 250.0),
+    ):
+        for engine, value in (("stock", stock), (HALVES.name, lazy)):
+            row = Row.of(
+                [{"value": value}], benchmark=benchmark, shape="Llama-3.1-8B", engine=engine,
+                tokens=tokens, batch=batch, unit=unit,
+            )  # fmt: skip
+            row.ratio = stock / value if unit == "ms" else value / stock
+            row.flop_bound = 2.1 if benchmark == "ttft" and engine != "stock" else None
+            row.environment = place
+            rows.append(row)
+    return rows
+
+
+def test_the_report_is_made_from_the_results_alone(tmp_path, monkeypatch):
+    write(tmp_path / "speed.jsonl", _rows())
+    assert read(tmp_path / "speed.jsonl") == _rows()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report.results, "FOLDER", tmp_path)
+    monkeypatch.setattr(report.results, "FILE", tmp_path / "speed.jsonl")
+    report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 16,384 | 500.0 | 200.0 | 2.50x | 2.10x |" in text
+    assert "| 8,192 | 1 | 5.00 | 5.50 | 1.100 |" in text
+    assert "| 26 | 45 | 1.73x |" in text and "| 100 | 250 | 2.50x |" in text
+    assert "<svg" in (tmp_path / "ttft.svg").read_text()
+    assert "<svg" in (tmp_path / "room.svg").read_text()

@@ -1,0 +1,59 @@
+"""Which of a batch size's two CUDA graphs a step replays, as far as that shows without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+from lazyllm_vllm.cuda_graphs import PLAIN, SELECTING, LazyCudaGraphManager
+from lazyllm_vllm.room_watch import INTERVAL, RoomWatch
+
+
+@pytest.fixture
+def manager():
+    """As vLLM's manager stands after it has captured both graphs of 4 requests."""
+    manager = object.__new__(LazyCudaGraphManager)
+    manager._graphs_captured = True
+    manager.model_state = SimpleNamespace(selecting={})
+    manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
+    descriptors = {
+        case: BatchExecutionDescriptor(
+            CUDAGraphMode.FULL, num_tokens=4, num_reqs=4, uniform_token_count=1,
+            num_active_loras=case,
+        )
+        for case in (PLAIN, SELECTING)
+    }  # fmt: skip
+    manager._candidates = {(n, c): [d] for n in range(5) for c, d in descriptors.items()}
+    return manager
+
+
+def test_a_batch_that_may_select_replays_the_selecting_graph(manager):
+    assert manager.dispatch(3, 3, 1, 0).num_active_loras == PLAIN
+    manager.model_state.selecting["a"] = 0
+    found = manager.dispatch(3, 3, 1, 0)
+    assert found.num_active_loras == SELECTING and found.cg_mode == CUDAGraphMode.FULL
+
+
+def test_a_batch_without_a_graph_runs_eagerly_with_no_adapter(manager):
+    manager.model_state.selecting["a"] = 0
+    found = manager.dispatch(3, 900, None, 0)
+    assert found.cg_mode == CUDAGraphMode.NONE and found.num_active_loras == 0
+
+
+def test_full_requests_are_found_and_no_others():
+    table = SimpleNamespace(gpu=torch.zeros(8, 7, dtype=torch.int32))
+    index_of = {"full": 0, "roomy": 1, "back": 2, "gone": 3}
+    num_prompt = {"full": 100, "roomy": 100, "back": 101, "gone": 100}
+    for at in index_of.values():
+        # num_prompt, kept[2], room[2], prompt_keys[2]
+        table.gpu[at] = torch.tensor([100, 100, 68, 100, 72, 100, 72 if at != 1 else 71])
+    watch = RoomWatch(table)
+    found = []
+    for _ in range(INTERVAL):
+        found += watch.step(index_of, num_prompt)
+    del index_of["gone"]
+    assert found == []
+    assert watch.step(index_of, num_prompt) == ["full"], "'back' was prefilled anew since"
