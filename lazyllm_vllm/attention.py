@@ -174,7 +174,7 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
             seqused_k=key_len,
             softmax_scale=self.scale,
             causal=True,
-            block_table=step.block_tables[group],
+            block_table=step.block_tables[group][:n],
             out=output[:n],
             return_softmax_lse=scores,
             scheduler_metadata=step.decode_schedules.get(stage),

@@ -1,8 +1,8 @@
 """The benchmarks: which engines, measured how, beside stock vLLM in the same run.
 
-``ttft`` and ``decode`` hold their engines on the GPU side by side and take turns between them,
-run by run, so that a clock that drifts favours nobody. ``memory`` and ``throughput`` give each
-engine the whole GPU, one after the other.
+Most times are taken on engines that stand side by side on the GPU and take turns, so that a clock
+that drifts favours nobody. Many requests, and what depends on the size of the KV cache, have the
+whole GPU, one engine after the other.
 """
 
 import tempfile
@@ -38,15 +38,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Group:
-    """Engines of one shape that stand side by side, and what is measured on them.
-
-    Attributes:
-        kv_gib: KV cache of each, stock first.
-    """
+    """Engines of one shape that stand side by side, and what is measured on them."""
 
     shape: str
     engines: tuple[Pruning, ...]
-    kv_gib: tuple[int, ...]
+    kv_gib: int
     max_len: int
     ttft: tuple[Timed, ...]
     decode: tuple[Timed, ...] = ()
@@ -59,7 +55,7 @@ SIDE_BY_SIDE = (
     Group(
         LLAMA_8B,
         (HALVES, WHOLE),
-        kv_gib=(20, 14, 20),
+        kv_gib=3,
         max_len=17408,
         ttft=(
             Timed(SHORT, engines=(HALVES,), **_OFTEN),
@@ -69,13 +65,12 @@ SIDE_BY_SIDE = (
         decode=(
             Timed(SHORT, 5, (HALVES,), steps=64),
             Timed(8192, 5, (HALVES, WHOLE), steps=20),
-            Timed(8192, 3, (HALVES, WHOLE), batch=16, steps=20),
         ),
     ),
     Group(
         LLAMA_7B,
         (TENTH, TWENTIETH),
-        kv_gib=(10, 10, 10),
+        kv_gib=10,
         max_len=16640,
         ttft=(
             Timed(4000, engines=(TENTH, TWENTIETH), **_OFTEN),
@@ -85,16 +80,22 @@ SIDE_BY_SIDE = (
     Group(
         LLAMA_8B,
         (HALVES,),
-        kv_gib=(20, 14),
+        kv_gib=18,
         max_len=131072,
-        ttft=(
-            Timed(32768, 5, (HALVES,)),
-            Timed(65536, 3, (HALVES,)),
-            Timed(131000, 3, (HALVES,)),
-        ),
+        ttft=(Timed(65536, 2, (HALVES,)), Timed(131000, 2, (HALVES,))),
         decode=(Timed(130000, 2, (HALVES,), steps=20),),
     ),
 )
+
+# Benchmark, function of ``measure``, its arguments, runs of which the first does not count, unit.
+ALONE = (
+    ("ttft", "ttft", {"tokens": 32768}, 5, "ms"),
+    ("decode", "decode", {"tokens": 8192, "batch": 16, "steps": 20}, 3, "ms"),
+    ("decode", "decode", {"tokens": 8192, "batch": 64, "steps": 20}, 2, "ms"),
+    ("memory", "room", {"tokens": 32768}, 1, "requests"),
+    ("throughput", "throughput", {"requests": 64, "tokens": 16384, "max_tokens": 128}, 1,
+     "tokens/s"),
+)  # fmt: skip
 
 
 def name_of(pruning: Pruning | None) -> str:
@@ -118,30 +119,29 @@ def _running(
             engine.close()
 
 
-def side_by_side(group: Group, wanted: set[str], report: Callable) -> list[Row]:
+def side_by_side(group: Group, wanted: set[str], report: Callable) -> None:
     """``ttft`` and ``decode`` of a group."""
     specs = []
-    for pruning, kv in zip((None, *group.engines), group.kv_gib):
+    for pruning in (None, *group.engines):
         options = {
             "max_model_len": group.max_len, "max_num_batched_tokens": group.max_len,
-            "max_num_seqs": 32, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32],
-            "kv_cache_memory_bytes": kv * GIB, "gpu_memory_utilization": 0.1,
+            "max_num_seqs": 32, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 128, 256, 384, 512],
+            "kv_cache_memory_bytes": group.kv_gib * GIB, "gpu_memory_utilization": 0.1,
         }  # fmt: skip
         specs.append((group.shape, pruning, options))
-    rows = []
     with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (engines, versions):
+        told = _with(versions, report)
         if "ttft" in wanted:
             for timed in group.ttft:
                 arguments = {"tokens": timed.tokens}
-                rows += _in_turn("ttft", group, engines, timed, arguments, report)
+                _in_turn("ttft", group, engines, timed, arguments, told)
         if "decode" in wanted:
             for timed in group.decode:
                 arguments = {"tokens": timed.tokens, "batch": timed.batch, "steps": timed.steps}
-                rows += _in_turn("decode", group, engines, timed, arguments, report)
-    return _with(rows, versions)
+                _in_turn("decode", group, engines, timed, arguments, told)
 
 
-def _in_turn(benchmark, group, engines, timed, arguments, report) -> list[Row]:
+def _in_turn(benchmark, group, engines, timed, arguments, report) -> None:
     chosen = [e for e in engines if e.pruning is None or e.pruning in timed.engines]
     results: dict[str, list[dict]] = {name_of(e.pruning): [] for e in chosen}
     for turn in range(-1, timed.turns):
@@ -163,27 +163,21 @@ def _in_turn(benchmark, group, engines, timed, arguments, report) -> list[Row]:
             row.flop_bound = flop_bound(SHAPES[group.shape], engine.pruning.prune, timed.tokens)
         rows.append(row)
         report(row)
-    return rows
 
 
-def whole_gpu(wanted: set[str], report: Callable) -> list[Row]:
-    """``memory``, ``throughput``, and ``decode`` with more requests than fit side by side; the
-    ``profile`` of the pruned engine, which is told as text."""
+def whole_gpu(wanted: set[str], report: Callable) -> None:
+    """``ALONE``'s benchmarks; and the ``profile`` of either engine, told as text."""
     rows: list[Row] = []
+    profiles = []
     for pruning in (None, HALVES):
+        # The budget of tokens a step is each engine's own choice: stock vLLM cuts prompts into chunks.
         options = {
-            "max_model_len": 33280, "max_num_batched_tokens": 33280, "max_num_seqs": 128,
+            "max_model_len": 33280, "max_num_seqs": 128,
             "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128],
         }  # fmt: skip
-        plan = [
-            ("memory", "room", {"tokens": 32768}, 1, "requests"),
-            ("decode", "decode", {"tokens": 8192, "batch": 64, "steps": 20}, 2, "ms"),
-            ("throughput", "throughput", {"requests": 64, "tokens": 16384, "max_tokens": 128}, 1,
-             "tokens/s"),
-        ]  # fmt: skip
         specs = [(LLAMA_8B, pruning, options)]
         with tempfile.TemporaryDirectory() as logs, _running(specs, Path(logs)) as (up, versions):
-            for benchmark, function, arguments, runs, unit in plan:
+            for benchmark, function, arguments, runs, unit in ALONE:
                 if benchmark not in wanted:
                     continue
                 results = [up[0].measure(function, **arguments) for _ in range(runs)]
@@ -196,20 +190,26 @@ def whole_gpu(wanted: set[str], report: Callable) -> list[Row]:
                 row.ratio = row.median / stock.median
                 if unit == "ms":
                     row.ratio = 1 / row.ratio
-                rows += _with([row], versions)
-                report(row)
-            if pruning and "profile" in wanted:
+                if benchmark == "ttft" and pruning:
+                    row.flop_bound = flop_bound(SHAPES[LLAMA_8B], pruning.prune, row.tokens)
+                rows.append(row)
+                _with(versions, report)(row)
+            if "profile" in wanted:
                 text = up[0].measure("profile", tokens=32768, decode_tokens=8192)["text"]
+                profiles.append(f"{LLAMA_8B}, {name_of(pruning)}\n\n{text}")
                 head = ", ".join(f"{name} {value}" for name, value in versions.items())
-                report(f"{LLAMA_8B}, {pruning.name}; {head}\n\n{text}")
-    return rows
+                report(f"{head}\n\n" + "\n".join(profiles))
 
 
 def _same(a: Row, b: Row) -> bool:
     return (a.benchmark, a.tokens, a.batch) == (b.benchmark, b.tokens, b.batch)
 
 
-def _with(rows: list[Row], versions: dict) -> list[Row]:
-    for row in rows:
+def _with(versions: dict, report: Callable) -> Callable:
+    """A ``report`` that adds what the row was measured with."""
+
+    def told(row: Row) -> None:
         row.environment = versions
-    return rows
+        report(row)
+
+    return told

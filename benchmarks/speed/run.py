@@ -47,17 +47,16 @@ def main(args: argparse.Namespace) -> None:
     def report(found: results.Row | str) -> None:
         if isinstance(found, str):
             args.out.with_name("profile.txt").write_text(found)
-        console.print(found if isinstance(found, str) else _line(found))
+            return
+        console.print(_line(found))
+        found.environment = results.environment(found.environment, args.commit)
+        rows[:] = [row for row in rows if row.key != found.key] + [found]
+        results.write(args.out, rows)
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bar:
         for part in bar.track(parts, description="engines"):
-            new = part(report)
-            for row in new:
-                row.environment = results.environment(row.environment, args.commit)
-            keys = {row.key for row in new}
-            rows = [row for row in rows if row.key not in keys] + new
-            results.write(args.out, rows)
+            part(report)
 
 
 def _line(row: results.Row) -> str:
