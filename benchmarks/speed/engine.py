@@ -1,4 +1,4 @@
-"""An engine in a process of its own. Several may wait on one GPU while another is measured."""
+"""An engine in a process of its own, which measures what it is told to."""
 
 import json
 import multiprocessing

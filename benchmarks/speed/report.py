@@ -14,7 +14,8 @@ def main() -> None:
     """Draw the plots and rewrite the README's section on speed."""
     rows = results.read(results.FILE)
     draw_ttft(rows, results.FOLDER / "ttft.svg")
-    draw_room(rows, results.FOLDER / "room.svg")
+    if _pick(rows, "memory"):
+        draw_room(rows, results.FOLDER / "room.svg")
     text = README.read_text()
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -36,10 +37,11 @@ def section(rows: list[Row]) -> str:
         f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
         f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
         "the shapes named, prefix caching off, CUDA graphs and FlashAttention on in both engines. "
-        "Medians; the results file has every figure's spread.",
+        "Medians; every figure's spread is in benchmarks/speed/results/speed.jsonl.",
         "![Time to first token](benchmarks/speed/results/ttft.svg)",
         "Time to first token, one request. The bound is how many times fewer floating-point "
-        "operations the schedule takes.",
+        "operations the schedule takes. Stock vLLM replays CUDA graphs for prefills of up to 512 tokens; "
+        "LazyLLM runs every prefill eagerly.",
         _table(
             ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
             [
@@ -59,11 +61,12 @@ def section(rows: list[Row]) -> str:
                 for r in rows if r.benchmark == "decode" and r.engine != "stock"
             ],
         ),
-        "![Requests that fit](benchmarks/speed/results/room.svg)",
     ]  # fmt: skip
+    if _pick(rows, "memory"):
+        parts.append("![Requests that fit](benchmarks/speed/results/room.svg)")
     more = []
     for benchmark, what in (
-        ("memory", "requests of 32,768 tokens that fit in the KV cache at once"),
+        ("memory", "requests of {tokens:,} tokens that fit in the KV cache at once"),
         ("throughput", "output tokens a second, {batch} requests of {tokens:,} tokens at once"),
     ):
         for row in _pick(rows, benchmark, engine=HALVES.name):
@@ -72,7 +75,8 @@ def section(rows: list[Row]) -> str:
                 (what.format(batch=row.batch, tokens=row.tokens), f"{stock.median:,.0f}",
                  f"{row.median:,.0f}", f"{row.ratio:.2f}x")
             )  # fmt: skip
-    parts.append(_table(("", "stock", "LazyLLM", "ratio"), more))
+    if more:
+        parts.append(_table(("", "stock", "LazyLLM", "ratio"), more))
     return "\n\n".join(parts)
 
 
@@ -110,6 +114,7 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="ms")
     axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
     axes.minorticks_off()
+    axes.margins(y=0.12)
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
 

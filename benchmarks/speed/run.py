@@ -8,55 +8,48 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.speed import cases, results
 
-BENCHMARKS = ("ttft", "decode", "memory", "throughput", "profile")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = "|".join(cases.BENCHMARKS)
+    parser.add_argument("benchmarks", nargs="*", metavar=names, help="which to run; all if none")
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="|".join(BENCHMARKS), help="which to run; all if none"
-    )
-    parser.add_argument(
-        "--part",
-        type=int,
-        action="append",
-        help="only these engines (0: the first), to go on "
-        "with later: the others' rows stay in the results file",
-    )
+        "--plan", type=int, action="append", metavar="N",
+        help="only these of the plans in cases.py (from 0); rows of others stay in the file",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=results.FILE, help="the results file")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Raises SystemExit for a benchmark that there is not."""
-    wanted = set(args.benchmarks or BENCHMARKS)
-    if unknown := wanted - set(BENCHMARKS):
-        raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {BENCHMARKS}")
+    """Raises SystemExit for a benchmark or plan that there is not."""
+    wanted = set(args.benchmarks or cases.BENCHMARKS)
+    if unknown := wanted - set(cases.BENCHMARKS):
+        raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {cases.BENCHMARKS}")
+    plans = cases.plans(wanted)
+    if args.plan:
+        if max(args.plan) >= len(plans):
+            raise SystemExit(f"--plan: there are {len(plans)} plans for {', '.join(wanted)}")
+        plans = [plans[i] for i in args.plan]
+    partly = args.plan or args.benchmarks
+    rows = results.read(args.out) if partly and args.out.exists() else []
     console = Console(width=150)
-    parts = [
-        lambda report, g=group: cases.side_by_side(g, wanted, report)
-        for group in cases.SIDE_BY_SIDE
-        if ("ttft" in wanted and group.ttft) or ("decode" in wanted and group.decode)
-    ]
-    if wanted & {"memory", "throughput", "decode", "profile"}:
-        parts.append(lambda report: cases.whole_gpu(wanted, report))
-    rows: list[results.Row] = []
-    if args.part:
-        parts = [part for i, part in enumerate(parts) if i in args.part]
-        rows = results.read(args.out) if args.out.exists() else []
 
-    def report(found: results.Row | str) -> None:
-        if isinstance(found, str):
-            args.out.with_name("profile.txt").write_text(found)
-            return
-        console.print(_line(found))
-        found.environment = results.environment(found.environment, args.commit)
-        rows[:] = [row for row in rows if row.key != found.key] + [found]
+    def report(row: results.Row) -> None:
+        console.print(_line(row))
+        row.environment = results.environment(row.environment, args.commit)
+        rows[:] = [old for old in rows if old.key != row.key] + [row]
         results.write(args.out, rows)
+
+    texts: list[str] = []
+
+    def told(text: str) -> None:
+        texts.append(text)
+        args.out.with_name("profile.txt").write_text("\n".join(texts))
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bar:
-        for part in bar.track(parts, description="engines"):
-            part(report)
+        for plan in bar.track(plans, description="plans"):
+            cases.run(plan, report, told)
 
 
 def _line(row: results.Row) -> str:
