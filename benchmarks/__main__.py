@@ -1,9 +1,19 @@
-"""One entry point: ``python -m benchmarks speed``, ``python -m benchmarks report``."""
+"""One entry point: ``python -m benchmarks speed``, ``quality`` or ``report``."""
 
 import argparse
+from pathlib import Path
 
+from benchmarks.quality import report as quality_report
+from benchmarks.quality import run as quality
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import run as speed
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def report() -> None:
+    for written in (speed_report, quality_report):
+        written.main(README)
 
 
 def main() -> None:
@@ -12,8 +22,11 @@ def main() -> None:
     measured = commands.add_parser("speed", help="LazyLLM beside stock vLLM, on a GPU")
     speed.add_arguments(measured)
     measured.set_defaults(run=speed.main)
+    judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
+    quality.add_arguments(judged)
+    judged.set_defaults(run=quality.main)
     drawn = commands.add_parser("report", help="plots and the README's tables from the results")
-    drawn.set_defaults(run=lambda args: speed_report.main())
+    drawn.set_defaults(run=lambda args: report())
     args = parser.parse_args()
     args.run(args)
 

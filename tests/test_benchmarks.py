@@ -2,10 +2,12 @@
 
 import pytest
 
+from benchmarks.engine import Engine
+from benchmarks.results import read, write
 from benchmarks.speed import report
-from benchmarks.speed.engine import Engine
-from benchmarks.speed.results import Row, read, write
+from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, Pruning, flop_bound, flops
+from benchmarks.speed.start import start
 
 TINY = SHAPES["Llama-3.1-8B"] | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -42,17 +44,18 @@ def test_an_engine_is_measured(tmp_path):
         "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True, "block_size": 128,
         "num_gpu_blocks_override": 64,
     }  # fmt: skip
-    engine = Engine(TINY, pruning, options, tmp_path / "log")
+    arguments = {"shape": TINY, "config": pruning.config, "options": options}
+    engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
     try:
         assert engine.ready()["vllm"].startswith("0.32")
-        assert engine.measure("ttft", tokens=600)["value"] > 0
-        decoded = engine.measure("decode", tokens=1000, batch=2, steps=6)
+        assert engine.run("ttft", tokens=600)["value"] > 0
+        decoded = engine.run("decode", tokens=1000, batch=2, steps=6)
         assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
         # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage
         # 1 (500 and a tenth of the rest), and 4 for its states: 128 bytes each, in two pages of
         # 128 slots * 2 heads * 2 * 16 * 2 bytes.
-        assert engine.measure("room", tokens=1000)["value"] == 63 // 17
-        through = engine.measure("throughput", requests=3, tokens=600, max_tokens=4)
+        assert engine.run("room", tokens=1000)["value"] == 63 // 17
+        through = engine.run("throughput", requests=3, tokens=600, max_tokens=4)
         assert through["value"] > 0 and through["peak_running"] == 3
     finally:
         engine.close()
@@ -80,15 +83,13 @@ def _rows() -> list[Row]:
     return rows
 
 
-def test_the_report_is_made_from_the_results_alone(tmp_path, monkeypatch):
-    write(tmp_path / "speed.jsonl", _rows())
-    assert read(tmp_path / "speed.jsonl") == _rows()
+def test_the_report_is_made_from_the_results_alone(tmp_path):
+    file = tmp_path / "speed.jsonl"
+    write(file, _rows())
+    assert read(file, Row) == _rows()
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report.results, "FOLDER", tmp_path)
-    monkeypatch.setattr(report.results, "FILE", tmp_path / "speed.jsonl")
-    report.main()
+    readme.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
+    report.main(readme, file)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 16,384 | 500.0 | 200.0 | 2.50x | 2.10x |" in text

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.speed.engine import Engine
+from benchmarks.engine import Engine
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, TWENTIETH, WHOLE, Pruning, flop_bound
+from benchmarks.speed.start import start
 
 SHORT = 384  # under min_prompt_tokens: not pruned
 
@@ -121,12 +122,17 @@ def run(plan: Plan, report: Callable[[Row], None], told: Callable[[str], None]) 
         if not cases:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            engine = Engine(SHAPES[plan.shape], pruning, _options(plan), Path(folder, "log"))
+            arguments = {
+                "shape": SHAPES[plan.shape],
+                "config": pruning.config if pruning else None,
+                "options": _options(plan),
+            }
+            engine = Engine(start, arguments, "benchmarks.speed.measure", Path(folder, "log"))
             try:
                 versions = engine.ready()
                 for case in cases:
                     results = [
-                        engine.measure(case.function, **case.arguments)
+                        engine.run(case.function, **case.arguments)
                         for _ in range(case.warm + case.runs)
                     ]
                     if "text" in results[-1]:

@@ -2,24 +2,18 @@
 
 from pathlib import Path
 
-from benchmarks.speed import results
-from benchmarks.speed.results import Row
+from benchmarks.results import figure, read, replace_section, table
+from benchmarks.speed.results import FILE, Row
 from benchmarks.speed.shapes import HALVES
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
-
-def main() -> None:
-    """Draw the plots and rewrite the README's section on speed."""
-    rows = results.read(results.FILE)
-    draw_ttft(rows, results.FOLDER / "ttft.svg")
+def main(readme: Path, file: Path = FILE) -> None:
+    """Draw the plots beside the results file and rewrite the README's section on speed."""
+    rows = read(file, Row)
+    draw_ttft(rows, file.with_name("ttft.svg"))
     if _pick(rows, "memory"):
-        draw_room(rows, results.FOLDER / "room.svg")
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{section(rows)}\n{END}{after}")
+        draw_room(rows, file.with_name("room.svg"))
+    replace_section(readme, "speed", section(rows))
 
 
 def _pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
@@ -40,9 +34,9 @@ def section(rows: list[Row]) -> str:
         "Medians; every figure's spread is in benchmarks/speed/results/speed.jsonl.",
         "![Time to first token](benchmarks/speed/results/ttft.svg)",
         "Time to first token, one request. The bound is how many times fewer floating-point "
-        "operations the schedule takes. Stock vLLM replays CUDA graphs for prefills of up to 512 tokens; "
-        "LazyLLM runs every prefill eagerly.",
-        _table(
+        "operations the schedule takes. Stock vLLM replays CUDA graphs for prefills of up to 512 "
+        "tokens; LazyLLM runs every prefill eagerly.",
+        table(
             ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
             [
                 (r.shape, r.engine, f"{r.tokens:,}", _ms(_stock(rows, r)), _ms(r),
@@ -52,7 +46,7 @@ def section(rows: list[Row]) -> str:
         ),
         "Time per output token, with revival. A prompt too short to be pruned, and a schedule that "
         "keeps every token, run as in stock vLLM.",
-        _table(
+        table(
             ("layers and keep", "prompt", "requests", "stock ms", "LazyLLM ms", "LazyLLM / stock",
              "revived a step"),
             [
@@ -76,7 +70,7 @@ def section(rows: list[Row]) -> str:
                  f"{row.median:,.0f}", f"{row.ratio:.2f}x")
             )  # fmt: skip
     if more:
-        parts.append(_table(("", "stock", "LazyLLM", "ratio"), more))
+        parts.append(table(("", "stock", "LazyLLM", "ratio"), more))
     return "\n\n".join(parts)
 
 
@@ -89,16 +83,11 @@ def _ms(row: Row) -> str:
     return f"{row.median:,.1f}" if row.median > 20 else f"{row.median:.2f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
     lazy = [r for r in _pick(rows, "ttft", engine=HALVES.name) if r.flop_bound]
     stock = [_stock(rows, r) for r in lazy]
-    figure, axes = _figure("Time to first token, " + lazy[0].shape)
+    drawn, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
     axes.plot(tokens, [r.median for r in stock], "o-", color="#888888", label="stock vLLM")
     axes.plot(tokens, [r.median for r in lazy], "o-", color="#0a6ebd", label="LazyLLM")
@@ -116,31 +105,17 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.margins(y=0.12)
     axes.legend()
-    figure.savefig(path, metadata={"Date": None})
+    drawn.savefig(path, metadata={"Date": None})
 
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
     lazy = _pick(rows, "memory", engine=HALVES.name)[0]
     stock = _stock(rows, lazy)
-    figure, axes = _figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
+    drawn, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(
         ["LazyLLM", "stock vLLM"], [lazy.median, stock.median], color=["#0a6ebd", "#888888"]
     )
     axes.bar_label(bars, fmt="%d", padding=4)
     axes.set(xlabel="requests", xlim=(0, 1.15 * lazy.median))
-    figure.savefig(path, metadata={"Date": None})
-
-
-def _figure(title: str):
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = title
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.set_title(title, fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    drawn.savefig(path, metadata={"Date": None})

@@ -1,14 +1,10 @@
-"""The results file: JSON lines, one for each measured figure, with all that it depends on."""
+"""A measured figure of speed."""
 
-import json
 import statistics
-import subprocess
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "results"
-FILE = FOLDER / "speed.jsonl"
+FILE = Path(__file__).parent / "results" / "speed.jsonl"
 
 
 @dataclass
@@ -58,24 +54,3 @@ class Row:
             median=statistics.median(values), least=min(values), most=max(values),
             runs=len(values), details=details, **fields,
         )  # fmt: skip
-
-
-def environment(versions: dict, commit: str | None) -> dict:
-    """Versions, date and commit, for every row of a run."""
-    return {**versions, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit or _commit()}
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(asked, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-
-
-def read(path: Path) -> list[Row]:
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]

@@ -6,7 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.speed import cases, results
+from benchmarks import results
+from benchmarks.speed import cases
+from benchmarks.speed.results import FILE, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", type=int, action="append", metavar="N",
         help="only these of the plans in cases.py (from 0); rows of others stay in the file",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=results.FILE, help="the results file")
+    parser.add_argument("--out", type=Path, default=FILE, help="the results file")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
 
 
@@ -31,10 +33,10 @@ def main(args: argparse.Namespace) -> None:
             raise SystemExit(f"--plan: there are {len(plans)} plans for {', '.join(wanted)}")
         plans = [plans[i] for i in args.plan]
     partly = args.plan or args.benchmarks
-    rows = results.read(args.out) if partly and args.out.exists() else []
+    rows = results.read(args.out, Row) if partly else []
     console = Console(width=150)
 
-    def report(row: results.Row) -> None:
+    def report(row: Row) -> None:
         console.print(_line(row))
         row.environment = results.environment(row.environment, args.commit)
         rows[:] = [old for old in rows if old.key != row.key] + [row]
@@ -52,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
             cases.run(plan, report, told)
 
 
-def _line(row: results.Row) -> str:
+def _line(row: Row) -> str:
     text = f"{row.benchmark:10} {row.shape:12} {row.engine:26} {row.tokens:>7,} x{row.batch:<3} "
     text += f"{row.median:10.2f} {row.unit} ({row.least:.2f} .. {row.most:.2f}, {row.runs} runs)"
     if row.ratio is not None:

@@ -1,0 +1,90 @@
+"""A vLLM engine in a process of its own, which runs the functions that it is told to."""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Engine:
+    """An engine to be.
+
+    Args:
+        start: makes the ``vllm.LLM``; a function of a module, with picklable arguments.
+        arguments: for ``start``.
+        functions: name of the module whose functions ``run`` calls with the engine.
+        log: file for what the engine prints.
+    """
+
+    def __init__(self, start: Callable, arguments: dict, functions: str, log: Path) -> None:
+        self.log = log
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve, args=(theirs, start, arguments, functions, log)
+        )
+        self._process.start()
+        theirs.close()
+
+    def ready(self) -> dict[str, str]:
+        """Wait until the engine is up; versions and device. Raises RuntimeError if it fails."""
+        return self._receive()
+
+    def run(self, function: str, **arguments) -> Any:
+        """``function(llm, **arguments)`` there. Raises RuntimeError if it fails."""
+        self._pipe.send((function, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, result = self._pipe.recv()
+        except EOFError:
+            failed, result = True, "the engine ended"
+        if failed:
+            raise RuntimeError(f"{result}\n{self.log.read_text()[-3000:]}")
+        return result
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(pipe, start: Callable, arguments: dict, functions: str, log: Path) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdin.close()
+    try:
+        llm = start(**arguments)
+        module = importlib.import_module(functions)
+        pipe.send((False, _versions()))
+        while True:
+            try:
+                function, given = pipe.recv()
+            except EOFError:
+                return
+            pipe.send((False, getattr(module, function)(llm, **given)))
+    except Exception:  # the parent tells it, with the log's end
+        pipe.send((True, traceback.format_exc()))
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import triton
+
+    import vllm
+
+    has_gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if has_gpu else "no GPU",
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }

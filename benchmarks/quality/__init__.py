@@ -1,0 +1,1 @@
+"""What pruning costs in answers: ``python -m benchmarks quality``."""

@@ -1,0 +1,50 @@
+"""Ways to drop tokens, all through the same engine: LazyLLM, parts of it, and what it is compared
+with. At the same schedule they take the same prefill.
+
+The two that LazyLLM does not have replace what scores tokens, in the engine's process alone.
+"""
+
+from dataclasses import dataclass
+
+NO_REVIVAL = {"revive_budget": 0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Attributes:
+    config: fields of LazyLLM's configuration that differ from the defaults; None: stock vLLM.
+    scores: ``attention``; ``random``; or ``static``, those of the first boundary at every one.
+    """
+
+    name: str
+    config: dict | None
+    scores: str = "attention"
+
+
+FULL = Method("full model", None)
+LAZYLLM = Method("LazyLLM", {})
+METHODS = (
+    FULL,
+    LAZYLLM,
+    Method("LazyLLM, strict", {"decode": "strict"}),
+    Method("LazyLLM, no revival", NO_REVIVAL),
+    Method("LazyLLM, no pooling", {"score_pool": 1}),
+    Method("static", NO_REVIVAL, "static"),
+    Method("random", NO_REVIVAL | {"score_pool": 1}, "random"),
+)
+
+
+def use_scores(kind: str) -> None:
+    """Make the staged attention of this process score tokens so."""
+    from lazyllm_vllm import attention
+
+    original = attention.score_tokens
+
+    def static(token_score, *args):
+        if args[-1] == 0:  # the stage; what it scored stays at each token's place
+            original(token_score, *args)
+
+    def random(token_score, *args):
+        token_score.uniform_()
+
+    attention.score_tokens = {"attention": original, "static": static, "random": random}[kind]

@@ -1,0 +1,44 @@
+"""The schedules of the sweep: where to prune, as shares of a model's depth, and what to keep."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.speed.shapes import flop_bound
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Attributes:
+    cuts: ``(depth, keep)``: after this share of the layers, that share of the prompt.
+    """
+
+    cuts: tuple[tuple[float, float], ...]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{keep:g} after {depth:.2f}" for depth, keep in self.cuts)
+
+    def prune(self, num_layers: int) -> list[dict]:
+        """As in LazyLLM's configuration."""
+        return [{"layer": round(d * num_layers), "keep": keep} for d, keep in self.cuts]
+
+    def flop_bound(self, model: Path, num_tokens: int) -> float:
+        """How many times fewer operations than the full model a prefill takes."""
+        shape = json.loads((model / "config.json").read_text())
+        cuts = self.prune(shape["num_hidden_layers"])
+        return flop_bound(shape, tuple((c["layer"], c["keep"]) for c in cuts), num_tokens)
+
+
+# Cuts of one kind at several depths, from the mildest.
+SWEEP = tuple(
+    Schedule(tuple(zip(depths, keeps)))
+    for depths, several in {
+        (0.5,): ((0.5,), (0.25,), (0.1,)),
+        (0.7,): ((0.5,), (0.25,), (0.1,)),
+        (1 / 3, 2 / 3): ((0.8, 0.5), (0.7, 0.3), (0.5, 0.25), (0.3, 0.1)),
+        (0.5, 0.75): ((0.7, 0.4), (0.5, 0.25), (0.4, 0.1)),
+        (0.25, 0.5, 0.75): ((0.8, 0.6, 0.4), (0.7, 0.4, 0.2), (0.5, 0.25, 0.125)),
+    }.items()
+    for keeps in several
+)

@@ -1,0 +1,20 @@
+"""An engine on SmolLM2, or on any model in a folder."""
+
+
+def start(model: str, config: dict | None, scores: str, options: dict):
+    """A ``vllm.LLM``.
+
+    Args:
+        config: LazyLLM's; None: stock vLLM.
+        scores: see ``methods.Method``.
+    """
+    from vllm import LLM
+
+    if config is not None:
+        from benchmarks.quality.methods import use_scores
+
+        use_scores(scores)
+    return LLM(
+        model, seed=0, enable_prefix_caching=False, skip_tokenizer_init=True,
+        additional_config={"lazyllm": config} if config is not None else {}, **options,
+    )  # fmt: skip

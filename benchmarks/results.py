@@ -1,0 +1,61 @@
+"""Results files: JSON lines, one for each figure, with all that it depends on."""
+
+import json
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def environment(versions: dict, commit: str | None) -> dict:
+    """Versions, date and commit, for every row of a run."""
+    return {**versions, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit or _commit()}
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def write(path: Path, rows: list) -> None:
+    """Rows are dataclasses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def read(path: Path, kind: type) -> list:
+    """Rows of the dataclass ``kind``; none if there is no file."""
+    if not path.exists():
+        return []
+    return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def replace_section(readme: Path, name: str, text: str) -> None:
+    """Put the text between the README's marks for ``name``."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = readme.read_text().split(begin)
+    after = rest.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(title: str):
+    """A small plot's figure and axes; saved, it is the same file every time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = title
+    from matplotlib import pyplot
+
+    made, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axes.set_title(title, fontsize=10)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return made, axes

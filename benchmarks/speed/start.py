@@ -1,0 +1,29 @@
+"""An engine on random weights of a shape."""
+
+import json
+import tempfile
+from pathlib import Path
+
+
+def start(shape: dict, config: dict | None, options: dict):
+    """A ``vllm.LLM``.
+
+    Args:
+        shape: the model's config.json.
+        config: LazyLLM's; None: stock vLLM.
+        options: further arguments of ``LLM``.
+    """
+    from vllm import LLM
+
+    from benchmarks.weights import randomize
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        llm = LLM(
+            folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
+            enable_prefix_caching=False,
+            additional_config={"lazyllm": config} if config else {}, **options,
+        )  # fmt: skip
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    randomize(worker.model_runner.model_state.model)
+    return llm

@@ -1,0 +1,111 @@
+"""The quality harness: metrics by hand, tasks that can be answered, published files read."""
+
+import json
+import math
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.quality import evaluate, metrics, text
+from benchmarks.quality.sample import Writer
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.published import longbench, ruler
+
+
+@pytest.fixture(scope="module")
+def writer(smollm2):
+    return Writer(AutoTokenizer.from_pretrained(smollm2))
+
+
+@pytest.mark.parametrize(
+    "metric, output, answers, expected",
+    (
+        (metrics.f1, "The red cat.", ["a red dog", "cat"], 2 / 3),
+        (metrics.f1, "nothing", ["something else"], 0),
+        (metrics.rouge_l, "the cat sat on the mat", ["the cat lay on a mat"], 4 / 6),
+        (metrics.rouge_l, "", ["a"], 0),
+        (metrics.all_found, "12 and 34", ["12", "56"], 0.5),
+        (metrics.any_found, "In PARIS, I think", ["london", "Paris"], 1),
+        (metrics.first_word, " blue\nItem", ["blue"], 1),
+        (metrics.first_word, "light blue", ["blue"], 0),
+        (metrics.edit_similarity, "```\n# a comment\nreturn x\nmore", ["return x"], 1),
+        (metrics.edit_similarity, "abcd", ["abxd"], 0.75),
+    ),
+)
+def test_metrics(metric, output, answers, expected):
+    assert metric(output, answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks_are_as_long_as_asked_and_can_be_answered(name, writer):
+    task = TASKS[name]
+    metric = metrics.METRICS[task.metric]
+    samples = task.samples(range(4), writer, 600)
+    assert samples == task.samples(range(4), writer, 600), "a seed is a sample"
+    assert len({tuple(sample.prompt) for sample in samples}) == 4
+    for sample in samples:
+        assert 0.75 * 600 < len(sample.prompt) < 1.15 * 600
+        assert metric(" " + "; ".join(sample.answers), sample.answers) == 1
+        assert metric("zzzz", sample.answers) < 0.3
+        if task.metric != "edit_similarity":
+            prompt = writer.tokenizer.decode(sample.prompt)
+            assert all(found in prompt for found in sample.answers), "the answer is in the prompt"
+
+
+def test_real_text_is_there():
+    assert sum(map(len, text.paragraphs())) > 100_000
+    assert all("\n\n" not in paragraph for paragraph in text.paragraphs())
+    code = text.code(random.Random(0), 5000)
+    assert 4000 < len(code) < 7000 and code.endswith("\n")
+
+
+def test_the_seeds_of_choosing_and_reporting_are_apart():
+    assert not set(evaluate.choosing(50)) & set(evaluate.reporting(50))
+    assert len(evaluate.choosing(50)) == len(evaluate.reporting(50)) == 50
+
+
+def test_divergence_is_that_of_the_distributions():
+    full = {1: math.log(0.5), 2: math.log(0.3)}
+    assert evaluate.divergence(full, full) == pytest.approx(0, abs=1e-9)
+    other = {1: math.log(0.3), 2: math.log(0.5)}
+    exact = 0.5 * math.log(0.5 / 0.3) + 0.3 * math.log(0.3 / 0.5)
+    assert evaluate.divergence(full, other) == pytest.approx(exact)
+
+
+def test_agreement_by_hand():
+    full = {"next": [{1: -0.1, 2: -3.0}] * 2, "goes on": [[1, 2, 3, 4], [5, 6]]}
+    other = {"next": [{1: -0.1, 2: -3.0}, {1: -3.0, 2: -0.1}], "goes on": [[1, 2, 9, 4], [5, 6]]}
+    found = evaluate.agreement(full, other)
+    assert found["top 1"] == [1, 0] and found["continuation"] == [0.5, 1]
+    assert found["KL"][0] == pytest.approx(0, abs=1e-9) and found["KL"][1] > 1
+
+
+def test_mean_and_error_by_hand():
+    assert evaluate.mean_and_error([0, 1, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 3) / 2))
+
+
+def test_published_files_are_read(tmp_path, writer):
+    line = {"input": "Who wrote it?", "context": "Anna wrote it. " * 400, "answers": ["Anna"]}
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "lcc.jsonl").write_text(
+        json.dumps({"input": "", "context": "x = 1\n", "answers": ["y = 2"]}) + "\n"
+    )
+    tasks = {task.name: task for task in longbench(tmp_path, writer, 500)}
+    assert set(tasks) == {"LongBench hotpotqa", "LongBench lcc"}
+    question = tasks["LongBench hotpotqa"]
+    assert (question.metric, question.max_tokens) == ("f1", 32)
+    assert len(question.samples[0].prompt) == 500
+    assert "Who wrote it?" in writer.tokenizer.decode(question.samples[0].prompt)
+    assert writer.tokenizer.decode(tasks["LongBench lcc"].samples[0].prompt) == "x = 1\n"
+
+    (tmp_path / "niah_single_1").mkdir()
+    lines = [{"index": 0, "input": "Find 77.", "outputs": ["77"], "length": 9}]
+    (tmp_path / "niah_single_1/validation.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    (task,) = ruler(tmp_path, writer, 500)
+    assert task.name == "RULER niah_single_1" and task.metric == "all_found"
+    assert task.samples[0].answers == ["77"]
+
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps({"input": "?"}) + "\n")
+    with pytest.raises(ValueError, match="hotpotqa.jsonl, line 1: no field context, answers"):
+        list(longbench(tmp_path, writer, 500))
