@@ -16,6 +16,7 @@ from lazyllm_vllm.kernels.top_k import (
     BLOCK,
     NO_CANDIDATE,
     add_digits,
+    histogram_of,
     home_slot,
     home_slots,
     num_splits,
@@ -65,7 +66,7 @@ def _rank_kernel(
         return
     num_prompt = tl.load(num_prompt_ptr + batch)
     table = position_table_ptr + batch * position_table_stride
-    row = histogram_ptr + batch * 8192
+    row = histogram_of(histogram_ptr, batch)
     start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)

@@ -18,7 +18,9 @@ from lazyllm_vllm.kernels.top_k import (
     best_mask,
     clear_histogram,
     counts_before,
+    counts_of,
     find_best,
+    histogram_of,
     home_slot,
     home_slots,
     num_splits,
@@ -62,11 +64,11 @@ def _select_decode_kernel(
     split = tl.program_id(1)
     if tl.load(active_ptr + batch) == 0:
         return
-    clear_histogram(histogram_ptr + batch * 8192, split, splits)
+    clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
     start, end = split_bounds(tl.load(num_prompt_ptr + batch), split, splits, BLOCK)
     if start >= end:
         return
-    counts = counts_ptr + batch * 3 * MAX_SPLITS
+    counts = counts_of(counts_ptr, batch, MAX_SPLITS)
     threshold = tl.load(found_ptr + batch * 4)
     ties = tl.load(found_ptr + batch * 4 + 1)
     met, all_met = counts_before(counts, split, splits, 1, MAX_SPLITS)

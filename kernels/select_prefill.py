@@ -12,7 +12,9 @@ from lazyllm_vllm.kernels.top_k import (
     best_mask,
     clear_histogram,
     counts_before,
+    counts_of,
     find_best,
+    histogram_of,
     home_slot,
     home_slots,
     num_splits,
@@ -77,10 +79,10 @@ def _select_prefill_kernel(
                 tl.store(level_ptr + home, stage + 1, mask=valid)
         return
 
-    clear_histogram(histogram_ptr + batch * 8192, split, splits)
+    clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
     threshold = tl.load(found_ptr + batch * 4)
     ties = tl.load(found_ptr + batch * 4 + 1)
-    counts = counts_ptr + batch * 3 * MAX_SPLITS
+    counts = counts_of(counts_ptr, batch, MAX_SPLITS)
     num_above, all_above = counts_before(counts, split, splits, 0, MAX_SPLITS)
     met, all_met = counts_before(counts, split, splits, 1, MAX_SPLITS)
     num_seen, all_seen = counts_before(counts, split, splits, 2, MAX_SPLITS)

@@ -21,8 +21,7 @@ ALWAYS_KEPT = 0x7F800000  # the bits of infinity: above every score
 NO_CANDIDATE = -1
 MAX_SPLITS = 128
 BLOCK = 1024  # positions a program looks at together
-# A key's digits, from the top: bits 30-20, 19-10, 9-0, and where each one's histogram starts.
-BINS = 4096
+BINS = 4096  # of a list: 2048 for a key's first digit (bits 30-20), 1024 each for 19-10 and 9-0
 NUM_COUNTS = 3
 
 
@@ -44,6 +43,18 @@ def split_bounds(num_prompt, split, splits, BLOCK: tl.constexpr):
     size = tl.cdiv(tl.cdiv(num_prompt, BLOCK), splits) * BLOCK
     start = split * size
     return start, tl.minimum(start + size, num_prompt)
+
+
+@triton.jit
+def histogram_of(histogram_ptr, batch):
+    """The request's two histograms."""
+    return histogram_ptr + batch * 8192
+
+
+@triton.jit
+def counts_of(counts_ptr, batch, MAX_SPLITS: tl.constexpr):
+    """The request's counts."""
+    return counts_ptr + batch * 3 * MAX_SPLITS
 
 
 @triton.jit
@@ -121,7 +132,7 @@ def _refine_kernel(
     if start >= end:
         return
     k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
-    row = histogram_ptr + batch * 8192
+    row = histogram_of(histogram_ptr, batch)
     prefix_0, ties_0 = prefix_of(row, k, STEP, 0)
     prefix_1 = 0
     if LISTS == 2:
@@ -169,9 +180,9 @@ def _count_kernel(
         return
     num_prompt = tl.load(num_prompt_ptr + batch)
     k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
-    row = histogram_ptr + batch * 8192
+    row = histogram_of(histogram_ptr, batch)
     start, end = split_bounds(num_prompt, split, splits, BLOCK)
-    counts = counts_ptr + batch * 3 * MAX_SPLITS + split
+    counts = counts_of(counts_ptr, batch, MAX_SPLITS) + split
     if start >= end:
         for which in tl.static_range(3):
             tl.store(counts + which * MAX_SPLITS, 0)
@@ -243,8 +254,7 @@ def counts_before(counts_row, split, splits, WHICH: tl.constexpr, MAX_SPLITS: tl
 @triton.jit
 def clear_histogram(histogram_row, split, splits):
     """Leave zeros for the next boundary; each split clears its share."""
-    size = 8192 // 1024
-    for part in range(split, size, splits):
+    for part in range(split, 8, splits):
         at = part * 1024 + tl.arange(0, 1024)
         tl.store(histogram_row + at, tl.zeros([1024], tl.int32))
 

@@ -47,6 +47,7 @@ class LazyLLMConfig(BaseModel):
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from
             the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache.
+        revive_per_request: most of them that one request may use.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
     """
 
