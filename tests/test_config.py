@@ -29,8 +29,11 @@ def test_presets_fit_any_depth(preset, num_layers):
     assert schedule.starts == Schedule.build(explicit, num_layers).starts
     sizes = [len(schedule.stage_layers(s)) for s in range(schedule.num_stages)]
     assert sum(sizes) == num_layers and min(sizes) >= 1
-    if any(num_layers % n == 0 for n in (2, 3, 4)):
-        assert len(set(sizes)) == 1, "stages of equal length waste no cache"
+    assert sizes[0] == schedule.starts[1] == round(num_layers / 2), "no cut before half the depth"
+    if num_layers % 2 == 0:
+        length = min(sizes)
+        assert all(size % length == 0 for size in sizes), "stages that divide waste no cache"
+        assert len(sizes) == (3 if num_layers % 4 == 0 or num_layers % 6 == 0 else 2)
 
 
 @pytest.mark.parametrize(
