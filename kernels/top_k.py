@@ -2,7 +2,7 @@
 
 Scores are never negative, so the bits of a float32 order as the float does: keys are int32, -1 for
 a position that is no candidate. The k-th largest is found by a radix search in three digits, and
-each pass over the positions is spread over ``NUM_SPLITS`` programs a request, which add to one
+each pass over the positions is spread over ``num_splits`` programs a request, which add to one
 histogram a digit: ``rank`` fills the first digit's, ``_refine_kernel`` the others', and
 ``_count_kernel`` then knows the threshold and counts, split by split, what lies above it and on it,
 so that whoever takes the best knows how many were taken in the splits before.
