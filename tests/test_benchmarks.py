@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.engine import Engine
 from benchmarks.results import read, write
-from benchmarks.speed import report
+from benchmarks.speed import cases, report
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, Pruning, flop_bound, flops
 from benchmarks.speed.start import start
@@ -59,6 +59,17 @@ def test_an_engine_is_measured(tmp_path):
         assert through["value"] > 0 and through["peak_running"] == 3
     finally:
         engine.close()
+
+
+def test_plans_keep_their_numbers():
+    """Whichever benchmarks are asked for."""
+    everything = cases.plans(set(cases.BENCHMARKS))
+    assert [plan.shape for plan in everything][-1] == "Llama-2-7B"
+    (one,) = cases.plans({"ttft", "memory"}, [len(everything) - 1])
+    assert one.shape == "Llama-2-7B" and {c.benchmark for c in one.cases} == {"ttft"}
+    assert cases.plans({"memory"}, [len(everything) - 1]) == []
+    with pytest.raises(IndexError):
+        cases.plans({"memory"}, [len(everything)])
 
 
 def _rows() -> list[Row]:

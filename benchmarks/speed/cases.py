@@ -96,11 +96,13 @@ _ALL = (
 BENCHMARKS = tuple(dict.fromkeys(case.benchmark for plan in _ALL for case in plan.cases))
 
 
-def plans(wanted: set[str]) -> list[Plan]:
-    """What there is to run for some of ``BENCHMARKS``."""
+def plans(wanted: set[str], only: list[int] | None = None) -> list[Plan]:
+    """What there is to run for some of ``BENCHMARKS``; ``only``: of these plans, from 0. Raises
+    IndexError for a plan that there is not."""
+    chosen = _ALL if only is None else [_ALL[i] for i in only]
     cut = (
         replace(plan, cases=tuple(case for case in plan.cases if case.benchmark in wanted))
-        for plan in _ALL
+        for plan in chosen
     )
     return [plan for plan in cut if plan.cases]
 

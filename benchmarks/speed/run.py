@@ -27,11 +27,10 @@ def main(args: argparse.Namespace) -> None:
     wanted = set(args.benchmarks or cases.BENCHMARKS)
     if unknown := wanted - set(cases.BENCHMARKS):
         raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {cases.BENCHMARKS}")
-    plans = cases.plans(wanted)
-    if args.plan:
-        if max(args.plan) >= len(plans):
-            raise SystemExit(f"--plan: there are {len(plans)} plans for {', '.join(wanted)}")
-        plans = [plans[i] for i in args.plan]
+    try:
+        plans = cases.plans(wanted, args.plan)
+    except IndexError:
+        raise SystemExit(f"--plan: no such plan in {cases.__file__}") from None
     partly = args.plan or args.benchmarks
     rows = results.read(args.out, Row) if partly else []
     console = Console(width=150)
