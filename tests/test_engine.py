@@ -68,7 +68,7 @@ def test_requests_without_room_go_on_without_selecting(smollm2, noise):
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_reserve": 0.02}
     prompts = [p for p in noise if 256 <= len(p) <= 700]
     plain, selecting = (
-        engine.run(smollm2, prompts, config, max_tokens=48, logprobs=5, trace=trace)
+        engine.run(smollm2, prompts, config, max_tokens=32, logprobs=5, trace=trace)
         for trace in (False, True)
     )
     assert len(plain["full"]) == len(prompts) and not selecting["full"]

@@ -20,7 +20,7 @@ from kernel_checks import (
 
 from lazyllm_vllm.kernels import rank, select_decode, select_prefill, top_k
 
-SEEDS = (0, 1, 2, LONG)
+SEEDS = (0, 1, LONG)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -52,7 +52,7 @@ def test_rank(seed, stage, pool, strict):
     check_rank(seed, stage, pool, strict)
 
 
-@pytest.fixture(params=[(seed, None) for seed in SEEDS[:3]] + [(LONG, 2)])
+@pytest.fixture(params=[(seed, None) for seed in SEEDS[:2]] + [(LONG, 2)])
 def seed_and_splits(request, monkeypatch):
     """A world's seed; for long prompts, so few programs that each has several blocks of them."""
     seed, splits = request.param

@@ -11,7 +11,7 @@ from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, Method
 from benchmarks.quality.tasks import TASKS
 
-SAMPLES, TOKENS = 8, 700
+SAMPLES, TOKENS = 12, 700
 
 
 @pytest.fixture(scope="module")
