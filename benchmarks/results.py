@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 
@@ -12,7 +13,9 @@ def environment(versions: dict, commit: str | None) -> dict:
     return {**versions, "date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit or _commit()}
 
 
+@cache
 def _commit() -> str:
+    """Asked once a run: writing the results file changes the tree."""
     here = Path(__file__).parent
     asked = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     answer = subprocess.run(asked, capture_output=True, text=True)

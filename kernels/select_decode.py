@@ -181,7 +181,7 @@ def select_decode(
 ) -> None:
     """Choose the tokens that the active decodes revive into ``stage``.
 
-    Fills the revived part of ``rows`` (set up by ``begin_decodes``), adds to ``key_len`` and
+    Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``key_len`` and
     ``num_revived``, and updates ``level``, ``selected`` and the requests' ``prompt_keys``.
 
     Args:

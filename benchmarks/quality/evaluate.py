@@ -149,5 +149,5 @@ def reporting(count: int) -> range:
 
 
 def open_evaluation(model: Model, method: Method = FULL, prune=None) -> Evaluation:
-    """An evaluation whose log goes with the process."""
+    """An evaluation with a log of its own in the temporary folder, kept for a look afterwards."""
     return Evaluation(model, method, prune, Path(tempfile.mkstemp(suffix=".log")[1]))
