@@ -2,8 +2,10 @@
 
     score_j = mean_h exp(q_h . k_g(h),j * scale - lse_h)
 
-in fp32, with ``lse`` the log-denominator of the current token's own attention (paper, section 3.2).
-One query row a request is scored, so nothing of size N x N exists.
+in fp32, with ``lse`` the log-denominator of the token's own attention (paper, section 3.2). In
+prefill it is the mean over the last few tokens of the prompt, each of which has seen what comes
+before it (the observation window of SnapKV, arXiv 2404.14469; one token is the paper's). A handful
+of query rows a request are scored, so nothing of size N x N exists.
 """
 
 import torch
@@ -19,7 +21,8 @@ def _score_kernel(
     q_ptr,  # [rows, heads, head_dim]
     q_stride_row,
     query_row_ptr,  # [batch]
-    lse_ptr,  # [batch, heads] fp32
+    lse_ptr,  # [window, max batch, heads] fp32
+    lse_stride,
     kv_ptr,
     kv_stride_block,
     kv_stride_head,
@@ -32,11 +35,13 @@ def _score_kernel(
     num_prompt_ptr,
     active_ptr,
     slot_position_ptr,
+    num_decodes,
     scale,
     splits,
+    WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    QUERIES_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -48,9 +53,13 @@ def _score_kernel(
         return
     key_len = tl.load(key_len_ptr + batch)
     num_prompt = tl.load(num_prompt_ptr + batch)
-    q_row = q_ptr + tl.load(query_row_ptr + batch).to(tl.int64) * q_stride_row
-    g = tl.arange(0, GROUP_PAD)
-    g_valid = g < GROUP
+    # Queries of one KV head: the heads of its group, of the current token, the one before, ...
+    c = tl.arange(0, QUERIES_PAD)
+    back = c // GROUP
+    num_tokens = tl.where(batch < num_decodes, 1, WINDOW)
+    c_valid = back < num_tokens
+    query_row = tl.load(query_row_ptr + batch) - back
+    q_row = q_ptr + query_row.to(tl.int64) * q_stride_row
     d = tl.arange(0, HEAD_PAD)
     d_valid = d < HEAD_DIM
 
@@ -69,20 +78,23 @@ def _score_kernel(
         k_at = kv_ptr + block * kv_stride_block + (j % BLOCK_SIZE) * kv_stride_slot
         score = tl.zeros([BLOCK_N], tl.float32)
         for kv_head in range(NUM_HEADS // GROUP):
-            head = kv_head * GROUP + g
+            head = kv_head * GROUP + c % GROUP
             q = tl.load(
-                q_row + head[None, :] * HEAD_DIM + d[:, None],
-                mask=g_valid[None, :] & d_valid[:, None],
+                (q_row + head * HEAD_DIM)[None, :] + d[:, None],
+                mask=c_valid[None, :] & d_valid[:, None],
                 other=0.0,
             )
-            lse = tl.load(lse_ptr + batch * NUM_HEADS + head, mask=g_valid, other=0.0)
+            lse = tl.load(
+                lse_ptr + back * lse_stride + batch * NUM_HEADS + head, mask=c_valid, other=0.0
+            )
             k = tl.load(
                 k_at[:, None] + kv_head * kv_stride_head + d[None, :],
                 mask=j_valid[:, None] & d_valid[None, :],
                 other=0.0,
             )
             logits = tl.dot(k, q, input_precision="ieee") * scale
-            p = tl.where(g_valid[None, :], tl.exp(logits - lse[None, :]), 0.0)
+            seen = c_valid[None, :] & (j[:, None] < (key_len - back)[None, :])
+            p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
             score += tl.sum(p, 1)
         in_prompt = j_valid & (position < num_prompt)
         home = tl.load(
@@ -92,14 +104,14 @@ def _score_kernel(
         ).to(tl.int64)
         tl.store(
             token_score_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE,
-            score / NUM_HEADS,
+            score / (NUM_HEADS * num_tokens),
             mask=in_prompt,
         )
 
 
 def score_tokens_triton(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, batch, scale, stage,
+    active, slot_position, batch, num_decodes, scale, stage,
 ):  # fmt: skip
     num_heads, head_dim = q.shape[1:]
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -107,12 +119,14 @@ def score_tokens_triton(
     assert q.stride(1) == head_dim and q.stride(2) == 1 and kv_cache.stride(3) == 1
     assert lse.is_contiguous()
     splits = max(1, 528 // batch)
+    window = len(lse) if batch > num_decodes else 1
     _score_kernel[(batch, splits)](
-        token_score, q, q.stride(0), query_row, lse,
+        token_score, q, q.stride(0), query_row, lse, lse.stride(0),
         kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table, block_table.stride(0), position_table, position_table.stride(0),
-        key_len, num_prompt, active, slot_position, scale, splits,
-        NUM_HEADS=num_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        key_len, num_prompt, active, slot_position, num_decodes, scale, splits, WINDOW=window,
+        NUM_HEADS=num_heads, GROUP=group,
+        QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
         HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,
     )  # fmt: skip
@@ -120,7 +134,7 @@ def score_tokens_triton(
 
 def score_tokens_reference(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, batch, scale, stage,
+    active, slot_position, batch, num_decodes, scale, stage,
 ):  # fmt: skip
     block_size = kv_cache.shape[2]
     group = q.shape[1] // kv_cache.shape[1]
@@ -132,9 +146,13 @@ def score_tokens_reference(
         if stage > 0:
             position = slot_position[physical_slots(block_table[i], slots, block_size)].long()
         k, _ = gather_keys(kv_cache, block_table[i], len(slots))
-        grouped = q[query_row[i]].float().unflatten(0, (-1, group))
-        logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
-        score = (logits.flatten(0, 1) - lse[i][:, None]).exp().mean(0)
+        window = 1 if i < num_decodes else len(lse)
+        score = torch.zeros(len(slots), device=q.device)
+        for back in range(window):
+            grouped = q[query_row[i] - back].float().unflatten(0, (-1, group))
+            logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
+            p = (logits.flatten(0, 1) - lse[back, i][:, None]).exp().mean(0)
+            score += p.where(slots < len(slots) - back, 0.0) / window
         in_prompt = position < num_prompt[i]
         token_score[physical_slots(position_table[i], position[in_prompt], block_size)] = score[
             in_prompt
@@ -154,6 +172,7 @@ def score_tokens(
     active: torch.Tensor,
     slot_position: torch.Tensor,
     batch: int,
+    num_decodes: int,
     scale: float,
     stage: int,
 ) -> None:
@@ -163,7 +182,8 @@ def score_tokens(
         token_score: ``[physical slots]`` fp32, written at each position's slot in stage 0.
         q: ``[rows, heads, head_dim]`` of the stage's last layer.
         query_row: ``[batch]`` int32, row of each request's current token.
-        lse: ``[batch, heads]`` fp32.
+        lse: ``[window, max batch, heads]`` fp32: of the current token, the one before it, ... The
+            first ``num_decodes`` requests have their current token alone.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table, position_table: ``[batch, width]`` int32, of the stage and of stage 0.
         key_len, num_prompt: ``[batch]`` int32.
@@ -174,12 +194,25 @@ def score_tokens(
     run = score_tokens_triton if q.is_cuda else score_tokens_reference
     run(
         token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len,
-        num_prompt, active, slot_position, batch, scale, stage,
+        num_prompt, active, slot_position, batch, num_decodes, scale, stage,
     )  # fmt: skip
 
 
-def last_row_lse(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Log-denominator of one query ``[heads, head_dim]`` over keys ``[n, kv_heads, head_dim]``:
-    ``[heads]`` fp32."""
-    grouped = q.float().unflatten(0, (k.shape[1], -1))
-    return (torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale).logsumexp(-1).flatten()
+def last_rows_lse(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+    """Log-denominators of a prompt's last tokens in causal attention, the last one first.
+
+    Args:
+        q, k: ``[n, heads, head_dim]`` and ``[n, kv_heads, head_dim]``.
+
+    Returns:
+        ``[window, heads]`` fp32, zeros where the prompt is shorter.
+    """
+    n, num_heads, _ = q.shape
+    window_rows = min(window, n)
+    grouped = q[n - window_rows :].float().unflatten(1, (k.shape[1], -1))
+    logits = torch.einsum("rkgd,jkd->rkgj", grouped, k.float()) * scale
+    row, key = torch.arange(n - window_rows, n), torch.arange(n)
+    logits = logits.masked_fill((key > row[:, None])[:, None, None], -torch.inf)
+    lse = torch.zeros(window, num_heads)
+    lse[:window_rows] = logits.logsumexp(-1).flatten(1).flip(0)
+    return lse

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
@@ -24,9 +25,10 @@ from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.checks import check_attention
 from lazyllm_vllm.config import ConfigError
+from lazyllm_vllm.cuda_graphs import between_graphs
 from lazyllm_vllm.kernels.attention import paged_attention
 from lazyllm_vllm.kernels.rows import write_kv
-from lazyllm_vllm.kernels.score import last_row_lse, score_tokens
+from lazyllm_vllm.kernels.score import last_rows_lse, score_tokens
 from lazyllm_vllm.kv_cache.specs import StageSpec
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.step import Step
@@ -131,14 +133,14 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
                 query[prefill], key[prefill], value[prefill], output[prefill], step, stage, scores
             )
             if scores:
-                step.buffers.lse[step.num_decodes : step.num_requests] = lse
+                step.buffers.lse[:, step.num_decodes : step.num_requests] = lse
         if scores:
             buffers = step.buffers
             score_tokens(
                 buffers.token_score, query, step.query_row(stage), buffers.lse, kv_cache,
                 step.block_tables[group], step.position_table, step.key_len(stage),
                 buffers.num_prompt, buffers.active[stage + 1], buffers.slot_position,
-                step.num_requests, self.scale, stage,
+                step.num_requests, step.num_decodes, self.scale, stage,
             )  # fmt: skip
         return output
 
@@ -182,12 +184,12 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
             fa_version=self.fa_version,
         )
         if scores:
-            step.buffers.lse[:n] = result[1].T
+            step.buffers.lse[0, :n] = result[1].T
 
     def _decode(self, query, kv_cache, output, step, stage, group, num_rows) -> None:
         buffers = step.buffers
         paged_attention(
-            output[:num_rows], buffers.lse, query[:num_rows], kv_cache,
+            output[:num_rows], buffers.lse[0], query[:num_rows], kv_cache,
             step.block_tables[group], step.position_table,
             step.key_len(stage), buffers.rows[stage].num_revived, buffers.share,
             step.row_position(stage), buffers.slot_position, buffers.selected, buffers.num_prompt,
@@ -196,9 +198,10 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         )  # fmt: skip
 
     def _prefill(self, query, key, value, output, step, stage, scores) -> torch.Tensor | None:
-        """Causal attention of each prompt's kept tokens; the last rows' log-denominators,
-        ``[prefills, heads]`` fp32, if asked for."""
+        """Causal attention of each prompt's kept tokens; if asked for, the log-denominators of
+        its last rows, the last one first: ``[score_window, prefills, heads]`` fp32."""
         starts = step.prefill_starts[stage]
+        window = step.schedule.config.score_window
         if query.is_cuda:
             result = fa_utils.flash_attn_varlen_func(
                 query,
@@ -214,7 +217,11 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
                 return_softmax_lse=scores,
                 fa_version=self.fa_version,
             )
-            return result[1][:, (starts[1:] - 1).long()].T if scores else None
+            if not scores:
+                return None
+            back = torch.arange(1, window + 1, device=starts.device)
+            rows = (starts[1:] - back[:, None]).clamp(min=0)  # shorter prompts are not scored
+            return result[1].T[rows]
         bounds = starts.tolist()
         for start, end in zip(bounds, bounds[1:]):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
@@ -225,9 +232,10 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
             return None
         return torch.stack(
             [
-                last_row_lse(query[end - 1], key[start:end], self.scale)
+                last_rows_lse(query[start:end], key[start:end], self.scale, window)
                 for start, end in zip(bounds, bounds[1:])
-            ]
+            ],
+            dim=1,
         )
 
 
@@ -251,6 +259,28 @@ class StagedAttention(Attention):
         layer.attn_backend = LazyAttentionBackend
         layer.impl = LazyAttentionImpl(
             layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads, max_model_len
+        )
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend; ``query``, ``key``, ``value`` and the result are ``[rows, heads * head_size]``.
+
+        Not by way of vLLM's custom op, which hides attention from torch.compile: nothing compiles
+        the staged model, and the op's detour costs time in every layer.
+        """
+        output = query.new_empty(query.shape)
+        between_graphs(self._attend, query, key, value, output)
+        return output
+
+    def _attend(self, query, key, value, output) -> None:
+        metadata = get_forward_context().attn_metadata
+        self.impl.forward(
+            self,
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            self.kv_cache,
+            metadata and metadata[self.layer_name],
+            output=output.view(-1, self.num_heads, self.head_size),
         )
 
     def get_kv_cache_spec(self, vllm_config) -> StageSpec:

@@ -41,6 +41,8 @@ class LazyLLMConfig(BaseModel):
         min_prompt_tokens: prompts shorter than this many tokens are not pruned.
         first_tokens, last_tokens: this many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
+        score_window: tokens at the end of the prompt whose attention, on average, scores the prompt
+            in prefill; at most ``last_tokens``. 1 is the paper: the last token's.
         score_pool: odd window; a token's score becomes the highest in the window around it.
             1 is the paper.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
@@ -58,6 +60,7 @@ class LazyLLMConfig(BaseModel):
     min_prompt_tokens: int = Field(default=512, ge=1)
     first_tokens: int = Field(default=4, ge=0)
     last_tokens: int = Field(default=64, ge=1)
+    score_window: int = Field(default=4, ge=1)
     score_pool: int = Field(default=13, ge=1)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
@@ -70,6 +73,15 @@ class LazyLLMConfig(BaseModel):
         if value % 2 == 0:
             raise ValueError(f"must be odd, so that the window has a middle; got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "LazyLLMConfig":
+        if self.score_window > self.last_tokens:
+            raise ValueError(
+                f"score_window: {self.score_window} is more than last_tokens ({self.last_tokens}), "
+                "the tokens that every stage is sure to have; lower it or raise last_tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_prune(self) -> "LazyLLMConfig":

@@ -44,6 +44,8 @@ class LazyModelState(DefaultModelState):
         self.strict = self.schedule.config.decode == "strict"
         # Row in the request table of the requests whose decoding chooses tokens anew.
         self.selecting: dict[str, int] = {}
+        # Requests whose prompt is yet to be prefilled, and pruned in it.
+        self.to_prune: set[str] = set()
         self.room_watch = RoomWatch(self.table)
         # Which of a batch size's two CUDA graphs is being captured; see cuda_graphs.
         self.capture_selecting = False
@@ -56,8 +58,10 @@ class LazyModelState(DefaultModelState):
         num_prompt = len(new_req_data.prefill_token_ids)
         self.index_of[new_req_data.req_id] = req_index
         self.num_prompt[new_req_data.req_id] = num_prompt
-        if self.schedule.is_pruned(num_prompt) and (self.strict or self.schedule.has_aux):
-            self.selecting[new_req_data.req_id] = req_index
+        if self.schedule.is_pruned(num_prompt):
+            self.to_prune.add(new_req_data.req_id)
+            if self.strict or self.schedule.has_aux:
+                self.selecting[new_req_data.req_id] = req_index
         self.table.add(req_index, num_prompt)
 
     def apply_staged_writes(self) -> None:
@@ -70,6 +74,7 @@ class LazyModelState(DefaultModelState):
         if index is None:
             return
         self.selecting.pop(req_id, None)
+        self.to_prune.discard(req_id)
         num_prompt = self.num_prompt.pop(req_id)
         if not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, num_prompt, self.table.row(index))
@@ -130,6 +135,7 @@ class LazyModelState(DefaultModelState):
         prompts = [int(n) for n in lens[num_decodes:]]
         if real:
             self._check_whole_prompts(input_batch.req_ids[num_decodes:], prompts)
+            self.to_prune.difference_update(input_batch.req_ids)
         if in_graph:
             selects = self.capture_selecting
         else:
@@ -152,6 +158,7 @@ class LazyModelState(DefaultModelState):
             decodes_select=selects,
             prefills_select=any(k[-1] < k[0] for k in kept),
             revives=selects and self.aux is not None,
+            recorded=not real,
             max_splits=self.graph_splits if in_graph else 0,
             sampled_tokens=input_batch.logits_indices,
             trace=self.trace if real else None,

@@ -136,7 +136,8 @@ class ReferenceSequence:
         rows = list(range(self.num_prompt))
         self.next_position = self.num_prompt
         hidden = self.model.model.embed_tokens(torch.tensor(self.prompt))
-        hidden, score = self._run_stage(0, hidden, rows)
+        window = min(self.config.score_window, self.num_prompt)
+        hidden, score = self._run_stage(0, hidden, rows, window)
         self.trace.kept.append(rows)
         for s in range(1, self.num_stages):
             candidates = self.level[: self.num_prompt] >= s
@@ -144,7 +145,7 @@ class ReferenceSequence:
             kept = sorted(ranking[: self.kept_count[s]])
             hidden = self._exchange(s, hidden, rows, kept)
             rows = kept
-            hidden, score = self._run_stage(s, hidden, rows)
+            hidden, score = self._run_stage(s, hidden, rows, window)
             self.trace.kept.append(kept)
             self.trace.prefill_scores.append(pooled)
             self.trace.prefill_margins.append(margin)
@@ -161,7 +162,7 @@ class ReferenceSequence:
         self.next_position += 1
         rows = [current]
         hidden = self.model.model.embed_tokens(torch.tensor([token]))
-        hidden, score = self._run_stage(0, hidden, rows)
+        hidden, score = self._run_stage(0, hidden, rows, 1)
         strict = self.config.decode == "strict"
         is_selected = torch.ones(self.num_prompt, dtype=torch.bool)  # stage 0 attends to all
         for s in range(1, self.num_stages):
@@ -180,7 +181,7 @@ class ReferenceSequence:
             revived = sorted(missing[:limit])
             hidden = self._exchange(s, hidden, rows, [*revived, current])
             rows = [*revived, current]
-            hidden, score = self._run_stage(s, hidden, rows, is_selected if strict else None)
+            hidden, score = self._run_stage(s, hidden, rows, 1, is_selected if strict else None)
 
             trace.selected[-1].append(sorted(selected))
             trace.revived[-1].append(revived)
@@ -194,7 +195,7 @@ class ReferenceSequence:
         ascending) after the always-kept ones; the pooled scores; the margin (see Trace).
 
         Args:
-            score: [P] fp32, the current token's attention in the last layer of stage s - 1.
+            score: [P] fp32, attention in the last layer of stage s - 1.
             candidates: [N] bool.
         """
         assert candidates[self.always_kept].all()
@@ -228,18 +229,24 @@ class ReferenceSequence:
         return torch.stack([state for _, state in taken])
 
     def _run_stage(
-        self, s: int, hidden: Tensor, rows: list[int], is_selected: Tensor | None = None
+        self,
+        s: int,
+        hidden: Tensor,
+        rows: list[int],
+        window: int,
+        is_selected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run rows through stage s. Each attends to what has keys there, at or before its position.
 
         Args:
             hidden: [len(rows), hidden], input to the stage.
             rows: positions, rising; the last is the current token.
+            window: the last of them whose attention, on average, is the score.
             is_selected: [N] bool, the only prompt tokens to attend to; None: all with keys here.
 
         Returns:
-            The stage's output, [len(rows), hidden], and the current token's score of every position
-            in the stage's last layer, [P] fp32, 0 for those it does not attend to.
+            The stage's output, [len(rows), hidden], and the score of every position in the stage's
+            last layer, [P] fp32, 0 for those that are not attended to.
         """
         positions = torch.tensor(rows)
         assert (self.level[positions] == s).all() and (positions.diff() > 0).all()
@@ -249,14 +256,15 @@ class ReferenceSequence:
             visible[: self.num_prompt] &= is_selected
         attended = visible.nonzero()[:, 0]
         for layer in range(self.starts[s], self.starts[s + 1]):
-            hidden, score = self._run_layer(layer, hidden, positions, attended)
+            hidden, score = self._run_layer(layer, hidden, positions, attended, window)
         return hidden, score
 
     def _run_layer(
-        self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor
+        self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor, window: int
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i for the last
-        row (paper 3.2; design section 1); see ``_run_stage`` for the shapes."""
+        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i, the mean over
+        the last ``window`` rows (paper 3.2: the last row alone); see ``_run_stage`` for the
+        shapes."""
         assert not self.computed[layer, positions].any(), "computed twice"
         self.computed[layer, positions] = True
         block = self.model.model.layers[layer]
@@ -277,7 +285,7 @@ class ReferenceSequence:
         weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
         weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
         score = torch.zeros(len(self.level))
-        score[attended] = weights[:, -1].mean(0)
+        score[attended] = weights[:, -window:].mean((0, 1))
 
         out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
         hidden = hidden + attention.o_proj(out)

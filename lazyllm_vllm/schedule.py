@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
-from lazyllm_vllm.config import LazyLLMConfig
+from vllm.config import VllmConfig
+
+from lazyllm_vllm.config import LazyLLMConfig, parse_config
 
 
 @cache
@@ -44,6 +46,13 @@ class Schedule:
             keeps=(1.0, *(b.keep for b in boundaries)),
             config=config,
         )
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "Schedule":
+        """That of an engine with LazyLLM on."""
+        config = parse_config(vllm_config.additional_config["lazyllm"])
+        layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        return cls.build(config, layers)
 
     @property
     def num_stages(self) -> int:

@@ -28,9 +28,10 @@ class StepBuffers:
     """Everything a step writes that outlives it or that a CUDA graph must find again. One owner.
 
     By batch index, ``max_num_reqs`` long: ``req_index`` int32 (row of the request table, -1:
-    none); ``lse`` ``[batch, heads]`` fp32 of the current rows; and what ``Selection`` holds by
-    batch index. By stage: ``rows``. By KV cache group: ``slot_mappings``. ``share`` ``[1]`` int32:
-    most tokens that a request may revive at a boundary of this step.
+    none); ``lse`` ``[score_window, batch, heads]`` fp32 of the current row and, in a prefill, of
+    those before it; and what ``Selection`` holds by batch index. By stage: ``rows``. By KV cache
+    group: ``slot_mappings``. ``share`` ``[1]`` int32: most tokens that a request may revive at a
+    boundary of this step.
 
     By physical slot, once the KV cache exists: ``level`` int8, ``selected`` int8, ``token_score``
     fp32 and ``token_key`` int32 at a prompt position's slot in stage 0; ``slot_position`` int32 at
@@ -59,7 +60,8 @@ class StepBuffers:
         self.found = torch.zeros(max_num_reqs, 4, **ints)
         self.counts = torch.zeros(max_num_reqs, NUM_COUNTS, MAX_SPLITS, **ints)
         self.share = torch.zeros(1, **ints)
-        self.lse = torch.zeros(max_num_reqs, num_heads, dtype=torch.float32, device=device)
+        lse_shape = (schedule.config.score_window, max_num_reqs, num_heads)
+        self.lse = torch.zeros(lse_shape, dtype=torch.float32, device=device)
         self.decode_starts = torch.arange(max_num_reqs + 1, **ints)
         self.query_rows = torch.zeros(stages, max_num_reqs, **ints)
         self.dst_row = torch.zeros(self.max_rows, **ints)
@@ -99,6 +101,7 @@ class Step:
         prefill_lens: tokens of each prefill in each stage, ``[stages, prefills]``.
         decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
         revives: whether decodes may revive (rows are set aside for it).
+        recorded: whether the step is recorded in a CUDA graph, or readies one.
         max_splits: programs that FlashAttention may share a decode's keys among; 0: its choice.
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         req_ids: the requests, in batch order.
@@ -117,6 +120,7 @@ class Step:
     decodes_select: bool
     prefills_select: bool
     revives: bool
+    recorded: bool
     max_splits: int
     sampled_tokens: torch.Tensor
     req_ids: list[str]
@@ -223,6 +227,20 @@ class Step:
             The same for the rows of ``stage``, and their positions, int64.
         """
         rows = self.buffers.rows[stage]
+        move = self._choose_rows(stage, rows)
+        positions = rows.position[: self.num_rows(stage)]
+        if not (self.revives or self.prefills_select):
+            return hidden, residual, positions  # every row goes on, in the same order
+        return self._gather(stage, rows, move, hidden + residual), None, positions
+
+    def begin_all(self, positions: torch.Tensor) -> None:
+        """Start a step in which every row goes through all stages, in the same order."""
+        assert not (self.decodes_select or self.prefills_select)
+        self.begin(positions[: self.num_rows(0)])
+        for stage in range(1, self.schedule.num_stages):
+            self._choose_rows(stage, self.buffers.rows[stage])
+
+    def _choose_rows(self, stage: int, rows: Rows) -> PrefillMove | None:
         self._rank(stage)
         move = self._select_prefills(stage, rows) if self.num_prefills else None
         if self.num_decodes and self.decodes_select:
@@ -237,10 +255,7 @@ class Step:
             )  # fmt: skip
         if self.trace:
             self.trace.boundary(self, stage)
-        positions = rows.position[: self.num_rows(stage)]
-        if not (self.revives or self.prefills_select):
-            return hidden, residual, positions  # every row goes on, in the same order
-        return self._gather(stage, rows, move, hidden + residual), None, positions
+        return move
 
     def _rank(self, stage: int) -> None:
         config = self.schedule.config

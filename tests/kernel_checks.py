@@ -119,7 +119,10 @@ def check_prefill_attention(seed, device="cpu", dtype=torch.float32):
     q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
     q, k, v = (x.view(total, -1, head_dim) for x in (q, k, v))
     starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
-    step = SimpleNamespace(prefill_starts=[None, starts], max_prefill_rows=[None, max(lens)])
+    step = SimpleNamespace(
+        prefill_starts=[None, starts], max_prefill_rows=[None, max(lens)],
+        schedule=SimpleNamespace(config=SimpleNamespace(score_window=4)),
+    )  # fmt: skip
     impl = SimpleNamespace(
         scale=head_dim**-0.5, fa_version=fa_utils.get_flash_attn_version(head_size=head_dim)
     )
@@ -133,14 +136,16 @@ def check_prefill_attention(seed, device="cpu", dtype=torch.float32):
         logits = logits.masked_fill(later, float("-inf"))
         expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1), values)
         _close(out[mine], expected, dtype)
-        _close(lse[i], logits[:, -1].logsumexp(-1), dtype)
+        for back in range(min(4, n)):
+            _close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)
 
 
-def check_score(seed, stage, device="cpu", dtype=torch.float32):
+def check_score(seed, stage, window, device="cpu", dtype=torch.float32):
+    """Requests 0 and 1 decode, 2 and 3 prefill."""
     w = _world(seed, stage, device=device, dtype=dtype)
     inputs = _attention_inputs(w)
-    query_row = torch.tensor([2, 0, 3, 1], dtype=torch.int32, device=device)
-    lse = torch.randn(4, inputs["q"].shape[1], generator=w.random).to(device) + 6
+    query_row = torch.tensor([2, 0, 17, 1], dtype=torch.int32, device=device)
+    lse = torch.randn(window, 5, inputs["q"].shape[1], generator=w.random).to(device) + 6
     active = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=device)
     results = []
     for run in (score.score_tokens_triton, score.score_tokens_reference):
@@ -148,7 +153,7 @@ def check_score(seed, stage, device="cpu", dtype=torch.float32):
         run(
             token_score, inputs["q"], query_row, lse, inputs["kv_cache"], inputs["block_table"],
             w.position_table, inputs["key_len"], inputs["num_prompt"], active,
-            inputs["slot_position"], 4, inputs["scale"], stage,
+            inputs["slot_position"], 4, 2, inputs["scale"], stage,
         )  # fmt: skip
         results.append(token_score)
     _close(*results, dtype, atol=0)  # scores are small and their order is what counts

@@ -27,9 +27,10 @@ def _variants(attention, gather, rank, rows, score, select_decode, select_prefil
         yield attention._combine_kernel, LLAMA | {
             "SPLITS_PAD": 8, "IDENTITY": stage == 0
         }  # fmt: skip
-        yield score._score_kernel, LLAMA | place | {
-            "GROUP": 4, "GROUP_PAD": 16, "BLOCK_N": 64
-        }  # fmt: skip
+        for window in (1, 8):
+            yield score._score_kernel, LLAMA | place | {
+                "WINDOW": window, "GROUP": 4, "QUERIES_PAD": max(16, 4 * window), "BLOCK_N": 64
+            }  # fmt: skip
     for first, strict in ((True, False), (False, True)):
         for lists in (1, 2):
             blocks = {"BLOCK_SIZE": 16, "BLOCK": 1024}

@@ -17,7 +17,7 @@ def manager():
     """As vLLM's manager stands after it has captured both graphs of 4 requests."""
     manager = object.__new__(LazyCudaGraphManager)
     manager._graphs_captured = True
-    manager.model_state = SimpleNamespace(selecting={})
+    manager.model_state = SimpleNamespace(selecting={}, to_prune=set())
     manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
     descriptors = {
         case: BatchExecutionDescriptor(

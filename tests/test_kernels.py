@@ -39,9 +39,9 @@ def test_prefill_attention():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("stage", (0, 2))
-def test_score(seed, stage):
-    check_score(seed, stage)
+@pytest.mark.parametrize("stage, window", ((0, 4), (2, 1), (2, 16)))
+def test_score(seed, stage, window):
+    check_score(seed, stage, window)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -3,12 +3,14 @@
 import torch
 
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 from lazyllm_vllm.attention import StagedAttention
 from lazyllm_vllm.aux_cache import add_aux_pages
-from lazyllm_vllm.config import parse_config
+from lazyllm_vllm.cuda_graphs import between_graphs, captures_pieces
+from lazyllm_vllm.models.small_ops import SmallOps
 from lazyllm_vllm.patches import install_in_worker
 from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.step import Step
@@ -23,9 +25,8 @@ class StagedDecoder:
 
     def cut_into_stages(self, vllm_config: VllmConfig) -> None:
         """Give every decoder layer its stage, and the Aux Cache its place."""
-        config = parse_config(vllm_config.additional_config["lazyllm"])
         layers = self.model.layers
-        self.schedule = Schedule.build(config, len(layers))
+        self.schedule = Schedule.of(vllm_config)
         attention = [
             next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
         ]
@@ -36,9 +37,11 @@ class StagedDecoder:
             )
         # After the last attention only the rows that are sampled from matter.
         layers[-1].mlp.register_forward_pre_hook(_take_current_rows)
+        self.small_ops = None
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            self.small_ops = SmallOps(self.model)
         self.layer_names = [module.layer_name for module in attention]
-        if self.schedule.prunes:
-            install_in_worker()
+        install_in_worker()
         if self.schedule.has_aux:
             add_aux_pages(vllm_config, attention[0], self.schedule)
 
@@ -65,11 +68,13 @@ class StagedDecoder:
         """
         hidden = self.model.embed_input_ids(input_ids)
         step = _current_step()
+        if self.small_ops:
+            self.small_ops.recorded = step is not None and step.recorded
+        if captures_pieces():
+            between_graphs(_begin_all, positions)
+            return self._run_whole(hidden, positions)
         if step is None:  # vLLM's memory profile: every token through every layer
-            residual = None
-            for layer in self.model.layers:
-                hidden, residual = layer(positions, hidden, residual)
-            return self.model.norm(hidden, residual)[0]
+            return self._run_whole(hidden, positions)
 
         num_tokens = hidden.shape[0]
         hidden, positions = hidden[: step.num_rows(0)], positions[: step.num_rows(0)]
@@ -87,10 +92,23 @@ class StagedDecoder:
         out[step.sampled_tokens] = hidden
         return out
 
+    def _run_whole(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Every row through every layer."""
+        residual = None
+        for layer in self.model.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return self.model.norm(hidden, residual)[0]
+
+
+def _begin_all(positions: torch.Tensor) -> None:
+    _current_step().begin_all(positions)
+
 
 def _take_current_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
     step = _current_step()
-    return None if step is None else (args[0][step.current_rows()], *args[1:])
+    if step is None or captures_pieces():
+        return None
+    return (args[0][step.current_rows()], *args[1:])
 
 
 def _current_step() -> Step | None:

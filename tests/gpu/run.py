@@ -55,10 +55,10 @@ def kernels() -> None:
                     f"attention, seed {seed}, stage {stage}, strict {strict}",
                     lambda: kernel_checks.check_attention(seed, stage, strict, **bf16),
                 )
-        for stage in (0, 2):
+        for stage, window in ((0, 1), (0, 4), (2, 4), (2, 16)):
             report(
-                f"score, seed {seed}, stage {stage}",
-                lambda: kernel_checks.check_score(seed, stage, **bf16),
+                f"score, seed {seed}, stage {stage}, window {window}",
+                lambda: kernel_checks.check_score(seed, stage, window, **bf16),
             )
         for stage in (1, 2):
             for ties in (False, True):
