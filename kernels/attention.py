@@ -11,8 +11,10 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
+from lazyllm_vllm.kernels.jit import step_jit
 
-@triton.jit
+
+@step_jit
 def _attention_kernel(
     partial_ptr,  # [rows, heads, splits, head_dim] fp32
     partial_lse_ptr,  # [rows, heads, splits] fp32, to base 2
@@ -136,7 +138,7 @@ def _attention_kernel(
     )
 
 
-@triton.jit
+@step_jit
 def _combine_kernel(
     out_ptr,  # [rows, heads, head_dim]
     out_stride_row,

@@ -13,6 +13,8 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
+from lazyllm_vllm.kernels.jit import step_jit
+
 
 @dataclass(frozen=True)
 class AuxPages:
@@ -69,7 +71,7 @@ def _aux_address(
     )
 
 
-@triton.jit
+@step_jit
 def _move_kernel(
     out_ptr,  # [rows after, hidden]
     hidden_ptr,  # [rows before, hidden]
@@ -105,7 +107,7 @@ def _move_kernel(
         tl.store(aux_ptr + at + i, x, mask=valid)
 
 
-@triton.jit
+@step_jit
 def _store_kernel(
     hidden_ptr,
     request_ptr,
@@ -135,7 +137,7 @@ def _store_kernel(
     tl.store(aux_ptr + at + i, tl.load(hidden_ptr + row * HIDDEN + i, mask=valid), mask=valid)
 
 
-@triton.jit
+@step_jit
 def _load_kernel(
     out_ptr,
     hidden_ptr,

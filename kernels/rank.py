@@ -10,6 +10,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
+from lazyllm_vllm.kernels.jit import step_jit
 from lazyllm_vllm.kernels.state import Selection
 from lazyllm_vllm.kernels.top_k import (
     ALWAYS_KEPT,
@@ -38,7 +39,7 @@ def _is_candidate(
     return candidate
 
 
-@triton.jit
+@step_jit
 def _rank_kernel(
     token_key_ptr,
     histogram_ptr,

@@ -5,10 +5,11 @@ import torch
 from vllm.triton_utils import tl, triton
 from vllm.v1.attention.backends import fa_utils
 
+from lazyllm_vllm.kernels.jit import step_jit
 from lazyllm_vllm.kernels.state import Rows, Selection
 
 
-@triton.jit
+@step_jit
 def _begin_step_kernel(
     num_prompt_ptr,
     is_pruned_ptr,
@@ -143,7 +144,7 @@ def begin_step(
     run(s, rows, positions, share, num_decodes, batch, revive_rows, always, num_stages)
 
 
-@triton.jit
+@step_jit
 def _place_kernel(
     slot_mapping_ptr,
     slot_position_ptr,

@@ -1,10 +1,11 @@
-"""Score of each key: the attention that a request's current token pays to it.
+"""Score of each key: the attention that a request's last tokens pay to it.
 
-    score_j = mean_h exp(q_h . k_g(h),j * scale - lse_h)
+    p_h,j = exp(q_h . k_g(h),j * scale - lse_h)
 
-in fp32, with ``lse`` the log-denominator of the token's own attention (paper, section 3.2). In
-prefill it is the mean over the last few tokens of the prompt, each of which has seen what comes
-before it (the observation window of SnapKV, arXiv 2404.14469; one token is the paper's). A handful
+in fp32, with ``lse`` the log-denominator of the token's own attention. The paper (section 3.2)
+takes the mean over the heads h of the current token. Here a few tokens at the end of the prompt may
+be asked, each of which has seen what comes before it (the observation window of SnapKV, arXiv
+2404.14469), and the peak over tokens, heads and the layers so far may stand for the mean. A handful
 of query rows a request are scored, so nothing of size N x N exists.
 """
 
@@ -13,9 +14,10 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from lazyllm_vllm.kernels.attention import gather_keys, physical_slots
+from lazyllm_vllm.kernels.jit import step_jit
 
 
-@triton.jit
+@step_jit
 def _score_kernel(
     token_score_ptr,  # [physical slots of stage 0] fp32
     q_ptr,  # [rows, heads, head_dim]
@@ -35,9 +37,11 @@ def _score_kernel(
     num_prompt_ptr,
     active_ptr,
     slot_position_ptr,
-    num_decodes,
+    first_request,
     scale,
     splits,
+    accumulates,  # whether the scores so far count too, by their maximum
+    PEAK: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -48,7 +52,7 @@ def _score_kernel(
     IDENTITY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    batch = tl.program_id(0)
+    batch = first_request + tl.program_id(0)
     if tl.load(active_ptr + batch) == 0:
         return
     key_len = tl.load(key_len_ptr + batch)
@@ -56,8 +60,7 @@ def _score_kernel(
     # Queries of one KV head: the heads of its group, of the current token, the one before, ...
     c = tl.arange(0, QUERIES_PAD)
     back = c // GROUP
-    num_tokens = tl.where(batch < num_decodes, 1, WINDOW)
-    c_valid = back < num_tokens
+    c_valid = back < WINDOW
     query_row = tl.load(query_row_ptr + batch) - back
     q_row = q_ptr + query_row.to(tl.int64) * q_stride_row
     d = tl.arange(0, HEAD_PAD)
@@ -95,37 +98,39 @@ def _score_kernel(
             logits = tl.dot(k, q, input_precision="ieee") * scale
             seen = c_valid[None, :] & (j[:, None] < (key_len - back)[None, :])
             p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
-            score += tl.sum(p, 1)
+            if PEAK:
+                score = tl.maximum(score, tl.max(p, 1))
+            else:
+                score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
         in_prompt = j_valid & (position < num_prompt)
         home = tl.load(
             position_table_ptr + batch * position_table_stride + position // BLOCK_SIZE,
             mask=in_prompt,
             other=0,
         ).to(tl.int64)
-        tl.store(
-            token_score_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE,
-            score / (NUM_HEADS * num_tokens),
-            mask=in_prompt,
-        )
+        at = token_score_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE
+        if accumulates:
+            score = tl.maximum(score, tl.load(at, mask=in_prompt, other=0.0))
+        tl.store(at, score, mask=in_prompt)
 
 
 def score_tokens_triton(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, batch, num_decodes, scale, stage,
+    active, slot_position, first_request, num_requests, scale, stage, peak, accumulates,
 ):  # fmt: skip
     num_heads, head_dim = q.shape[1:]
     _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
     assert q.stride(1) == head_dim and q.stride(2) == 1 and kv_cache.stride(3) == 1
     assert lse.is_contiguous()
-    splits = max(1, 528 // batch)
-    window = len(lse) if batch > num_decodes else 1
-    _score_kernel[(batch, splits)](
+    splits = max(1, 528 // num_requests)
+    window = len(lse)
+    _score_kernel[(num_requests, splits)](
         token_score, q, q.stride(0), query_row, lse, lse.stride(0),
         kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table, block_table.stride(0), position_table, position_table.stride(0),
-        key_len, num_prompt, active, slot_position, num_decodes, scale, splits, WINDOW=window,
-        NUM_HEADS=num_heads, GROUP=group,
+        key_len, num_prompt, active, slot_position, first_request, scale, splits, int(accumulates),
+        PEAK=peak, WINDOW=window, NUM_HEADS=num_heads, GROUP=group,
         QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
         HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,
@@ -134,11 +139,11 @@ def score_tokens_triton(
 
 def score_tokens_reference(
     token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, batch, num_decodes, scale, stage,
+    active, slot_position, first_request, num_requests, scale, stage, peak, accumulates,
 ):  # fmt: skip
     block_size = kv_cache.shape[2]
     group = q.shape[1] // kv_cache.shape[1]
-    for i in range(batch):
+    for i in range(first_request, first_request + num_requests):
         if not active[i]:
             continue
         slots = torch.arange(int(key_len[i]), device=q.device)
@@ -146,17 +151,18 @@ def score_tokens_reference(
         if stage > 0:
             position = slot_position[physical_slots(block_table[i], slots, block_size)].long()
         k, _ = gather_keys(kv_cache, block_table[i], len(slots))
-        window = 1 if i < num_decodes else len(lse)
-        score = torch.zeros(len(slots), device=q.device)
-        for back in range(window):
+        attended = []
+        for back, row_lse in enumerate(lse[:, i]):
             grouped = q[query_row[i] - back].float().unflatten(0, (-1, group))
             logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
-            p = (logits.flatten(0, 1) - lse[back, i][:, None]).exp().mean(0)
-            score += p.where(slots < len(slots) - back, 0.0) / window
+            p = (logits.flatten(0, 1) - row_lse[:, None]).exp()
+            attended.append(p.where(slots < len(slots) - back, 0.0))
+        attended = torch.cat(attended)
+        score = attended.amax(0) if peak else attended.mean(0)
         in_prompt = position < num_prompt[i]
-        token_score[physical_slots(position_table[i], position[in_prompt], block_size)] = score[
-            in_prompt
-        ]
+        home = physical_slots(position_table[i], position[in_prompt], block_size)
+        score = score[in_prompt]
+        token_score[home] = score.maximum(token_score[home]) if accumulates else score
 
 
 def score_tokens(
@@ -171,30 +177,34 @@ def score_tokens(
     num_prompt: torch.Tensor,
     active: torch.Tensor,
     slot_position: torch.Tensor,
-    batch: int,
-    num_decodes: int,
+    first_request: int,
+    num_requests: int,
     scale: float,
     stage: int,
+    peak: bool,
+    accumulates: bool,
 ) -> None:
-    """Write the score of every prompt token that has keys in ``stage``.
+    """Write the score of every prompt token that has keys in ``stage``, for the active requests
+    among ``first_request .. first_request + num_requests - 1``.
 
     Args:
         token_score: ``[physical slots]`` fp32, written at each position's slot in stage 0.
         q: ``[rows, heads, head_dim]`` of the stage's last layer.
         query_row: ``[batch]`` int32, row of each request's current token.
-        lse: ``[window, max batch, heads]`` fp32: of the current token, the one before it, ... The
-            first ``num_decodes`` requests have their current token alone.
+        lse: ``[window, max batch, heads]`` fp32: of the current token, the one before it, ...
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
         block_table, position_table: ``[batch, width]`` int32, of the stage and of stage 0.
         key_len, num_prompt: ``[batch]`` int32.
-        active: ``[batch]`` int32, of the boundary after the stage; requests with 0 are passed
-            over.
+        active: ``[batch]`` int32; requests with 0 are passed over.
+        peak: whether the highest attention counts, or the mean.
+        accumulates: whether a score that is there already stays if it is higher.
         slot_position: ``[physical slots]`` int32 (unused in stage 0).
     """
     run = score_tokens_triton if q.is_cuda else score_tokens_reference
     run(
         token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len,
-        num_prompt, active, slot_position, batch, num_decodes, scale, stage,
+        num_prompt, active, slot_position, first_request, num_requests, scale, stage, peak,
+        accumulates,
     )  # fmt: skip
 
 

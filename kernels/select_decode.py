@@ -8,8 +8,9 @@ keys: what lies above both lists' thresholds, and of what lies on the higher thr
 
 import torch
 
-from vllm.triton_utils import tl, triton
+from vllm.triton_utils import tl
 
+from lazyllm_vllm.kernels.jit import step_jit
 from lazyllm_vllm.kernels.state import Rows, Selection
 from lazyllm_vllm.kernels.top_k import (
     BLOCK,
@@ -28,7 +29,7 @@ from lazyllm_vllm.kernels.top_k import (
 )
 
 
-@triton.jit
+@step_jit
 def _select_decode_kernel(
     histogram_ptr,
     found_ptr,

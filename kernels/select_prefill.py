@@ -2,9 +2,10 @@
 
 import torch
 
-from vllm.triton_utils import tl, triton
+from vllm.triton_utils import tl
 
 from lazyllm_vllm.kernels.attention import physical_slots
+from lazyllm_vllm.kernels.jit import step_jit
 from lazyllm_vllm.kernels.state import PrefillMove, Rows, Selection
 from lazyllm_vllm.kernels.top_k import (
     BLOCK,
@@ -22,7 +23,7 @@ from lazyllm_vllm.kernels.top_k import (
 )
 
 
-@triton.jit
+@step_jit
 def _select_prefill_kernel(
     histogram_ptr,
     found_ptr,

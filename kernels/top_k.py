@@ -16,6 +16,7 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from lazyllm_vllm.kernels.attention import physical_slots
+from lazyllm_vllm.kernels.jit import step_jit
 
 ALWAYS_KEPT = 0x7F800000  # the bits of infinity: above every score
 NO_CANDIDATE = -1
@@ -103,7 +104,7 @@ def prefix_of(histogram_row, k, STEPS: tl.constexpr, LIST: tl.constexpr):
     return prefix, remaining
 
 
-@triton.jit
+@step_jit
 def _refine_kernel(
     histogram_ptr,
     token_key_ptr,
@@ -151,7 +152,7 @@ def _refine_kernel(
             add_digits(row, key, listed, STEP, 1)
 
 
-@triton.jit
+@step_jit
 def _count_kernel(
     found_ptr,  # [batch, 4] int32: threshold and ties of list 0, of list 1
     counts_ptr,  # [batch, 3, MAX_SPLITS]: see Selection.counts

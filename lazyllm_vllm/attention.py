@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
@@ -27,6 +28,7 @@ from lazyllm_vllm.checks import check_attention
 from lazyllm_vllm.config import ConfigError
 from lazyllm_vllm.cuda_graphs import between_graphs
 from lazyllm_vllm.kernels.attention import paged_attention
+from lazyllm_vllm.kernels.rotary import rotate_and_write
 from lazyllm_vllm.kernels.rows import write_kv
 from lazyllm_vllm.kernels.score import last_rows_lse, score_tokens
 from lazyllm_vllm.kv_cache.specs import StageSpec
@@ -40,13 +42,13 @@ class StageMetadata:
 
     Attributes:
         group: the KV cache group, which has its own block table and slots.
-        scoring_layer: name of the layer that scores, the last of the stage; None: none does.
+        last_layer: name of the stage's last layer, before the boundary; None in the last stage.
     """
 
     step: Step
     stage: int
     group: int
-    scoring_layer: str | None
+    last_layer: str | None
 
 
 class LazyAttentionBackend(AttentionBackend):
@@ -79,9 +81,19 @@ class LazyMetadataBuilder(AttentionMetadataBuilder[StageMetadata]):
 
 
 class LazyAttentionImpl(AttentionImpl[StageMetadata]):
+    """Attributes:
+    rotary: the layer's rotary embedding, left to its attention; None: done before.
+    peak: whether scores are peaks over all layers so far, or means in a stage's last layer.
+    is_first: whether this is the model's first layer.
+    """
+
     def __init__(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, max_model_len: int
-    ) -> None:
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, max_model_len: int,
+        rotary: RotaryEmbedding | None, peak: bool, is_first: bool,
+    ) -> None:  # fmt: skip
+        self.rotary = rotary
+        self.peak = peak
+        self.is_first = is_first
         self.max_model_len = max_model_len
         self.num_heads = num_heads
         self.head_size = head_size
@@ -107,7 +119,7 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write the rows' keys and values, attend, and score if the layer is a stage's last.
+        """Rotate, write the rows' keys and values, attend, and score.
 
         Args:
             query, output: ``[rows, heads, head_size]``.
@@ -119,30 +131,55 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         step, stage, group = attn_metadata.step, attn_metadata.stage, attn_metadata.group
         num_rows = step.num_rows(stage)
         num_decode_rows = num_rows - step.num_prefill_rows(stage)
-        scores = attn_metadata.scoring_layer == layer.layer_name
+        at_boundary = attn_metadata.last_layer == layer.layer_name
+        decodes_score = step.decodes_select and at_boundary
+        prefills_score = step.prefills_select and (
+            at_boundary or (self.peak and attn_metadata.last_layer is not None)
+        )
         slots = step.slot_mapping(group)[:num_rows]
-        write_kv(layer, kv_cache, key[:num_rows], value[:num_rows], slots)
+        key, value = key[:num_rows], value[:num_rows]
+        if self.rotary is None:
+            write_kv(layer, kv_cache, key, value, slots)
+        else:
+            cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
+            positions = step.row_position(stage)
+            rotate_and_write(query[:num_rows], key, value, cos_sin, positions, slots, kv_cache)
         if step.num_decodes:
             if query.is_cuda and (stage == 0 or not step.decodes_select):
-                self._decode_whole(query, kv_cache, output, step, stage, group, scores)
+                self._decode_whole(query, kv_cache, output, step, stage, group, decodes_score)
             else:
                 self._decode(query, kv_cache, output, step, stage, group, num_decode_rows)
         if num_decode_rows < num_rows:
             prefill = slice(num_decode_rows, num_rows)
             lse = self._prefill(
-                query[prefill], key[prefill], value[prefill], output[prefill], step, stage, scores
-            )
-            if scores:
-                step.buffers.lse[:, step.num_decodes : step.num_requests] = lse
-        if scores:
+                query[prefill], key[prefill], value[prefill], output[prefill], step, stage,
+                prefills_score,
+            )  # fmt: skip
+            if prefills_score:
+                buffers = step.buffers
+                buffers.lse[:, step.num_decodes : step.num_requests] = lse
+                self._score(
+                    query, kv_cache, step, stage, group, step.num_decodes, step.num_prefills,
+                    buffers.lse, buffers.is_pruned, self.peak and not self.is_first,
+                )  # fmt: skip
+        if step.num_decodes and decodes_score:
             buffers = step.buffers
-            score_tokens(
-                buffers.token_score, query, step.query_row(stage), buffers.lse, kv_cache,
-                step.block_tables[group], step.position_table, step.key_len(stage),
-                buffers.num_prompt, buffers.active[stage + 1], buffers.slot_position,
-                step.num_requests, step.num_decodes, self.scale, stage,
+            self._score(
+                query, kv_cache, step, stage, group, 0, step.num_decodes, buffers.lse[:1],
+                buffers.active[stage + 1], False,
             )  # fmt: skip
         return output
+
+    def _score(
+        self, query, kv_cache, step, stage, group, first, count, lse, active, accumulates
+    ) -> None:
+        buffers = step.buffers
+        score_tokens(
+            buffers.token_score, query, step.query_row(stage), lse, kv_cache,
+            step.block_tables[group], step.position_table, step.key_len(stage),
+            buffers.num_prompt, active, buffers.slot_position, first, count, self.scale, stage,
+            self.peak, accumulates,
+        )  # fmt: skip
 
     def _decode_whole(self, query, kv_cache, output, step, stage, group, scores) -> None:
         """Decodes that attend to every key of theirs in the stage, where nothing is revived: what
@@ -246,7 +283,14 @@ class StagedAttention(Attention):
     stage: int
 
     @classmethod
-    def adopt(cls, layer: Attention, schedule: Schedule, stage: int, max_model_len: int) -> None:
+    def adopt(
+        cls,
+        layer: Attention,
+        rotary: RotaryEmbedding | None,
+        schedule: Schedule,
+        index: int,
+        max_model_len: int,
+    ) -> None:
         """Turn a decoder layer's attention, as its model built it, into one of a stage.
 
         Models build ``Attention`` themselves and the backend they get is the platform's to choose,
@@ -255,11 +299,12 @@ class StagedAttention(Attention):
         check_attention(layer)
         layer.__class__ = cls
         layer.schedule = schedule
-        layer.stage = stage
+        layer.stage = schedule.stage_of(index)
         layer.attn_backend = LazyAttentionBackend
         layer.impl = LazyAttentionImpl(
-            layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads, max_model_len
-        )
+            layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads, max_model_len,
+            rotary, peak=schedule.config.score == "peak", is_first=index == 0,
+        )  # fmt: skip
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend; ``query``, ``key``, ``value`` and the result are ``[rows, heads * head_size]``.

@@ -41,8 +41,11 @@ class LazyLLMConfig(BaseModel):
         min_prompt_tokens: prompts shorter than this many tokens are not pruned.
         first_tokens, last_tokens: this many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
-        score_window: tokens at the end of the prompt whose attention, on average, scores the prompt
-            in prefill; at most ``last_tokens``. 1 is the paper: the last token's.
+        score: what a token's score is: ``peak``, the highest attention that any head pays to it,
+            in prefill in any layer so far; ``mean``, the mean over the heads in the last layer
+            before a boundary (the paper).
+        score_window: tokens at the end of the prompt whose attention scores the prompt in prefill;
+            at most ``last_tokens``. 1 is the paper: the last token's. Decoding has one.
         score_pool: odd window; a token's score becomes the highest in the window around it.
             1 is the paper.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
@@ -59,8 +62,9 @@ class LazyLLMConfig(BaseModel):
     preset: Preset | None = None
     min_prompt_tokens: int = Field(default=512, ge=1)
     first_tokens: int = Field(default=4, ge=0)
-    last_tokens: int = Field(default=64, ge=1)
-    score_window: int = Field(default=4, ge=1)
+    last_tokens: int = Field(default=16, ge=1)
+    score: Literal["peak", "mean"] = "peak"
+    score_window: int = Field(default=16, ge=1)
     score_pool: int = Field(default=13, ge=1)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)

@@ -22,6 +22,7 @@ from vllm.utils.torch_utils import weak_ref_tensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 from lazyllm_vllm.schedule import Schedule
+from lazyllm_vllm.warm_up import warm_up
 
 PLAIN, SELECTING = 0, 1
 
@@ -51,13 +52,24 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
             for key, found in by_key.items():
                 by_key[key] = [each for each in found if wanted(each)]
 
-    def capture(self, model, model_state, *args, **kwargs) -> None:
+    def capture(
+        self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups,
+        kv_cache_config, **kwargs,
+    ) -> None:  # fmt: skip
         self.model_state = model_state
+        if model_state.schedule.prunes:
+            warm_up(
+                model, model_state, self.vllm_config, input_buffers, block_tables, attn_groups,
+                kv_cache_config,
+            )  # fmt: skip
 
         def choose(case: int, num_reqs: int, num_tokens: int) -> None:
             model_state.capture_selecting = case == SELECTING
 
-        super().capture(model, model_state, *args, **{**kwargs, "lora_capture_hook": choose})
+        super().capture(
+            model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups,
+            kv_cache_config, **{**kwargs, "lora_capture_hook": choose},
+        )  # fmt: skip
 
     def dispatch(
         self, num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs

@@ -49,6 +49,8 @@ class LazyModelState(DefaultModelState):
         self.room_watch = RoomWatch(self.table)
         # Which of a batch size's two CUDA graphs is being captured; see cuda_graphs.
         self.capture_selecting = False
+        # Whether a step is made up to run all there is; see warm_up.
+        self.warms_up = False
         self.graph_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     # A request's life.
@@ -139,7 +141,9 @@ class LazyModelState(DefaultModelState):
         if in_graph:
             selects = self.capture_selecting
         else:
-            selects = not self.selecting.keys().isdisjoint(input_batch.req_ids[:num_decodes])
+            selects = self.warms_up or not self.selecting.keys().isdisjoint(
+                input_batch.req_ids[:num_decodes]
+            )
         kept = (
             [self.schedule.kept(n) for n in prompts]
             if real
@@ -156,9 +160,9 @@ class LazyModelState(DefaultModelState):
             num_decodes=input_batch.num_reqs_after_padding if in_graph else num_decodes,
             prefill_lens=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
             decodes_select=selects,
-            prefills_select=any(k[-1] < k[0] for k in kept),
+            prefills_select=self.warms_up or any(k[-1] < k[0] for k in kept),
             revives=selects and self.aux is not None,
-            recorded=not real,
+            recorded=not (real or self.warms_up),
             max_splits=self.graph_splits if in_graph else 0,
             sampled_tokens=input_batch.logits_indices,
             trace=self.trace if real else None,
@@ -166,12 +170,12 @@ class LazyModelState(DefaultModelState):
         )
         metadata = {}
         for stage, groups in enumerate(self.groups_of_stage):
-            last = self.schedule.stage_layers(stage)[-1]
-            scores = step.scores and stage < self.schedule.num_stages - 1
-            scoring_layer = self.model.layer_names[last] if scores else None
+            last_layer = None
+            if stage < self.schedule.num_stages - 1:
+                last_layer = self.model.layer_names[self.schedule.stage_layers(stage)[-1]]
             for group in groups:
                 names = kv_cache_config.kv_cache_groups[group].layer_names
-                metadata |= dict.fromkeys(names, StageMetadata(step, stage, group, scoring_layer))
+                metadata |= dict.fromkeys(names, StageMetadata(step, stage, group, last_layer))
         return metadata
 
     def _fill_batch(self, input_batch: InputBatch, num_decodes: int, real: bool) -> None:

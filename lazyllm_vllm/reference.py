@@ -137,7 +137,8 @@ class ReferenceSequence:
         self.next_position = self.num_prompt
         hidden = self.model.model.embed_tokens(torch.tensor(self.prompt))
         window = min(self.config.score_window, self.num_prompt)
-        hidden, score = self._run_stage(0, hidden, rows, window)
+        before = torch.zeros(len(self.level)) if self.config.score == "peak" else None
+        hidden, score = self._run_stage(0, hidden, rows, window, before=before)
         self.trace.kept.append(rows)
         for s in range(1, self.num_stages):
             candidates = self.level[: self.num_prompt] >= s
@@ -145,7 +146,8 @@ class ReferenceSequence:
             kept = sorted(ranking[: self.kept_count[s]])
             hidden = self._exchange(s, hidden, rows, kept)
             rows = kept
-            hidden, score = self._run_stage(s, hidden, rows, window)
+            before = score if self.config.score == "peak" else None
+            hidden, score = self._run_stage(s, hidden, rows, window, before=before)
             self.trace.kept.append(kept)
             self.trace.prefill_scores.append(pooled)
             self.trace.prefill_margins.append(margin)
@@ -235,14 +237,17 @@ class ReferenceSequence:
         rows: list[int],
         window: int,
         is_selected: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run rows through stage s. Each attends to what has keys there, at or before its position.
 
         Args:
             hidden: [len(rows), hidden], input to the stage.
             rows: positions, rising; the last is the current token.
-            window: the last of them whose attention, on average, is the score.
+            window: the last of them whose attention is the score.
             is_selected: [N] bool, the only prompt tokens to attend to; None: all with keys here.
+            before: [P] fp32, scores of earlier stages; those of this one are the highest of them
+                and of every layer here. None: the last layer's alone.
 
         Returns:
             The stage's output, [len(rows), hidden], and the score of every position in the stage's
@@ -257,14 +262,16 @@ class ReferenceSequence:
         attended = visible.nonzero()[:, 0]
         for layer in range(self.starts[s], self.starts[s + 1]):
             hidden, score = self._run_layer(layer, hidden, positions, attended, window)
+            if before is not None:
+                before = score = torch.maximum(before, score)
         return hidden, score
 
     def _run_layer(
         self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor, window: int
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i, the mean over
-        the last ``window`` rows (paper 3.2: the last row alone); see ``_run_stage`` for the
-        shapes."""
+        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2:
+        of the last row), or the highest of them, over the heads and the last ``window`` rows; see
+        ``_run_stage`` for the shapes."""
         assert not self.computed[layer, positions].any(), "computed twice"
         self.computed[layer, positions] = True
         block = self.model.model.layers[layer]
@@ -285,7 +292,8 @@ class ReferenceSequence:
         weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
         weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
         score = torch.zeros(len(self.level))
-        score[attended] = weights[:, -window:].mean((0, 1))
+        queries = weights[:, -window:].flatten(0, 1)
+        score[attended] = queries.amax(0) if self.config.score == "peak" else queries.mean(0)
 
         out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
         hidden = hidden + attention.o_proj(out)

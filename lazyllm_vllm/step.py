@@ -192,11 +192,6 @@ class Step:
             return self.slot_mapping_0[group]
         return self.buffers.slot_mappings[group]
 
-    @property
-    def scores(self) -> bool:
-        """Whether current tokens are scored at all."""
-        return self.decodes_select or self.prefills_select
-
     def begin(self, positions: torch.Tensor) -> None:
         """Start the step; ``positions`` is ``[rows]`` int64 of stage 0."""
         b = self.buffers

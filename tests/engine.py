@@ -25,6 +25,7 @@ def run(
     trace: bool = False,
     scenario: str = "generate",
     random_weights: bool = False,
+    alone: list[list[int]] | None = None,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -33,16 +34,17 @@ def run(
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
         random_weights: fill the model with ``benchmarks.weights``.
+        alone: prompts for which it then generates one by one.
 
     Returns:
-        ``tokens`` and ``logprobs`` by prompt, ``stats``, ``trace``, ``free_blocks`` before and
-        after, ``model_class``, ``preemptions``, ``room``; ``full``, the requests found to have no
-        room left for revived tokens.
+        ``tokens`` and ``logprobs`` by prompt, those of ``alone`` last, ``stats``, ``trace``,
+        ``free_blocks`` before and after, ``model_class``, ``preemptions``, ``room``; ``full``, the
+        requests found to have no room left for revived tokens.
     """
     request = {
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
-        "random_weights": random_weights,
+        "random_weights": random_weights, "alone": alone or [],
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,8 +94,11 @@ def _main(asked: str, answer: str) -> None:
     else:
         start = time.monotonic()
         outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.monotonic() - start
+        for prompt in request["alone"]:
+            outputs += llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
         result = {
-            "seconds": time.monotonic() - start,
+            "seconds": seconds,
             "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         }
         if request["logprobs"] is not None:

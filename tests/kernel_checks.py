@@ -9,14 +9,25 @@ from types import SimpleNamespace
 import torch
 from paged_world import World, same, with_ties
 
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.attention import LazyAttentionImpl
-from lazyllm_vllm.kernels import attention, gather, rank, rows, score, select_decode, select_prefill
+from lazyllm_vllm.kernels import (
+    attention,
+    gather,
+    rank,
+    rotary,
+    rows,
+    score,
+    select_decode,
+    select_prefill,
+)
 from lazyllm_vllm.kernels.state import PrefillMove, Rows
 from lazyllm_vllm.kernels.top_k import BINS
 
 LONG = 3
+ROTARY_SHAPES = ((9, 3, 64), (32, 8, 128), (32, 32, 128), (6, 1, 96))  # heads, KV heads, size
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
@@ -140,30 +151,35 @@ def check_prefill_attention(seed, device="cpu", dtype=torch.float32):
             _close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)
 
 
-def check_score(seed, stage, window, device="cpu", dtype=torch.float32):
-    """Requests 0 and 1 decode, 2 and 3 prefill."""
+def check_score(seed, stage, window, peak, device="cpu", dtype=torch.float32):
+    """Of requests 1 to 3, one is not to be scored."""
     w = _world(seed, stage, device=device, dtype=dtype)
     inputs = _attention_inputs(w)
     query_row = torch.tensor([2, 0, 17, 1], dtype=torch.int32, device=device)
     lse = torch.randn(window, 5, inputs["q"].shape[1], generator=w.random).to(device) + 6
     active = torch.tensor([1, 1, 1, 0], dtype=torch.int32, device=device)
+    floor = 0.5 * peak * (torch.arange(len(w.level), device=device) % 3 == 0)
     results = []
     for run in (score.score_tokens_triton, score.score_tokens_reference):
         token_score = torch.full((len(w.level),), -9.0, device=device)
-        run(
-            token_score, inputs["q"], query_row, lse, inputs["kv_cache"], inputs["block_table"],
-            w.position_table, inputs["key_len"], inputs["num_prompt"], active,
-            inputs["slot_position"], 4, 2, inputs["scale"], stage,
-        )  # fmt: skip
+        for accumulates in (False, True) if peak else (False,):
+            if accumulates:
+                token_score = torch.where(token_score > 0, token_score.maximum(floor), -9.0)
+            run(
+                token_score, inputs["q"], query_row, lse, inputs["kv_cache"],
+                inputs["block_table"], w.position_table, inputs["key_len"], inputs["num_prompt"],
+                active, inputs["slot_position"], 1, 3, inputs["scale"], stage, peak, accumulates,
+            )  # fmt: skip
         results.append(token_score)
     _close(*results, dtype, atol=0)  # scores are small and their order is what counts
     home = w.homes(2)
     if stage:
         home = home[w.present[2]]
     assert (results[0].cpu()[home] > 0).all(), "every prompt token with keys is scored"
-    assert (results[0].cpu()[w.homes(3)] == -9).all(), (
-        "a request that does not select is passed over"
-    )
+    if peak:
+        assert (results[0][home] >= floor[home]).all(), "a higher score stays"
+    for other in (0, 3):
+        assert (results[0].cpu()[w.homes(other)] == -9).all(), "others are passed over"
 
 
 def _kept(w: World, share: float) -> list[int]:
@@ -350,6 +366,46 @@ def check_place_and_write(seed, device="cpu", dtype=torch.float32):
             at = expected[slot // w.block_size, :, slot % w.block_size]
             at[:, : w.head_dim], at[:, w.head_dim :] = k[row], v[row]
     assert torch.equal(written, expected) and not torch.equal(written, kv)
+
+
+def check_rotate_and_write(seed, device="cpu", dtype=torch.float32):
+    """``seed`` picks one of ``ROTARY_SHAPES``."""
+    random = torch.Generator().manual_seed(seed)
+    heads, kv_heads, head_dim = ROTARY_SHAPES[seed]
+    num_rows, blocks, block_size = 13, 5, 16
+    sizes = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+    qkv = torch.randn(num_rows, sum(sizes), generator=random).to(device, dtype)
+    # Another layer's pages lie between, and a slot's heads side by side.
+    pages = torch.randn(blocks, 2, block_size, kv_heads, 2 * head_dim, generator=random)
+    pages = pages.to(device, dtype)
+    angle = 6.3 * torch.rand(99, head_dim // 2, generator=random)
+    cos_sin = torch.cat([angle.cos(), angle.sin()], -1).to(device, dtype)
+    # As the engine's buffers, longer than the rows.
+    positions = torch.randint(99, (num_rows + 3,), generator=random).to(device)
+    positions[num_rows:] = 10**9
+    slots = torch.randperm(blocks * block_size, generator=random)[: num_rows + 3].to(device)
+    slots[::4] = -1
+
+    def split(x):
+        return (part.view(num_rows, -1, head_dim) for part in x.split(sizes, -1))
+
+    q, k, v = split(qkv)
+    theirs = RotaryEmbedding.forward_static(
+        positions[:num_rows], q.float(), k.float(), head_dim, head_dim, cos_sin.float(), True
+    )
+    for run in (rotary.rotate_and_write_triton, rotary.rotate_and_write_reference):
+        rotated, written = qkv.clone(), pages.clone()
+        mine = list(split(rotated))
+        run(*mine, cos_sin, positions, slots, written[:, 1].transpose(1, 2))
+        for a, b in zip(mine, theirs):
+            _close(a, b, dtype)
+        assert torch.equal(mine[2], v)
+        expected = pages.clone()
+        for row, slot in enumerate(slots[:num_rows].tolist()):
+            if slot >= 0:
+                at = expected[slot // block_size, 1, slot % block_size]
+                at[:, :head_dim], at[:, head_dim:] = mine[1][row], v[row]
+        assert torch.equal(written, expected) and not torch.equal(written, pages)
 
 
 def check_aux_copies(has_aux, device="cpu", dtype=torch.float32):

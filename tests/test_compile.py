@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-BF16 = {"q_ptr", "kv_ptr", "out_ptr", "k_ptr", "v_ptr", "hidden_ptr", "aux_ptr"}
+BF16 = {"q_ptr", "kv_ptr", "out_ptr", "k_ptr", "v_ptr", "hidden_ptr", "aux_ptr", "cos_sin_ptr"}
 FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "token_score_ptr"}
 INT64 = {
     "row_position_ptr",
@@ -13,12 +13,13 @@ INT64 = {
     "position_ptr",
     "positions_ptr",
     "slot_mapping_ptr",
+    "slots_ptr",
 }
 INT8 = {"level_ptr", "selected_ptr"}
 LLAMA = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_PAD": 128}
 
 
-def _variants(attention, gather, rank, rows, score, select_decode, select_prefill, top_k):
+def _variants(attention, gather, rank, rotary, rows, score, select_decode, select_prefill, top_k):
     for stage in (0, 2):
         place = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
         yield attention._attention_kernel, LLAMA | place | {
@@ -27,9 +28,10 @@ def _variants(attention, gather, rank, rows, score, select_decode, select_prefil
         yield attention._combine_kernel, LLAMA | {
             "SPLITS_PAD": 8, "IDENTITY": stage == 0
         }  # fmt: skip
-        for window in (1, 8):
+        for window in (1, 16):
             yield score._score_kernel, LLAMA | place | {
-                "WINDOW": window, "GROUP": 4, "QUERIES_PAD": max(16, 4 * window), "BLOCK_N": 64
+                "PEAK": window > 1, "WINDOW": window, "GROUP": 4,
+                "QUERIES_PAD": max(16, 4 * window), "BLOCK_N": 64,
             }  # fmt: skip
     for first, strict in ((True, False), (False, True)):
         for lists in (1, 2):
@@ -47,6 +49,11 @@ def _variants(attention, gather, rank, rows, score, select_decode, select_prefil
         yield select_prefill._select_prefill_kernel, blocks | splits
     yield rows._begin_step_kernel, {}
     yield rows._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
+    for heads, pad, kv_heads, kv_pad, half in ((9, 16, 3, 4, 32), (32, 32, 8, 8, 64)):
+        yield rotary._rotate_and_write_kernel, {
+            "HEADS": heads, "HEADS_PAD": pad, "KV_HEADS": kv_heads, "KV_PAD": kv_pad,
+            "HALF": half, "HALF_PAD": half, "BLOCK_SIZE": 16,
+        }  # fmt: skip
     pages = {"PAGES": 8, "PER_PAGE": 8, "HIDDEN": 4096, "BLOCK": 2048}
     yield gather._move_kernel, pages | {"HAS_AUX": True}
     yield gather._store_kernel, pages
@@ -80,6 +87,7 @@ def _compile_all() -> None:
         attention,
         gather,
         rank,
+        rotary,
         rows,
         score,
         select_decode,
@@ -87,7 +95,7 @@ def _compile_all() -> None:
         top_k,
     )
 
-    modules = (attention, gather, rank, rows, score, select_decode, select_prefill, top_k)
+    modules = (attention, gather, rank, rotary, rows, score, select_decode, select_prefill, top_k)
     compiled = set()
     for kernel, constants in _variants(*modules):
         types = {n: "constexpr" if n in constants else _type_of(n) for n in kernel.arg_names}

@@ -21,10 +21,10 @@ SHARE = 16
 CONFIGS = {
     # Stages of equal length: one KV cache group each.
     "resident": {"prune": [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}]},
-    # The last stage is three groups; no reserve to round up to.
+    # The paper's scores. The last stage is three groups; no reserve to round up to.
     "strict": {
         "prune": [{"layer": 6, "keep": 0.6}, {"layer": 12, "keep": 0.2}],
-        "decode": "strict", "score_pool": 1,
+        "decode": "strict", "score": "mean", "score_window": 1, "score_pool": 1,
     },
 }  # fmt: skip
 

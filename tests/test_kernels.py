@@ -6,6 +6,7 @@ Here the kernels run in Triton's interpreter; ``tests/gpu`` runs the same checks
 import pytest
 from kernel_checks import (
     LONG,
+    ROTARY_SHAPES,
     check_attention,
     check_aux_copies,
     check_begin_step,
@@ -14,6 +15,7 @@ from kernel_checks import (
     check_prefill_attention,
     check_prefill_selection,
     check_rank,
+    check_rotate_and_write,
     check_score,
     check_strict_attention_masks,
 )
@@ -39,9 +41,9 @@ def test_prefill_attention():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("stage, window", ((0, 4), (2, 1), (2, 16)))
-def test_score(seed, stage, window):
-    check_score(seed, stage, window)
+@pytest.mark.parametrize("stage, window, peak", ((0, 4, False), (2, 1, True), (2, 16, True)))
+def test_score(seed, stage, window, peak):
+    check_score(seed, stage, window, peak)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -85,6 +87,11 @@ def test_begin_step(share, always, num_decodes):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_place_and_write(seed):
     check_place_and_write(seed)
+
+
+@pytest.mark.parametrize("shape", range(len(ROTARY_SHAPES)))
+def test_rotate_and_write(shape):
+    check_rotate_and_write(shape)
 
 
 @pytest.mark.parametrize("has_aux", (False, True))

@@ -1,16 +1,24 @@
 """The quality harness: metrics by hand, tasks that can be answered, published files read."""
 
+import argparse
 import json
 import math
 import random
+import threading
 
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.quality import evaluate, metrics, text
-from benchmarks.quality.sample import Writer
+from benchmarks.quality import evaluate, metrics, run, text
+from benchmarks.quality.evaluate import AGREEMENT, Cell, Model
+from benchmarks.quality.jobs import Job, Jobs, Setting
+from benchmarks.quality.methods import FULL, LAZYLLM, Method
+from benchmarks.quality.results import Row
+from benchmarks.quality.sample import Sample, Task, Writer
+from benchmarks.quality.schedules import SWEEP
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
+from benchmarks.results import read
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +117,101 @@ def test_published_files_are_read(tmp_path, writer):
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps({"input": "?"}) + "\n")
     with pytest.raises(ValueError, match="hotpotqa.jsonl, line 1: no field context, answers"):
         list(longbench(tmp_path, writer, 500))
+
+
+class FakeEvaluation:
+    """Answers without an engine; two of them must be open at once before either goes on."""
+
+    versions = {"gpu": "none"}
+    both = threading.Barrier(2, timeout=20)
+
+    def __init__(self, model, method, prune):
+        self.model, self.method = model, method
+        if method.name in ("LazyLLM", "broken"):
+            self.both.wait()
+        if method.name == "broken":
+            raise RuntimeError("no engine")
+
+    def expectations(self, tokens, seeds):
+        return {"next": [{1: -0.1, 2: -3.0} for _ in seeds], "goes on": [[1, 2] for _ in seeds]}
+
+    def scores(self, cell):
+        return [1.0 for _ in self.model.samples(cell)]
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def setting(smollm2, tmp_path):
+    made = []
+
+    def make(source, writer, num_tokens):
+        made.append(num_tokens)
+        return Sample([1], ["1"])
+
+    seeds = evaluate.choosing(3)
+    cells = [Cell(Task("counted", make, "f1", 1), tokens, seeds) for tokens in (10, 20)]
+    model = Model(smollm2, None, 30, {})
+    return Setting(model, cells, [10, 20], seeds, "choosing", tmp_path / "rows", "abc"), made
+
+
+def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):
+    setting, made = setting
+    other = Row("sweep", "other", "", "counted", 10, "choosing", 0.5, 0.1, 3)
+    stale = Row("full", FULL.name, "", "counted", 10, "choosing", 0.5, 0.1, 3)
+    setting.out.write_text("".join(json.dumps(vars(row)) + "\n" for row in (other, stale)))
+    jobs = [
+        Job("full", FULL),
+        Job("sweep", LAZYLLM, SWEEP[0]),
+        Job("sweep", Method("broken", {}), SWEEP[0]),
+        Job("abilities", FULL, agreement=False),
+    ]
+    failed = Jobs(jobs, setting, FakeEvaluation).run(3)
+    assert {label: str(error) for label, error in failed.items()} == {jobs[2].label: "no engine"}
+
+    rows = read(setting.out, Row)
+    assert rows[0] == other and len({row.key for row in rows}) == len(rows)
+    parts = [row.part for row in rows[1:]]
+    # Two lengths; three figures of agreement, where there are any, and one task.
+    assert parts == ["full"] * 8 + ["sweep"] * 8 + ["abilities"] * 2, "in the order of the jobs"
+    assert {row.task for row in rows if AGREEMENT in row.task and row.mean == 1} == {
+        f"{AGREEMENT}: top 1", f"{AGREEMENT}: continuation"
+    }  # fmt: skip
+    assert all(row.mean == 1 for row in rows[1:] if row.task == "counted")
+    assert all((row.flop_bound is not None) == (row.part == "sweep") for row in rows)
+    assert made == [10] * 3 + [20] * 3, "a cell's samples are made once"
+
+
+def test_jobs_do_not_wait_for_a_full_model_that_fails(setting):
+    setting, _ = setting
+    jobs = [Job("full", FULL), Job("sweep", Method("static", {}), SWEEP[0])]
+
+    def open_evaluation(model, method, prune):
+        if method is FULL:
+            raise RuntimeError("no engine")
+        return FakeEvaluation(model, method, prune)
+
+    failed = Jobs(jobs, setting, open_evaluation).run(2)
+    assert set(failed) == {job.label for job in jobs}
+
+
+def test_parts_methods_and_schedules_are_chosen():
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+
+    def jobs(line):
+        return run.jobs(parser.parse_args(line.split()))
+
+    assert [job.part for job in jobs("abilities --lengths 500 8000")] == ["abilities"]
+    chosen = jobs("sweep methods --methods random static --schedules 0 3")
+    assert [(job.part, job.method.name) for job in chosen[:3]] == [
+        ("full", FULL.name), ("sweep", "static"), ("sweep", "random")
+    ]  # fmt: skip
+    assert len(chosen) == 1 + 2 * 2 * 2 and {job.schedule for job in chosen[1:]} == {
+        SWEEP[0], SWEEP[3]
+    }  # fmt: skip
+    assert len(jobs("sweep")) == 1 + 3 * len(SWEEP)
+    for line, message in (("swep", "no such part: swep"), ("sweep --methods x", "method: x")):
+        with pytest.raises(SystemExit, match=message):
+            jobs(line)

@@ -61,8 +61,8 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
 
 def make_config(*prune: tuple[int, float], **fields) -> LazyLLMConfig:
     fields = {
-        "min_prompt_tokens": 1, "first_tokens": 2, "last_tokens": 3, "score_window": 1,
-        "score_pool": 1,
+        "min_prompt_tokens": 1, "first_tokens": 2, "last_tokens": 3, "score": "mean",
+        "score_window": 1, "score_pool": 1,
     } | fields  # fmt: skip
     return LazyLLMConfig(prune=[{"layer": layer, "keep": keep} for layer, keep in prune], **fields)
 
@@ -203,8 +203,12 @@ def check_run(prompt: list[int], config: LazyLLMConfig, trace: Trace) -> None:
             if config.decode == "strict" and when > 0 and s > 1:
                 candidates &= set(trace.selected[when - 1][s - 2])
             window = 1 if when else min(config.score_window, n)
-            queries = dense.weights[starts[s] - 1][:, n + when - window : n + when]
-            score = queries.mean((0, 1))[:n].tolist()
+            peak = config.score == "peak"
+            scoring = range(starts[s]) if peak and not when else [starts[s] - 1]
+            queries = torch.cat(
+                [dense.weights[layer][:, n + when - window : n + when] for layer in scoring]
+            ).flatten(0, 1)
+            score = (queries.amax(0) if peak else queries.mean(0))[:n].tolist()
             pooled = trace.scores[when - 1][s - 1] if when else trace.prefill_scores[s - 1]
             torch.testing.assert_close(
                 pooled,
@@ -290,13 +294,14 @@ def schedules(draw) -> tuple[tuple[int, float], ...]:
     decode=st.sampled_from(["resident", "strict"]),
     pool=st.sampled_from([1, 1, 3, 7]),
     window=st.sampled_from([1, 1, 2, 4]),
+    score=st.sampled_from(["mean", "peak"]),
     first=st.integers(0, 3),
     last=st.integers(1, 4),
     shortest=st.sampled_from([1, 1, 1, 20]),
     max_new_tokens=st.sampled_from([6, 4, 2, 1]),
 )
 def test_any_run_obeys_the_rules(
-    length, seed, schedule, budget, reserve, decode, pool, window, first, last, shortest,
+    length, seed, schedule, budget, reserve, decode, pool, window, score, first, last, shortest,
     max_new_tokens,
 ):  # fmt: skip
     config = make_config(
@@ -306,6 +311,7 @@ def test_any_run_obeys_the_rules(
         last_tokens=last,
         score_pool=pool,
         score_window=min(window, last),
+        score=score,
         decode=decode,
         revive_budget=budget,
         revive_reserve=reserve,

@@ -7,15 +7,16 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.engine import Engine
 from benchmarks.quality import text
 from benchmarks.quality.methods import FULL, Method
 from benchmarks.quality.metrics import METRICS
-from benchmarks.quality.sample import Task, Writer
+from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.start import start
 
 AGREEMENT = "agreement on text"
@@ -34,12 +35,31 @@ class Cell:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's folder, its tokenizer and depth, how its engine is started."""
+    """A checkpoint's folder, its tokenizer and depth, how its engine is started.
+
+    What it is asked is made once, however many engines of it are asked.
+    """
 
     path: Path
     tokenizer: object
     num_layers: int
     options: dict
+    _made: dict = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def samples(self, cell: Cell) -> list[Sample]:
+        return self._once(
+            cell, lambda: cell.task.samples(cell.seeds, Writer(self.tokenizer), cell.tokens)
+        )
+
+    def texts(self, tokens: int, seeds: range) -> list[list[int]]:
+        return self._once((tokens, seeds), lambda: texts(Writer(self.tokenizer), tokens, seeds))
+
+    def _once(self, key, make: Callable):
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
 
 
 class Evaluation:
@@ -63,7 +83,7 @@ class Evaluation:
 
     def scores(self, cell: Cell) -> list[float]:
         """One a seed, 0 to 1."""
-        samples = cell.task.samples(cell.seeds, Writer(self.model.tokenizer), cell.tokens)
+        samples = self.model.samples(cell)
         found = self.engine.run(
             "answers", prompts=[s.prompt for s in samples], max_tokens=cell.task.max_tokens,
             stop=list(self.model.tokenizer.all_special_ids),
@@ -76,7 +96,7 @@ class Evaluation:
 
     def expectations(self, tokens: int, seeds: range) -> dict[str, list]:
         """What it expects after real text, and how it goes on."""
-        prompts = texts(Writer(self.model.tokenizer), tokens, seeds)
+        prompts = self.model.texts(tokens, seeds)
         return {
             "next": self.engine.run("next_tokens", prompts=prompts, most=LIKELIEST),
             "goes on": self.engine.run(

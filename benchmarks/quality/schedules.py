@@ -30,15 +30,26 @@ class Schedule:
         return flop_bound(shape, tuple((c["layer"], c["keep"]) for c in cuts), num_tokens)
 
 
-# Cuts of one kind at several depths, from the mildest.
+# One, two and three cuts, from the mildest: in SmolLM2's shape at 2,000 tokens a prefill takes 1.2
+# to 3.1 times fewer operations than the full model's.
 SWEEP = tuple(
-    Schedule(tuple(zip(depths, keeps)))
-    for depths, several in {
-        (0.5,): ((0.5,), (0.25,), (0.1,)),
-        (0.7,): ((0.5,), (0.25,), (0.1,)),
-        (1 / 3, 2 / 3): ((0.8, 0.5), (0.7, 0.3), (0.5, 0.25), (0.3, 0.1)),
-        (0.5, 0.75): ((0.7, 0.4), (0.5, 0.25), (0.4, 0.1)),
-        (0.25, 0.5, 0.75): ((0.8, 0.6, 0.4), (0.7, 0.4, 0.2), (0.5, 0.25, 0.125)),
-    }.items()
-    for keeps in several
+    Schedule(cuts)
+    for cuts in (
+        ((0.75, 0.5),),
+        ((0.67, 0.5),),
+        ((0.5, 0.7), (0.75, 0.5)),
+        ((0.5, 0.5),),
+        ((0.5, 0.5), (0.75, 0.25)),
+        ((0.5, 0.3),),
+        ((0.27, 0.5),),
+        ((0.27, 0.7), (0.5, 0.5), (0.75, 0.3)),
+        ((0.5, 0.3), (0.75, 0.1)),
+        ((0.27, 0.6), (0.5, 0.4)),
+        ((0.33, 0.3),),
+        ((0.27, 0.5), (0.5, 0.25)),
+        ((0.27, 0.5), (0.5, 0.3), (0.75, 0.15)),
+        ((0.27, 0.3),),
+        ((0.27, 0.3), (0.5, 0.1)),
+        ((0.27, 0.1),),
+    )
 )

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.attention import Attention
 from lazyllm_vllm.attention import StagedAttention
 from lazyllm_vllm.aux_cache import add_aux_pages
 from lazyllm_vllm.cuda_graphs import between_graphs, captures_pieces
+from lazyllm_vllm.models.rotary import take_rotary
 from lazyllm_vllm.models.small_ops import SmallOps
 from lazyllm_vllm.patches import install_in_worker
 from lazyllm_vllm.schedule import Schedule
@@ -30,11 +31,10 @@ class StagedDecoder:
         attention = [
             next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
         ]
-        for index, module in enumerate(attention):
-            stage = self.schedule.stage_of(index)
-            StagedAttention.adopt(
-                module, self.schedule, stage, vllm_config.model_config.max_model_len
-            )
+        max_len = vllm_config.model_config.max_model_len
+        for index, (layer, module) in enumerate(zip(layers, attention)):
+            rotary = take_rotary(layer)
+            StagedAttention.adopt(module, rotary, self.schedule, index, max_len)
         # After the last attention only the rows that are sampled from matter.
         layers[-1].mlp.register_forward_pre_hook(_take_current_rows)
         self.small_ops = None

@@ -1,5 +1,9 @@
 """Numbers hidden in a long text, asked for at the end: one, one among several, several at once. The
-text is repeated filler (as in RULER), prose, or code."""
+text is repeated filler (as in RULER), prose, or code.
+
+For a lone number the answer is free, as a user would get it. Among several, a small model answers
+with any of them, so there the answer's beginning is given, and what is tried is finding the one.
+"""
 
 import random
 from collections.abc import Callable
@@ -36,7 +40,7 @@ def _make(
     number = "numbers" if num_asked > 1 else "number"
     head = "Some special numbers are hidden in the text below. Remember them.\n\n"
     tail = f"\n\nWhat is the special {number} of the {asked} in the text above?"
-    answer = f"The special number of the {names[0]} is"
+    answer = f"The special number of the {names[0]} is" if num_keys > 1 else ""
     spent = len(writer.chat(head + " ".join(needles) + tail, answer))
     parts = _haystack(kind, random, writer, num_tokens - spent)
     for needle in needles:
@@ -45,15 +49,15 @@ def _make(
     return Sample(writer.chat(head + joined + tail, answer), values[:num_asked])
 
 
-def _task(name: str, kind: str, num_keys: int, num_asked: int) -> Task:
+def _task(name: str, kind: str, num_keys: int, num_asked: int, max_tokens: int) -> Task:
     make: Callable = partial(_make, kind, num_keys, num_asked)
-    return Task(name, make, "all_found", 10 if num_asked == 1 else 40)
+    return Task(name, make, "all_found", max_tokens)
 
 
 TASKS = (
-    _task("needle in filler", "filler", 1, 1),
-    _task("needle in prose", "prose", 1, 1),
-    _task("needle in code", "code", 1, 1),
-    _task("one needle of four", "prose", 4, 1),
-    _task("two needles of four", "prose", 4, 2),
+    _task("needle in filler", "filler", 1, 1, 32),
+    _task("needle in prose", "prose", 1, 1, 32),
+    _task("needle in code", "code", 1, 1, 32),
+    _task("one needle of four", "prose", 4, 1, 10),
+    _task("two needles of four", "prose", 4, 2, 40),
 )

@@ -1,0 +1,143 @@
+"""Several engines at once: rows as they come, in an order that does not depend on who was first."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import results
+from benchmarks.quality import evaluate
+from benchmarks.quality.evaluate import AGREEMENT, Cell, Evaluation, Model
+from benchmarks.quality.methods import FULL, Method
+from benchmarks.quality.results import Row
+from benchmarks.quality.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one engine is asked. A job without ``agreement`` answers the tasks alone."""
+
+    part: str
+    method: Method
+    schedule: Schedule | None = None
+    agreement: bool = True
+
+    @property
+    def label(self) -> str:
+        return ", ".join(
+            [f"{self.part}: {self.method.name}"] + ([self.schedule.name] if self.schedule else [])
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all jobs of a run share.
+
+    Attributes:
+        half: of the seeds, as rows name it; ``seeds`` are those of the texts to agree on.
+        out: the results file; what it has of other jobs is kept.
+        commit: None: what git says.
+    """
+
+    model: Model
+    cells: list[Cell]
+    lengths: list[int]
+    seeds: range
+    half: str
+    out: Path
+    commit: str | None = None
+
+
+class Jobs:
+    """Run once, by ``run``. A job with agreement needs one of the full model's before it."""
+
+    def __init__(
+        self, jobs: list[Job], setting: Setting,
+        open_evaluation: Callable[..., Evaluation] = evaluate.open_evaluation,
+    ) -> None:  # fmt: skip
+        self.jobs, self.setting, self.open_evaluation = jobs, setting, open_evaluation
+        self._before: list[Row] = results.read(setting.out, Row)
+        self._found: list[list[Row]] = [[] for _ in jobs]
+        self._lock = threading.Lock()
+        self._expected: Future = Future()  # the full model's, by length
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), console=Console(width=160),
+        )  # fmt: skip
+
+    def run(self, at_once: int) -> dict[str, Exception]:
+        """Errors by label, of the jobs that failed; the others' rows are kept all the same."""
+        failed: dict[str, Exception] = {}
+        with self._progress, ThreadPoolExecutor(at_once) as pool:
+            bar = self._progress.add_task("engines", total=len(self.jobs))
+
+            def one(index: int) -> None:
+                try:
+                    self._run(index)
+                except Exception as error:
+                    failed[self.jobs[index].label] = error
+                finally:
+                    self._progress.advance(bar)
+
+            list(pool.map(one, range(len(self.jobs))))
+        return failed
+
+    def _run(self, index: int) -> None:
+        job, model = self.jobs[index], self.setting.model
+        prune = job.schedule.prune(model.num_layers) if job.schedule else None
+        try:
+            evaluation = self.open_evaluation(model, job.method, prune)
+            try:
+                # First what others wait for.
+                if job.agreement:
+                    self._agreement(index, evaluation)
+                for cell in self.setting.cells:
+                    scores = evaluation.scores(cell)
+                    self._add(index, evaluation, cell.task.name, cell.tokens, scores)
+            finally:
+                evaluation.close()
+        except Exception as error:
+            if _expects(job) and not self._expected.done():
+                self._expected.set_exception(error)
+            raise
+
+    def _agreement(self, index: int, evaluation: Evaluation) -> None:
+        job, setting = self.jobs[index], self.setting
+        mine = {n: evaluation.expectations(n, setting.seeds) for n in setting.lengths}
+        if _expects(job):
+            self._expected.set_result(mine)
+        expected = self._expected.result()
+        for tokens in setting.lengths:
+            for name, values in evaluate.agreement(expected[tokens], mine[tokens]).items():
+                self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, values)
+
+    def _add(
+        self, index: int, evaluation: Evaluation, task: str, tokens: int, values: list[float]
+    ) -> None:
+        job, setting = self.jobs[index], self.setting
+        schedule = job.schedule
+        mean, error = evaluate.mean_and_error(values)
+        with self._lock:
+            row = Row(
+                part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
+                task=task, tokens=tokens, half=setting.half, mean=mean, error=error,
+                samples=len(values),
+                flop_bound=schedule.flop_bound(setting.model.path, tokens) if schedule else None,
+                environment=results.environment(evaluation.versions, setting.commit),
+            )  # fmt: skip
+            self._found[index].append(row)
+            new = [row for rows in self._found for row in rows]
+            keys = {row.key for row in new}
+            results.write(setting.out, [r for r in self._before if r.key not in keys] + new)
+        self._progress.console.print(
+            f"{job.label:58} {task:32} {tokens:>6,} {mean:6.3f} +- {error:.3f}", highlight=False
+        )
+
+
+def _expects(job: Job) -> bool:
+    """Whether the other jobs' agreement is with this one."""
+    return job.method is FULL and job.agreement
