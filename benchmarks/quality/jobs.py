@@ -92,12 +92,11 @@ class Jobs:
         try:
             evaluation = self.open_evaluation(model, job.method, prune)
             try:
-                # First what others wait for.
-                if job.agreement:
-                    self._agreement(index, evaluation)
+                mine = self._expectations(job, evaluation)  # first, since others wait for them
                 for cell in self.setting.cells:
                     scores = evaluation.scores(cell)
                     self._add(index, evaluation, cell.task.name, cell.tokens, scores)
+                self._agreement(index, evaluation, mine)
             finally:
                 evaluation.close()
         except Exception as error:
@@ -105,14 +104,18 @@ class Jobs:
                 self._expected.set_exception(error)
             raise
 
-    def _agreement(self, index: int, evaluation: Evaluation) -> None:
-        job, setting = self.jobs[index], self.setting
-        mine = {n: evaluation.expectations(n, setting.seeds) for n in setting.lengths}
+    def _expectations(self, job: Job, evaluation: Evaluation) -> dict[int, dict]:
+        """By length; none for a job without agreement."""
+        lengths = self.setting.lengths if job.agreement else []
+        mine = {n: evaluation.expectations(n, self.setting.seeds) for n in lengths}
         if _expects(job):
             self._expected.set_result(mine)
-        expected = self._expected.result()
-        for tokens in setting.lengths:
-            for name, values in evaluate.agreement(expected[tokens], mine[tokens]).items():
+        return mine
+
+    def _agreement(self, index: int, evaluation: Evaluation, mine: dict[int, dict]) -> None:
+        for tokens, found in mine.items():
+            full = self._expected.result()[tokens]
+            for name, values in evaluate.agreement(full, found).items():
                 self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, values)
 
     def _add(
