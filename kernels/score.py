@@ -40,8 +40,9 @@ def _score_kernel(
     first_request,
     scale,
     splits,
-    accumulates,  # whether the scores so far count too, by their maximum
     PEAK: tl.constexpr,
+    ACCUMULATES: tl.constexpr,  # the scores so far count too, by their maximum
+    KV_HEADS: tl.constexpr,  # of one program, the third index
     WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -80,7 +81,7 @@ def _score_kernel(
             )
         k_at = kv_ptr + block * kv_stride_block + (j % BLOCK_SIZE) * kv_stride_slot
         score = tl.zeros([BLOCK_N], tl.float32)
-        for kv_head in range(NUM_HEADS // GROUP):
+        for kv_head in range(tl.program_id(2) * KV_HEADS, (tl.program_id(2) + 1) * KV_HEADS):
             head = kv_head * GROUP + c % GROUP
             q = tl.load(
                 (q_row + head * HEAD_DIM)[None, :] + d[:, None],
@@ -109,9 +110,12 @@ def _score_kernel(
             other=0,
         ).to(tl.int64)
         at = token_score_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE
-        if accumulates:
-            score = tl.maximum(score, tl.load(at, mask=in_prompt, other=0.0))
-        tl.store(at, score, mask=in_prompt)
+        if ACCUMULATES:
+            # Bits of numbers that are not negative are in their order.
+            at = at.to(tl.pointer_type(tl.int32), bitcast=True)
+            tl.atomic_max(at, score.to(tl.int32, bitcast=True), mask=in_prompt, sem="relaxed")
+        else:
+            tl.store(at, score, mask=in_prompt)
 
 
 def score_tokens_triton(
@@ -124,13 +128,18 @@ def score_tokens_triton(
     assert q.stride(1) == head_dim and q.stride(2) == 1 and kv_cache.stride(3) == 1
     assert lse.is_contiguous()
     splits = max(1, 528 // num_requests)
+    # Programs that add to what is there may share a key's heads.
+    kv_heads = num_kv_heads
+    if accumulates:
+        kv_heads = next(n for n in range(max(1, num_kv_heads // 8), 99) if num_kv_heads % n == 0)
     window = len(lse)
-    _score_kernel[(num_requests, splits)](
+    _score_kernel[(num_requests, splits, num_kv_heads // kv_heads)](
         token_score, q, q.stride(0), query_row, lse, lse.stride(0),
         kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
         block_table, block_table.stride(0), position_table, position_table.stride(0),
-        key_len, num_prompt, active, slot_position, first_request, scale, splits, int(accumulates),
-        PEAK=peak, WINDOW=window, NUM_HEADS=num_heads, GROUP=group,
+        key_len, num_prompt, active, slot_position, first_request, scale, splits,
+        PEAK=peak, ACCUMULATES=accumulates, KV_HEADS=kv_heads, WINDOW=window,
+        NUM_HEADS=num_heads, GROUP=group,
         QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
         HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
         IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,

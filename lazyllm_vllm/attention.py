@@ -129,6 +129,7 @@ class LazyAttentionImpl(AttentionImpl[StageMetadata]):
         if attn_metadata is None:  # vLLM's memory profile
             return output.fill_(0)
         step, stage, group = attn_metadata.step, attn_metadata.stage, attn_metadata.group
+        step.enter(stage)
         num_rows = step.num_rows(stage)
         num_decode_rows = num_rows - step.num_prefill_rows(stage)
         at_boundary = attn_metadata.last_layer == layer.layer_name

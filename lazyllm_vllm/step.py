@@ -195,6 +195,7 @@ class Step:
     def begin(self, positions: torch.Tensor) -> None:
         """Start the step; ``positions`` is ``[rows]`` int64 of stage 0."""
         b = self.buffers
+        self._stage = 0
         self._positions = positions
         self.selection = Selection(
             token_key=b.token_key, token_score=b.token_score, level=b.level, selected=b.selected,
@@ -222,20 +223,22 @@ class Step:
             The same for the rows of ``stage``, and their positions, int64.
         """
         rows = self.buffers.rows[stage]
-        move = self._choose_rows(stage, rows)
+        move = self._choose_rows(stage)
         positions = rows.position[: self.num_rows(stage)]
         if not (self.revives or self.prefills_select):
             return hidden, residual, positions  # every row goes on, in the same order
         return self._gather(stage, rows, move, hidden + residual), None, positions
 
-    def begin_all(self, positions: torch.Tensor) -> None:
-        """Start a step in which every row goes through all stages, in the same order."""
-        assert not (self.decodes_select or self.prefills_select)
-        self.begin(positions[: self.num_rows(0)])
-        for stage in range(1, self.schedule.num_stages):
-            self._choose_rows(stage, self.buffers.rows[stage])
+    def enter(self, stage: int) -> None:
+        """Tell the rows of ``stage``, which must be those of the one before, their places in it,
+        unless they were carried there by ``cross``."""
+        if stage > self._stage:
+            assert not (self.decodes_select or self.prefills_select)
+            self._choose_rows(stage)
 
-    def _choose_rows(self, stage: int, rows: Rows) -> PrefillMove | None:
+    def _choose_rows(self, stage: int) -> PrefillMove | None:
+        self._stage = stage
+        rows = self.buffers.rows[stage]
         self._rank(stage)
         move = self._select_prefills(stage, rows) if self.num_prefills else None
         if self.num_decodes and self.decodes_select:

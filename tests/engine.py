@@ -26,6 +26,7 @@ def run(
     scenario: str = "generate",
     random_weights: bool = False,
     alone: list[list[int]] | None = None,
+    compiled_ops: bool = True,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -34,6 +35,7 @@ def run(
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
         random_weights: fill the model with ``benchmarks.weights``.
+        compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
         alone: prompts for which it then generates one by one.
 
     Returns:
@@ -45,6 +47,7 @@ def run(
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
         "random_weights": random_weights, "alone": alone or [],
+        "compiled_ops": compiled_ops,
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +67,10 @@ def _main(asked: str, answer: str) -> None:
     request = json.loads(Path(asked).read_text())
     additional = {"lazyllm": request["lazyllm"]} if request["lazyllm"] is not None else {}
     options = {"dtype": "float32", "max_model_len": 2304, "enforce_eager": True, "seed": 0}
+    if not request["compiled_ops"]:
+        from lazyllm_vllm.models import staged
+
+        staged.SmallOps = lambda model: None
     llm = LLM(request["model"], additional_config=additional, **options | request["engine"])
     core = llm.llm_engine.engine_core.engine_core
     state = core.model_executor.driver_worker.worker.model_runner.model_state

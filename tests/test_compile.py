@@ -30,7 +30,8 @@ def _variants(attention, gather, rank, rotary, rows, score, select_decode, selec
         }  # fmt: skip
         for window in (1, 16):
             yield score._score_kernel, LLAMA | place | {
-                "PEAK": window > 1, "WINDOW": window, "GROUP": 4,
+                "PEAK": window > 1, "ACCUMULATES": window > 1, "KV_HEADS": 1, "WINDOW": window,
+                "GROUP": 4,
                 "QUERIES_PAD": max(16, 4 * window), "BLOCK_N": 64,
             }  # fmt: skip
     for first, strict in ((True, False), (False, True)):

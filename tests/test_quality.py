@@ -153,7 +153,8 @@ def setting(smollm2, tmp_path):
     seeds = evaluate.choosing(3)
     cells = [Cell(Task("counted", make, "f1", 1), tokens, seeds) for tokens in (10, 20)]
     model = Model(smollm2, None, 30, {})
-    return Setting(model, cells, [10, 20], seeds, "choosing", tmp_path / "rows", "abc"), made
+    halves = {"choosing": seeds}
+    return Setting(model, cells, [10, 20], halves, tmp_path / "rows", "abc"), made
 
 
 def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):

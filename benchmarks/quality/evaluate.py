@@ -26,11 +26,12 @@ CONTINUED = 16  # tokens of a greedy continuation
 
 @dataclass(frozen=True)
 class Cell:
-    """A task at a length, the seeds of its samples."""
+    """A task at a length, the seeds of its samples and which half of all seeds they are of."""
 
     task: Task
     tokens: int
     seeds: range
+    half: str = "choosing"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Setting:
     """What all jobs of a run share.
 
     Attributes:
-        half: of the seeds, as rows name it; ``seeds`` are those of the texts to agree on.
+        halves: of the seeds, by name: those of the texts to agree on.
         out: the results file; what it has of other jobs is kept.
         commit: None: what git says.
     """
@@ -46,8 +46,7 @@ class Setting:
     model: Model
     cells: list[Cell]
     lengths: list[int]
-    seeds: range
-    half: str
+    halves: dict[str, range]
     out: Path
     commit: str | None = None
 
@@ -63,7 +62,7 @@ class Jobs:
         self._before: list[Row] = results.read(setting.out, Row)
         self._found: list[list[Row]] = [[] for _ in jobs]
         self._lock = threading.Lock()
-        self._expected: Future = Future()  # the full model's, by length
+        self._expected: Future = Future()  # the full model's, by half and length
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), console=Console(width=160),
@@ -95,7 +94,7 @@ class Jobs:
                 mine = self._expectations(job, evaluation)  # first, since others wait for them
                 for cell in self.setting.cells:
                     scores = evaluation.scores(cell)
-                    self._add(index, evaluation, cell.task.name, cell.tokens, scores)
+                    self._add(index, evaluation, cell.task.name, cell.tokens, cell.half, scores)
                 self._agreement(index, evaluation, mine)
             finally:
                 evaluation.close()
@@ -104,31 +103,37 @@ class Jobs:
                 self._expected.set_exception(error)
             raise
 
-    def _expectations(self, job: Job, evaluation: Evaluation) -> dict[int, dict]:
-        """By length; none for a job without agreement."""
-        lengths = self.setting.lengths if job.agreement else []
-        mine = {n: evaluation.expectations(n, self.setting.seeds) for n in lengths}
+    def _expectations(self, job: Job, evaluation: Evaluation) -> dict[tuple[str, int], dict]:
+        """By half and length; none for a job without agreement."""
+        mine = {
+            (half, tokens): evaluation.expectations(tokens, seeds)
+            for half, seeds in self.setting.halves.items()
+            for tokens in (self.setting.lengths if job.agreement else [])
+        }
         if _expects(job):
             self._expected.set_result(mine)
         return mine
 
-    def _agreement(self, index: int, evaluation: Evaluation, mine: dict[int, dict]) -> None:
-        for tokens, found in mine.items():
-            full = self._expected.result()[tokens]
+    def _agreement(
+        self, index: int, evaluation: Evaluation, mine: dict[tuple[str, int], dict]
+    ) -> None:
+        for (half, tokens), found in mine.items():
+            full = self._expected.result()[half, tokens]
             for name, values in evaluate.agreement(full, found).items():
-                self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, values)
+                self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, half, values)
 
     def _add(
-        self, index: int, evaluation: Evaluation, task: str, tokens: int, values: list[float]
-    ) -> None:
+        self, index: int, evaluation: Evaluation, task: str, tokens: int, half: str,
+        values: list[float],
+    ) -> None:  # fmt: skip
         job, setting = self.jobs[index], self.setting
         schedule = job.schedule
         mean, error = evaluate.mean_and_error(values)
         with self._lock:
             row = Row(
                 part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
-                task=task, tokens=tokens, half=setting.half, mean=mean, error=error,
-                samples=len(values),
+                task=task, tokens=tokens, half=half, mean=mean, error=error,
+                samples=len(values), values=[round(value, 4) for value in values],
                 flop_bound=schedule.flop_bound(setting.model.path, tokens) if schedule else None,
                 environment=results.environment(evaluation.versions, setting.commit),
             )  # fmt: skip

@@ -26,11 +26,24 @@ LAZYLLM = Method("LazyLLM", {})
 METHODS = (
     FULL,
     LAZYLLM,
+    Method("the paper's scores", {"score": "mean", "score_window": 1}),
     Method("LazyLLM, strict", {"decode": "strict"}),
     Method("LazyLLM, no revival", NO_REVIVAL),
     Method("LazyLLM, no pooling", {"score_pool": 1}),
     Method("static", NO_REVIVAL, "static"),
     Method("random", NO_REVIVAL | {"score_pool": 1}, "random"),
+)
+# One default changed at a time.
+OPTIONS = tuple(
+    Method(", ".join(f"{name} {value}" for name, value in config.items()), config)
+    for config in (
+        {"score": "mean"},
+        {"score_window": 4},
+        {"score_window": 32, "last_tokens": 32},
+        {"last_tokens": 64},
+        {"score_pool": 7},
+        {"score_pool": 25},
+    )
 )
 
 
@@ -41,7 +54,7 @@ def use_scores(kind: str) -> None:
     original = attention.score_tokens
 
     def static(token_score, *args):
-        if args[-1] == 0:  # the stage; what it scored stays at each token's place
+        if args[-3] == 0:  # the stage; what it scored stays at each token's place
             original(token_score, *args)
 
     def random(token_score, *args):

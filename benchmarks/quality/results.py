@@ -14,6 +14,7 @@ class Row:
         part: of the benchmark: ``abilities``, ``full``, ``methods``, ``sweep``, ...
         half: of the seeds: ``choosing`` or ``reporting``.
         mean, error: over ``samples`` samples, and its standard error.
+        values: one a sample, in the order of their seeds.
         flop_bound: how many times fewer operations than the full model the prefill takes.
     """
 
@@ -26,6 +27,7 @@ class Row:
     mean: float
     error: float
     samples: int
+    values: list[float] = field(default_factory=list)
     flop_bound: float | None = None
     environment: dict = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ from benchmarks.cpu import use_cpu_settings
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.jobs import Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, Method
+from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, Method
 from benchmarks.quality.results import FILE
 from benchmarks.quality.schedules import SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
@@ -28,7 +28,12 @@ def _methods(schedules: list[Schedule]) -> list[Job]:
 def _sweep(schedules: list[Schedule]) -> list[Job]:
     """LazyLLM and the other ways at every schedule, or at those asked for."""
     others = [method for method in METHODS if method.scores != "attention"]
-    return [Job("sweep", m, at) for at in schedules or SWEEP for m in (LAZYLLM, *others)]
+    return [Job("sweep", m, at) for m in (LAZYLLM, *others) for at in schedules or SWEEP]
+
+
+def _options(schedules: list[Schedule]) -> list[Job]:
+    """Defaults against other values of them."""
+    return [Job("options", method, at) for at in _some(schedules) for method in OPTIONS]
 
 
 def _revival(schedules: list[Schedule]) -> list[Job]:
@@ -59,6 +64,7 @@ PARTS = {
     "abilities": _abilities,
     "methods": _methods,
     "sweep": _sweep,
+    "options": _options,
     "revival": _revival,
     "presets": _presets,
 }
@@ -67,7 +73,9 @@ PARTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="all if none")
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; SmolLM2-135M if none")
-    parser.add_argument("--samples", type=int, default=100, help="of each task at each length")
+    parser.add_argument(
+        "--samples", type=int, default=100, help="of each task at each length, a half"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone")
@@ -75,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--schedules", type=int, nargs="+", choices=range(len(SWEEP)), default=[], metavar="INDEX",
         help=f"of the sweep's, these alone: 0 to {len(SWEEP) - 1}, from the mildest",
     )  # fmt: skip
-    parser.add_argument("--half", choices=HALVES, default="choosing", help="which seeds")
+    parser.add_argument(
+        "--half", nargs="+", choices=HALVES, default=list(HALVES), help="of the seeds; both if none"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="engines at once")
     parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 elsewhere, if none")
     parser.add_argument("--out", type=Path, default=FILE, help="the results file")
@@ -86,9 +96,14 @@ def main(args: argparse.Namespace) -> None:
     """Raises SystemExit for a part or method that there is not, and if a job failed."""
     asked = jobs(args)
     use_cpu_settings()  # for the engines' processes, before anything imports Triton there
-    seeds = HALVES[args.half](args.samples)
-    cells = [Cell(TASKS[task], tokens, seeds) for task in args.tasks for tokens in args.lengths]
-    setting = Setting(_model(args), cells, args.lengths, seeds, args.half, args.out, args.commit)
+    halves = {half: HALVES[half](args.samples) for half in args.half}
+    cells = [
+        Cell(TASKS[task], tokens, seeds, half)
+        for half, seeds in halves.items()
+        for task in args.tasks
+        for tokens in args.lengths
+    ]
+    setting = Setting(_model(args), cells, args.lengths, halves, args.out, args.commit)
     failed = Jobs(asked, setting).run(args.jobs)
     for label, error in failed.items():
         print(f"failed: {label}\n{error}\n")

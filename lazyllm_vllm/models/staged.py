@@ -71,7 +71,7 @@ class StagedDecoder:
         if self.small_ops:
             self.small_ops.recorded = step is not None and step.recorded
         if captures_pieces():
-            between_graphs(_begin_all, positions)
+            between_graphs(_begin, positions)
             return self._run_whole(hidden, positions)
         if step is None:  # vLLM's memory profile: every token through every layer
             return self._run_whole(hidden, positions)
@@ -100,8 +100,9 @@ class StagedDecoder:
         return self.model.norm(hidden, residual)[0]
 
 
-def _begin_all(positions: torch.Tensor) -> None:
-    _current_step().begin_all(positions)
+def _begin(positions: torch.Tensor) -> None:
+    step = _current_step()
+    step.begin(positions[: step.num_rows(0)])
 
 
 def _take_current_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
