@@ -1,6 +1,7 @@
 """The configuration: three ways in, one object out, one line when it is wrong."""
 
 import json
+import math
 
 import pytest
 
@@ -29,11 +30,19 @@ def test_presets_fit_any_depth(preset, num_layers):
     assert schedule.starts == Schedule.build(explicit, num_layers).starts
     sizes = [len(schedule.stage_layers(s)) for s in range(schedule.num_stages)]
     assert sum(sizes) == num_layers and min(sizes) >= 1
-    assert sizes[0] == schedule.starts[1] == round(num_layers / 2), "no cut before half the depth"
-    if num_layers % 2 == 0:
-        length = min(sizes)
-        assert all(size % length == 0 for size in sizes), "stages that divide waste no cache"
-        assert len(sizes) == (3 if num_layers % 4 == 0 or num_layers % 6 == 0 else 2)
+    if num_layers > 2:
+        depths = [b.layer / num_layers for b in boundaries]
+        assert abs(depths[-1] - 2 / 3) < 0.1
+        assert abs(depths[0] - (1 / 5 if preset == "aggressive" else 1 / 3)) < 0.1
+    if num_layers in (16, 28, 30, 32, 80):
+        assert num_layers / math.gcd(*sizes) <= 16, "KV cache groups"
+
+
+def test_presets_are_the_schedules_that_were_measured():
+    cuts = {p: [(b.layer, b.keep) for b in preset_boundaries(p, 30)] for p in PRESETS}
+    assert cuts["conservative"] == [(10, 0.7), (20, 0.5)]
+    assert cuts["balanced"] == [(10, 0.3), (20, 0.1)]
+    assert cuts["aggressive"] == [(6, 0.5), (10, 0.3), (20, 0.1)]
 
 
 @pytest.mark.parametrize(

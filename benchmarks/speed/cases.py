@@ -63,6 +63,8 @@ _ALL = (
         "Llama-3.1-8B", (HALVES, WHOLE), max_len=33280, one_piece=False,
         cases=(
             _ttft(SHORT, 11, engines=(HALVES,)),
+            _ttft(600, 11, engines=(HALVES,)),
+            _ttft(1024, 11, engines=(HALVES,)),
             _ttft(4096, 11),
             _ttft(16384, 7),
             _decode(SHORT, 1, 5, steps=64, engines=(HALVES,)),
