@@ -61,7 +61,7 @@ class LazyLLMConfig(BaseModel):
 
     prune: tuple[PruneAt, ...] | None = None
     preset: Preset | None = None
-    min_prompt_tokens: int = Field(default=512, ge=1)
+    min_prompt_tokens: int = Field(default=1024, ge=1)
     first_tokens: int = Field(default=4, ge=0)
     last_tokens: int = Field(default=16, ge=1)
     score: Literal["peak", "mean"] = "peak"

@@ -27,6 +27,7 @@ def run(
     random_weights: bool = False,
     alone: list[list[int]] | None = None,
     compiled_ops: bool = True,
+    as_on_gpu: bool = False,
 ) -> dict:
     """Generate greedily for token-id prompts, all added before the first step.
 
@@ -35,6 +36,8 @@ def run(
         engine: further arguments of ``LLM``.
         scenario: ``generate``, or ``abort`` (see ``_abort``).
         random_weights: fill the model with ``benchmarks.weights``.
+        as_on_gpu: warm up, and run steps that drop nothing as where CUDA graphs are captured in
+            pieces, though on a CPU none are.
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
         alone: prompts for which it then generates one by one.
 
@@ -47,7 +50,7 @@ def run(
         "model": str(model), "prompts": prompts, "lazyllm": lazyllm, "engine": engine or {},
         "max_tokens": max_tokens, "logprobs": logprobs, "scenario": scenario,
         "random_weights": random_weights, "alone": alone or [],
-        "compiled_ops": compiled_ops,
+        "compiled_ops": compiled_ops, "as_on_gpu": as_on_gpu,
     }  # fmt: skip
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "LAZYLLM_TRACE": str(int(trace))}
     with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +77,8 @@ def _main(asked: str, answer: str) -> None:
     llm = LLM(request["model"], additional_config=additional, **options | request["engine"])
     core = llm.llm_engine.engine_core.engine_core
     state = core.model_executor.driver_worker.worker.model_runner.model_state
+    if request["as_on_gpu"]:
+        _run_as_on_gpu(core.model_executor.driver_worker.worker.model_runner)
     if request["random_weights"]:
         # After what is installed, which the sources must not stand in for.
         sys.path.append(str(HERE.parent))
@@ -129,6 +134,22 @@ def _main(asked: str, answer: str) -> None:
         if os.environ["LAZYLLM_TRACE"] == "1":
             result["trace"] = llm.collective_rpc("lazyllm_trace")[0]
     Path(answer).write_text(json.dumps(result))
+
+
+def _run_as_on_gpu(runner) -> None:
+    from lazyllm_vllm.models import staged
+    from lazyllm_vllm.warm_up import warm_up
+
+    warm_up(
+        runner.model, runner.model_state, runner.vllm_config, runner.input_buffers,
+        runner.block_tables, runner.attn_groups, runner.kv_cache_config,
+    )  # fmt: skip
+
+    def in_pieces() -> bool:
+        step = staged._current_step()
+        return step is not None and not (step.decodes_select or step.prefills_select)
+
+    staged.captures_pieces = in_pieces
 
 
 def _abort(llm, prompts, params) -> dict:

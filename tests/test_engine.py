@@ -63,6 +63,18 @@ def test_short_prompts_are_stock_vllm_beside_long_ones(smollm2, noise, stock):
     assert result["room"] > 1.2 * stock["room"]
 
 
+def test_steps_that_drop_nothing_run_in_pieces(smollm2, noise, stock):
+    """What CUDA graphs are captured around on a GPU, and the warm-up before it."""
+    short = [i for i, n in enumerate(LENGTHS) if n < 650]
+    result = engine.run(
+        smollm2, [noise[i] for i in short], {"prune": PRUNE, "min_prompt_tokens": 650},
+        max_tokens=6, logprobs=5, as_on_gpu=True,
+    )  # fmt: skip
+    _assert_same(result, {k: [stock[k][i] for i in short] for k in ("tokens", "logprobs")})
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    assert len(result["stats"]["requests"]) == len(short)
+
+
 def test_requests_without_room_go_on_without_selecting(smollm2, noise):
     """The same answers as when every step selects, which a trace makes it do."""
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_reserve": 0.02}

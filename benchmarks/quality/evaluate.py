@@ -21,6 +21,7 @@ from benchmarks.quality.start import start
 
 AGREEMENT = "agreement on text"
 LIKELIEST = 20  # next tokens that vLLM tells of at most, by default
+SHORTEST = 512  # tokens of a prompt that is pruned: less than by default, for more tasks
 CONTINUED = 16  # tokens of a greedy continuation
 
 
@@ -73,8 +74,10 @@ class Evaluation:
     def __init__(self, model: Model, method: Method, prune: list[dict] | None, log: Path) -> None:
         self.model, self.method = model, method
         config = method.config
-        if config is not None and prune is not None:
-            config = config | {"prune": prune}
+        if config is not None:
+            config = {"min_prompt_tokens": SHORTEST} | config
+            if prune is not None:
+                config |= {"prune": prune}
         arguments = {
             "model": str(model.path), "config": config, "scores": method.scores,
             "options": model.options,

@@ -166,7 +166,7 @@ def engines(model: Path) -> None:
         "enforce_eager": False, "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 6 << 30, "gpu_memory_utilization": 0.1,
     }  # fmt: skip
-    pruned = {"prune": PRUNE, "revive_reserve": 0.01}
+    pruned = {"prune": PRUNE, "revive_reserve": 0.01, "min_prompt_tokens": 512}
     whole = {"prune": [{"layer": 4, "keep": 1}, {"layer": 8, "keep": 1}]}
     runs = {
         "stock": (None, {}),
@@ -217,8 +217,8 @@ def engines(model: Path) -> None:
                     assert r["kept"] == want, (n, r["kept"], want)
         return detail
 
-    def alike(a: str, b: str, most: float, prompts: int | None = None) -> str:
-        pairs = list(zip(results[a]["tokens"], results[b]["tokens"]))[:prompts]
+    def alike(a: str, b: str, most: float) -> str:
+        pairs = list(zip(results[a]["tokens"], results[b]["tokens"]))
         first = [next((i for i, (x, y) in enumerate(zip(*p)) if x != y), NEW_TOKENS) for p in pairs]
         drift = max(
             abs(x[t] - y[t])
@@ -236,10 +236,11 @@ def engines(model: Path) -> None:
             report(name, done.result)
     report("keep 1 against stock", lambda: alike("stock", "keep 1", 0.1))
     for name in ("resident, CUDA graphs", "the same, small ops not compiled"):
-        # Compiled ops, and rows that pad a piecewise graph, round otherwise; rounding chooses
-        # other tokens among close scores.
-        bounds = (0.02, len(prompts)) if "not" in name else (0.4,)
-        report(f"{name} against eager", lambda: alike("resident, eager", name, *bounds))
+        # Which attention kernel a decode takes depends on when a full room is seen, rows that pad
+        # a piecewise graph and compiled ops round otherwise, and rounding chooses other tokens
+        # among close scores.
+        most = 0.1 if "not" in name else 0.4
+        report(f"{name} against eager", lambda: alike("resident, eager", name, most))
 
 
 if __name__ == "__main__":
