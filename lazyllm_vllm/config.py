@@ -72,6 +72,16 @@ class LazyLLMConfig(BaseModel):
     revive_per_request: int = Field(default=15, ge=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_window(cls, fields: Any) -> Any:
+        """Who keeps fewer last tokens, and says nothing of the window, gets one that fits."""
+        if isinstance(fields, dict) and "score_window" not in fields:
+            last = fields.get("last_tokens")
+            if isinstance(last, int) and 1 <= last < cls.model_fields["score_window"].default:
+                return fields | {"score_window": last}
+        return fields
+
     @field_validator("score_pool")
     @classmethod
     def _odd(cls, value: int) -> int:

@@ -58,7 +58,7 @@ def test_presets_are_the_schedules_that_were_measured():
         ({"prune": [], "preset": "balanced"}, "prune and preset"),
         ({"preset": "best"}, "preset"),
         ({"score_pool": 4}, "score_pool: must be odd"),
-        ({"last_tokens": 0, "score_window": 1}, "last_tokens"),
+        ({"last_tokens": 0}, "last_tokens"),
         ({"last_tokens": 8, "score_window": 9}, "score_window: 9 is more than last_tokens"),
         ({"revive_budget": -1}, "revive_budget"),
         ({"decode": "lazy"}, "decode"),
@@ -72,6 +72,12 @@ def test_what_is_wrong_is_named_in_one_line(wrong, says):
     with pytest.raises(ConfigError) as error:
         parse_config(wrong)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_window_fits_the_last_tokens_unless_it_was_set():
+    assert parse_config({"last_tokens": 8}).score_window == 8
+    assert parse_config({"last_tokens": 8, "score_window": 2}).score_window == 2
+    assert parse_config({"last_tokens": 40}).score_window == parse_config({}).score_window == 16
 
 
 def test_a_broken_file_is_named(tmp_path):

@@ -9,16 +9,18 @@ import threading
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.quality import evaluate, metrics, run, text
+from benchmarks.quality import evaluate, metrics, report, run, text
 from benchmarks.quality.evaluate import AGREEMENT, Cell, Model
-from benchmarks.quality.jobs import Job, Jobs, Setting
+from benchmarks.quality.jobs import COMPUTED, Job, Jobs, Setting
 from benchmarks.quality.methods import FULL, LAZYLLM, Method
-from benchmarks.quality.results import Row
+from benchmarks.quality.results import FILE, Row
 from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.schedules import SWEEP
+from benchmarks.quality.shares import Full
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
 from benchmarks.results import read
+from lazyllm_vllm.config import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,9 @@ class FakeEvaluation:
     def scores(self, cell):
         return [1.0 for _ in self.model.samples(cell)]
 
+    def share_computed(self):
+        return None if self.method is FULL else 0.5
+
     def close(self):
         pass
 
@@ -175,12 +180,16 @@ def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):
     assert rows[0] == other and len({row.key for row in rows}) == len(rows)
     parts = [row.part for row in rows[1:]]
     # Two lengths; three figures of agreement, where there are any, and one task.
-    assert parts == ["full"] * 8 + ["sweep"] * 8 + ["abilities"] * 2, "in the order of the jobs"
+    # LazyLLM also tells how much it computed.
+    assert parts == ["full"] * 8 + ["sweep"] * 9 + ["abilities"] * 2, "in the order of the jobs"
     assert {row.task for row in rows if AGREEMENT in row.task and row.mean == 1} == {
         f"{AGREEMENT}: top 1", f"{AGREEMENT}: continuation"
     }  # fmt: skip
     assert all(row.mean == 1 for row in rows[1:] if row.task == "counted")
-    assert all((row.flop_bound is not None) == (row.part == "sweep") for row in rows[1:])
+    (computed,) = (row for row in rows if row.task == COMPUTED)
+    assert computed.mean == 0.5 and computed.part == "sweep"
+    for row in rows[1:]:
+        assert bool(row.flop_bound) == (row.part == "sweep" and row is not computed)
     assert made == [10] * 3 + [20] * 3, "a cell's samples are made once"
 
 
@@ -196,7 +205,43 @@ def test_a_full_model_that_fails_costs_the_agreement_alone(setting):
     failed = Jobs(jobs, setting, open_evaluation).run(2)
     assert set(failed) == {job.label for job in jobs}
     rows = read(setting.out, Row)
-    assert [(row.part, row.task) for row in rows] == [("sweep", "counted")] * 2
+    assert [row.task for row in rows] == ["counted", "counted", COMPUTED]
+
+
+def test_shares_of_the_full_model_by_hand():
+    """The error is that of the differences: samples that both get wrong make none."""
+
+    def row(part, values, task="easy", tokens=10):
+        return Row(
+            part, FULL.name if part == "full" else "LazyLLM", "", task, tokens, "choosing",
+            sum(values) / len(values), 0.0, len(values), values,
+        )  # fmt: skip
+
+    rows = [
+        row("full", [1, 1, 1, 0]), row("full", [0, 0, 0, 0], "hard"),
+        row("sweep", [1, 1, 1, 0]), row("sweep", [1, 1, 1, 1], "hard"),
+    ]  # fmt: skip
+    full = Full(rows)
+    assert full.share(rows[2:], "choosing") == (1, 0), "what the full model cannot do is left out"
+    assert all(math.isnan(x) for x in full.share(rows[2:], "choosing", "hard"))
+    worse, error = full.share([row("sweep", [1, 0, 1, 0])], "choosing")
+    assert worse == pytest.approx(2 / 3)
+    differences = [1 / 3, -2 / 3, 1 / 3, 0]
+    variance = sum(d * d for d in differences) / 3
+    assert error == pytest.approx(math.sqrt(variance / 4) / 0.75)
+
+
+def test_the_report_is_made_from_the_committed_results(tmp_path):
+    """All parts that the README shows are in the results file, with a row for each preset."""
+    file = tmp_path / "quality.jsonl"
+    file.write_text(FILE.read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
+    report.main(readme, file)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert all(f"| `{preset}` |" in text for preset in PRESETS) and "nan" not in text
+    assert "<svg" in (tmp_path / "sweep.svg").read_text()
 
 
 def test_parts_methods_and_schedules_are_chosen():
@@ -209,7 +254,7 @@ def test_parts_methods_and_schedules_are_chosen():
     assert [job.part for job in jobs("abilities --lengths 500 8000")] == ["abilities"]
     chosen = jobs("sweep methods --methods random static --schedules 0 3")
     assert [(job.part, job.method.name) for job in chosen[:3]] == [
-        ("full", FULL.name), ("sweep", "static"), ("sweep", "random")
+        ("full", FULL.name), ("sweep", "static"), ("sweep", "static")
     ]  # fmt: skip
     assert len(chosen) == 1 + 2 * 2 * 2 and {job.schedule for job in chosen[1:]} == {
         SWEEP[0], SWEEP[3]

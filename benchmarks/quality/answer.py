@@ -15,6 +15,15 @@ def answers(
     ]
 
 
+def share_computed(llm: LLM) -> float | None:
+    """Share of (prompt token, layer) pairs computed so far; None: stock vLLM."""
+    if "lazyllm" not in (llm.llm_engine.vllm_config.additional_config or {}):
+        return None
+    from lazyllm_vllm.stats import request_stats
+
+    return request_stats(llm)["total"]["share_computed"]
+
+
 def next_tokens(llm: LLM, prompts: list[list[int]], most: int) -> list[dict[int, float]]:
     """The ``most`` likeliest next tokens of each prompt, with their log-probabilities."""
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=most, detokenize=False)

@@ -108,6 +108,10 @@ class Evaluation:
             ),
         }  # fmt: skip
 
+    def share_computed(self) -> float | None:
+        """Of all prompts so far; None for the full model."""
+        return self.engine.run("share_computed")
+
     def close(self) -> None:
         self.engine.close()
 

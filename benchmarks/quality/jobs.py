@@ -16,6 +16,8 @@ from benchmarks.quality.methods import FULL, Method
 from benchmarks.quality.results import Row
 from benchmarks.quality.schedules import Schedule
 
+COMPUTED = "share of the prompts computed"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -95,6 +97,8 @@ class Jobs:
                 for cell in self.setting.cells:
                     scores = evaluation.scores(cell)
                     self._add(index, evaluation, cell.task.name, cell.tokens, cell.half, scores)
+                if (share := evaluation.share_computed()) is not None:
+                    self._add(index, evaluation, COMPUTED, 0, "both", [share])
                 self._agreement(index, evaluation, mine)
             finally:
                 evaluation.close()
@@ -134,7 +138,7 @@ class Jobs:
                 part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
                 task=task, tokens=tokens, half=half, mean=mean, error=error,
                 samples=len(values), values=[round(value, 4) for value in values],
-                flop_bound=schedule.flop_bound(setting.model.path, tokens) if schedule else None,
+                flop_bound=schedule and tokens and schedule.flop_bound(setting.model.path, tokens),
                 environment=results.environment(evaluation.versions, setting.commit),
             )  # fmt: skip
             self._found[index].append(row)

@@ -5,101 +5,128 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.quality.evaluate import AGREEMENT
+from benchmarks.quality.jobs import COMPUTED
 from benchmarks.quality.methods import FULL, LAZYLLM
 from benchmarks.quality.results import FILE, Row
+from benchmarks.quality.schedules import SWEEP
+from benchmarks.quality.shares import Full, mean_of
 from benchmarks.results import figure, read, replace_section, table
+from lazyllm_vllm.config import PRESETS, preset_boundaries
+
+_MODEL_LAYERS = 30  # SmolLM2-135M's
+
+# Columns: tasks that begin alike are shown together.
+_KINDS = ("needle", "multi-document", "few-shot", "code completion")
+_AGREEMENT = {"top 1": "next token equal", "KL": "KL, nats", "continuation": "continuation equal"}
 
 
 def main(readme: Path, file: Path = FILE) -> None:
     """Draw the plot beside the results file and rewrite the README's section on quality."""
     rows = read(file, Row)
-    parts = []
-    if any(row.part == "sweep" for row in rows):
-        draw_sweep(rows, file.with_name("sweep.svg"))
-        parts.append("![Quality against speed](benchmarks/quality/results/sweep.svg)")
-    for part, title in _TITLES.items():
-        mine = [row for row in rows if row.part == part]
-        if mine:
-            parts += [title, _table(mine, rows)]
-    if parts:
-        place = rows[-1].environment
-        parts.insert(0, f"{place['date']}, commit {place['commit']}, on {place['gpu']}.")
-        replace_section(readme, "quality", "\n\n".join(parts))
+    if not rows:
+        return
+    full = Full(rows)
+    draw_sweep(rows, full, file.with_name("sweep.svg"))
+    replace_section(readme, "quality", section(rows, full))
 
 
-_TITLES = {
-    "abilities": "What the full model can do, by prompt length.",
-    "methods": "Ways to drop tokens, at one schedule; shares of the full model's score.",
-    "revival": "What revival buys.",
-    "presets": "The presets, on seeds that they were not chosen by.",
-}
+def section(rows: list[Row], full: Full) -> str:
+    """Markdown."""
+    place = rows[0].environment
+    swept = [r for r in rows if r.part == "sweep"]
+    samples = swept[0].samples
+    lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept}))
+    at = next(r.schedule for r in rows if r.part == "methods")
+    parts = [
+        f"SmolLM2-135M-Instruct, bf16, on one {place['gpu']}; {place['date']}, commit "
+        f"{place['commit']}. Eight tasks of {lengths} tokens, {samples} samples of each for "
+        f"choosing defaults and {samples} others for reporting them. The share of the full model's "
+        "score is that of the means over all tasks, ± its standard error over samples that both "
+        "answer; the bound is how many times fewer operations a prefill takes.",
+        "![Quality against speed](benchmarks/quality/results/sweep.svg)",
+        "The presets, by the samples they were chosen by and by the others:",
+        _presets(swept, full),
+        f"Ways to drop tokens, all keeping {at} (layers), on the samples for reporting; tasks as "
+        "shares of the full model's score, then agreement with its next tokens on real text:",
+        _by_method([r for r in rows if r.part == "methods"], full, "reporting"),
+        "One default changed at a time, on the samples for choosing:",
+        _by_method([r for r in rows if r.part == "options"], full, "choosing"),
+        "What revival buys, on the samples for reporting; the share of the prompts that is "
+        "computed is of a smaller run:",
+        _by_method([r for r in rows if r.part == "revival"], full, "reporting"),
+        "What the full model can do, by prompt length:",
+        _abilities([r for r in rows if r.part == "abilities"]),
+    ]
+    return "\n\n".join(parts)
 
 
-def share_of_full(mine: list[Row], rows: list[Row]) -> tuple[float, float]:
-    """The average score over tasks as a share of the full model's, and its standard error; tasks
-    that the full model itself gets right in less than a fifth of the cases are left out."""
-    full = {
-        (r.task, r.tokens, r.half): r
-        for r in rows
-        if r.part == "full" and r.method == FULL.name and AGREEMENT not in r.task and r.mean >= 0.2
-    }
-    pairs = [(r, full[k]) for r in mine if (k := (r.task, r.tokens, r.half)) in full]
-    if not pairs:
-        return float("nan"), float("nan")
-    best = statistics.fmean(f.mean for _, f in pairs)
-    share = statistics.fmean(r.mean for r, _ in pairs) / best
-    # The samples are the same, so what the two get wrong is shared: this errs on the large side.
-    error = sum(r.error**2 + f.error**2 for r, f in pairs) ** 0.5 / len(pairs) / best
-    return share, error
-
-
-def _groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by method and schedule."""
     found = defaultdict(list)
     for row in rows:
         found[row.method, row.schedule].append(row)
     return found
 
 
-def _table(mine: list[Row], rows: list[Row]) -> str:
-    cells = list(dict.fromkeys((row.task, row.tokens) for row in mine))
-    groups = _groups(mine)
-    head = ["task", "prompt", *(method for method, _ in groups)]
+def _percent(share: tuple[float, float]) -> str:
+    return f"{share[0]:.1%} ± {share[1]:.1%}"
+
+
+def _presets(swept: list[Row], full: Full) -> str:
     lines = []
-    for task, tokens in cells:
-        line = [task, f"{tokens:,}"]
-        for group in groups.values():
-            row = next((r for r in group if (r.task, r.tokens) == (task, tokens)), None)
-            line.append(f"{row.mean:.2f} ± {row.error:.2f}" if row else "")
-        lines.append(tuple(line))
-    shares = [share_of_full(group, rows) for group in groups.values()]
-    if not all(share != share for share, _ in shares):
-        lines.append(("share of full model", "", *(f"{s:.1%} ± {e:.1%}" for s, e in shares)))
-    return table(tuple(head), lines)
+    for preset in PRESETS:
+        prune = [b.model_dump() for b in preset_boundaries(preset, _MODEL_LAYERS)]
+        name = next(s.name for s in SWEEP if s.prune(_MODEL_LAYERS) == prune)
+        mine = groups(swept)[LAZYLLM.name, name]
+        bound = statistics.fmean(row.flop_bound for row in mine)
+        shares = [_percent(full.share(mine, half)) for half in ("choosing", "reporting")]
+        kinds = [f"{full.share(mine, 'reporting', kind)[0]:.0%}" for kind in _KINDS]
+        lines.append((f"`{preset}`", name, f"{bound:.2f}x", *shares, *kinds))
+    return table(("", "keeps", "bound", "chosen by", "reported", *_KINDS), lines)
 
 
-def draw_sweep(rows: list[Row], path: Path) -> None:
-    """Share of the full model's average against the FLOP-bound speed-up, a curve a method."""
-    mine = [row for row in rows if row.part == "sweep"]
-    curves = defaultdict(list)
-    for (method, _), group in _groups(mine).items():
-        speed = statistics.fmean(row.flop_bound for row in group)
-        curves[method].append((speed, *share_of_full(group, rows)))
+def _by_method(rows: list[Row], full: Full, half: str) -> str:
+    computed = {r.method: f"{r.mean:.1%}" for r in rows if r.task == COMPUTED}
+    lines = []
+    for (method, _), mine in groups([r for r in rows if r.task != COMPUTED]).items():
+        kinds = [f"{full.share(mine, half, kind)[0]:.0%}" for kind in _KINDS]
+        agree = [f"{mean_of(mine, half, f'{AGREEMENT}: {name}'):.3f}" for name in _AGREEMENT]
+        line = (method, _percent(full.share(mine, half)), *kinds, *agree)
+        lines.append((*line, computed.get(method, "")) if computed else line)
+    head = ("", "of the full model", *_KINDS, *_AGREEMENT.values())
+    return table((*head, "prompt computed") if computed else head, lines)
+
+
+def _abilities(rows: list[Row]) -> str:
+    lengths = sorted({row.tokens for row in rows})
+    score = {(row.task, row.tokens): row for row in rows}
+    lines = [
+        (task, *(f"{score[task, n].mean:.2f} ± {score[task, n].error:.2f}" for n in lengths))
+        for task in dict.fromkeys(row.task for row in rows if row.task != COMPUTED)
+    ]
+    return table(("", *(f"{n:,}" for n in lengths)), lines)
+
+
+def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
+    """Share of the full model's score against the FLOP-bound speed-up, a curve a method."""
+    reported = [r for r in rows if r.part in ("sweep", "methods") and r.half == "reporting"]
+    curves = defaultdict(dict)
+    for (method, schedule), mine in groups(reported).items():
+        if mine[0].flop_bound:
+            speed = statistics.fmean(row.flop_bound for row in mine if row.flop_bound)
+            curves[method][schedule] = (speed, *full.share(mine, "reporting"))
     drawn, axes = figure("Answers kept, against how much less a prefill computes")
-    axes.axhline(1, color="#888888", label="full model")
+    axes.axhline(1, color="#888888", label=FULL.name)
     for method, points in curves.items():
-        points = _upper(points)
-        speeds, shares, errors = zip(*points)
-        style = {"linewidth": 2.2} if method == LAZYLLM.name else {"linewidth": 1.2}
-        axes.errorbar(speeds, shares, errors, marker="o", markersize=4, label=method, **style)
-    axes.set(xlabel="times fewer operations", ylabel="share of the full model's score")
-    axes.legend(fontsize=8)
+        speeds, shares, errors = zip(*sorted(points.values()))
+        several = len(points) > 1
+        style = {"linewidth": 2.2 if method == LAZYLLM.name else 1.2} if several else {"ls": ""}
+        axes.errorbar(
+            speeds, shares, errors, marker="o" if several else "x", markersize=4, label=method,
+            **style,
+        )  # fmt: skip
+    axes.set(
+        xlabel="times fewer operations", ylabel="share of the full model's score", ylim=(0, 1.1)
+    )
+    axes.legend(fontsize=6, ncols=2, loc="center right")
     drawn.savefig(path, metadata={"Date": None})
-
-
-def _upper(points: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    """Those that no other beats in both speed and score, from the slowest."""
-    kept: list[tuple[float, float, float]] = []
-    for point in sorted(points, reverse=True):
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return kept[::-1]

@@ -1,0 +1,46 @@
+"""Scores as shares of the full model's, with standard errors over samples that both answered."""
+
+import math
+import statistics
+
+from benchmarks.quality.methods import FULL
+from benchmarks.quality.results import Row
+
+LEAST = 0.2  # a task that the full model scores less in tells nothing
+
+
+class Full:
+    """The full model's rows."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = {
+            (r.task, r.tokens, r.half): r
+            for r in rows
+            if r.part == "full" and r.method == FULL.name and r.mean >= LEAST
+        }
+
+    def share(self, mine: list[Row], half: str, kind: str = "") -> tuple[float, float]:
+        """The mean score over tasks whose names contain ``kind``, over the full model's, and its
+        standard error: that of the samples' differences, since both answer the same ones. NaN if
+        there is no such task."""
+        pairs = [
+            (row, full)
+            for row in mine
+            if row.half == half and kind in row.task and "agreement" not in row.task
+            and (full := self._rows.get((row.task, row.tokens, row.half)))
+        ]  # fmt: skip
+        if not pairs:
+            return math.nan, math.nan
+        best = statistics.fmean(full.mean for _, full in pairs)
+        share = statistics.fmean(row.mean for row, _ in pairs) / best
+        variance = sum(
+            statistics.variance([a - share * b for a, b in zip(row.values, full.values)])
+            / row.samples
+            for row, full in pairs
+        )
+        return share, math.sqrt(variance) / len(pairs) / best
+
+
+def mean_of(rows: list[Row], half: str, task: str) -> float:
+    """A task's mean over lengths."""
+    return statistics.fmean(r.mean for r in rows if r.half == half and r.task == task)
