@@ -67,7 +67,7 @@ def adapt_engine_args(args: EngineArgs) -> list[str]:
             setattr(args, budget, None)
     if not args.enforce_eager:
         if args.compilation_config.mode != CompilationMode.NONE:
-            off.append("torch.compile and piecewise CUDA graphs")
+            off.append("torch.compile of the model")
         if args.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
             args.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
     # vLLM's fused custom ops are on only where nothing would compile (mode NONE, set before the

@@ -21,22 +21,21 @@ class Full:
 
     def share(self, mine: list[Row], half: str, kind: str = "") -> tuple[float, float]:
         """The mean score over tasks whose names contain ``kind``, over the full model's, and its
-        standard error: that of the samples' differences, since both answer the same ones. NaN if
-        there is no such task."""
+        standard error: that of the samples' differences, since both answer the same ones (of the
+        full model's, as many as ``mine`` has). NaN if there is no such task."""
         pairs = [
-            (row, full)
+            (row.values, full.values[: row.samples])
             for row in mine
             if row.half == half and kind in row.task and "agreement" not in row.task
             and (full := self._rows.get((row.task, row.tokens, row.half)))
         ]  # fmt: skip
         if not pairs:
             return math.nan, math.nan
-        best = statistics.fmean(full.mean for _, full in pairs)
-        share = statistics.fmean(row.mean for row, _ in pairs) / best
+        best = statistics.fmean(statistics.fmean(full) for _, full in pairs)
+        share = statistics.fmean(statistics.fmean(values) for values, _ in pairs) / best
         variance = sum(
-            statistics.variance([a - share * b for a, b in zip(row.values, full.values)])
-            / row.samples
-            for row, full in pairs
+            statistics.variance([a - share * b for a, b in zip(values, full)]) / len(values)
+            for values, full in pairs
         )
         return share, math.sqrt(variance) / len(pairs) / best
 
