@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 from lazyllm_vllm.cuda_graphs import PLAIN, SELECTING, LazyCudaGraphManager
 from lazyllm_vllm.room_watch import INTERVAL, RoomWatch
@@ -35,6 +35,39 @@ def test_a_batch_that_may_select_replays_the_selecting_graph(manager):
     manager.model_state.selecting["a"] = 0
     found = manager.dispatch(3, 3, 1, 0)
     assert found.num_active_loras == SELECTING and found.cg_mode == CUDAGraphMode.FULL
+
+
+def test_short_prompts_run_in_pieces_unless_something_is_dropped(manager):
+    piecewise = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens=384, num_reqs=None)
+    manager._candidates |= {(n, PLAIN): [piecewise] for n in range(5, 385)}
+    assert manager.dispatch(2, 300, None, 0) == piecewise
+    manager.model_state.to_prune.add("a")
+    found = manager.dispatch(2, 300, None, 0)
+    assert found.cg_mode == CUDAGraphMode.NONE and found.num_tokens == 300
+    manager.model_state.to_prune.clear()
+    manager.model_state.selecting["a"] = 0
+    assert manager.dispatch(2, 300, None, 0).cg_mode == CUDAGraphMode.NONE
+
+
+def test_nothing_selects_in_pieces(monkeypatch):
+    """Of vLLM's candidates for either case, piecewise graphs are kept for the plain one alone."""
+
+    def find(manager):
+        for mode, tokens in ((CUDAGraphMode.FULL, 4), (CUDAGraphMode.PIECEWISE, 384)):
+            both = [
+                BatchExecutionDescriptor(mode, num_tokens=tokens, num_reqs=4, num_active_loras=case)
+                for case in (PLAIN, SELECTING)
+            ]
+            manager._capture_descs[mode] = both
+            manager._candidates |= {(tokens, d.num_active_loras): [d] for d in both}
+
+    monkeypatch.setattr(ModelCudaGraphManager, "_init_candidates", find)
+    manager = object.__new__(LazyCudaGraphManager)
+    manager._capture_descs, manager._candidates = {}, {}
+    manager._init_candidates()
+    assert len(manager._capture_descs[CUDAGraphMode.FULL]) == 2
+    assert len(manager._capture_descs[CUDAGraphMode.PIECEWISE]) == 1
+    assert manager._candidates[384, PLAIN] and manager._candidates[384, SELECTING] == []
 
 
 def test_a_batch_without_a_graph_runs_eagerly_with_no_adapter(manager):

@@ -132,7 +132,8 @@ class Jobs:
     ) -> None:  # fmt: skip
         job, setting = self.jobs[index], self.setting
         schedule = job.schedule
-        mean, error = evaluate.mean_and_error(values)
+        one = len(values) == 1  # a count, not a sample
+        mean, error = (values[0], 0.0) if one else evaluate.mean_and_error(values)
         with self._lock:
             row = Row(
                 part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",

@@ -52,7 +52,7 @@ def section(rows: list[Row], full: Full) -> str:
         "One default changed at a time, on the samples for choosing:",
         _by_method([r for r in rows if r.part == "options"], full, "choosing"),
         "What revival buys, on the samples for reporting; the share of the prompts that is "
-        "computed is of a smaller run:",
+        "computed is of a smaller run, on a CPU:",
         _by_method([r for r in rows if r.part == "revival"], full, "reporting"),
         "What the full model can do, by prompt length:",
         _abilities([r for r in rows if r.part == "abilities"]),
