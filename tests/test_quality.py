@@ -259,7 +259,7 @@ def test_parts_methods_and_schedules_are_chosen():
     assert len(chosen) == 1 + 2 * 2 * 2 and {job.schedule for job in chosen[1:]} == {
         SWEEP[0], SWEEP[3]
     }  # fmt: skip
-    assert len(jobs("sweep")) == 1 + 3 * len(SWEEP)
+    assert len(jobs("sweep")) == 1 + 7 * len(SWEEP), "the full model, and all others"
     for line, message in (("swep", "no such part: swep"), ("sweep --methods x", "method: x")):
         with pytest.raises(SystemExit, match=message):
             jobs(line)

@@ -7,7 +7,7 @@ from benchmarks.cpu import use_cpu_settings
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.jobs import Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, Method
+from benchmarks.quality.methods import FULL, METHODS, OPTIONS, Method
 from benchmarks.quality.results import FILE
 from benchmarks.quality.schedules import SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
@@ -26,9 +26,8 @@ def _methods(schedules: list[Schedule]) -> list[Job]:
 
 
 def _sweep(schedules: list[Schedule]) -> list[Job]:
-    """LazyLLM and the other ways at every schedule, or at those asked for."""
-    others = [method for method in METHODS if method.scores != "attention"]
-    return [Job("sweep", m, at) for m in (LAZYLLM, *others) for at in schedules or SWEEP]
+    """Every method at every schedule, or at those asked for."""
+    return [Job("sweep", m, at) for m in METHODS[1:] for at in schedules or SWEEP]
 
 
 def _options(schedules: list[Schedule]) -> list[Job]:
