@@ -132,14 +132,17 @@ class Jobs:
     ) -> None:  # fmt: skip
         job, setting = self.jobs[index], self.setting
         schedule = job.schedule
-        one = len(values) == 1  # a count, not a sample
-        mean, error = (values[0], 0.0) if one else evaluate.mean_and_error(values)
+        is_count = task == COMPUTED  # not a sample: no error
+        mean, error = (values[0], 0.0) if is_count else evaluate.mean_and_error(values)
+        bound = None
+        if schedule and not is_count:
+            bound = schedule.flop_bound(setting.model.path, tokens)
         with self._lock:
             row = Row(
                 part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
                 task=task, tokens=tokens, half=half, mean=mean, error=error,
                 samples=len(values), values=[round(value, 4) for value in values],
-                flop_bound=schedule and tokens and schedule.flop_bound(setting.model.path, tokens),
+                flop_bound=bound,
                 environment=results.environment(evaluation.versions, setting.commit),
             )  # fmt: skip
             self._found[index].append(row)

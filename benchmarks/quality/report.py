@@ -33,7 +33,7 @@ def main(readme: Path, file: Path = FILE) -> None:
 def section(rows: list[Row], full: Full) -> str:
     """Markdown."""
     place = rows[0].environment
-    swept = [r for r in rows if r.part == "sweep"]
+    swept = [r for r in rows if r.part == "sweep" and r.task != COMPUTED]
     samples = swept[0].samples
     lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept}))
     at = next(r.schedule for r in rows if r.part == "methods")
@@ -61,10 +61,11 @@ def section(rows: list[Row], full: Full) -> str:
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by method and schedule."""
+    """Rows of tasks by method and schedule."""
     found = defaultdict(list)
     for row in rows:
-        found[row.method, row.schedule].append(row)
+        if row.task != COMPUTED:
+            found[row.method, row.schedule].append(row)
     return found
 
 
@@ -88,7 +89,7 @@ def _presets(swept: list[Row], full: Full) -> str:
 def _by_method(rows: list[Row], full: Full, half: str) -> str:
     computed = {r.method: f"{r.mean:.1%}" for r in rows if r.task == COMPUTED}
     lines = []
-    for (method, _), mine in groups([r for r in rows if r.task != COMPUTED]).items():
+    for (method, _), mine in groups(rows).items():
         kinds = [f"{full.share(mine, half, kind)[0]:.0%}" for kind in _KINDS]
         agree = [f"{mean_of(mine, half, f'{AGREEMENT}: {name}'):.3f}" for name in _AGREEMENT]
         line = (method, _percent(full.share(mine, half)), *kinds, *agree)
@@ -112,9 +113,8 @@ def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
     reported = [r for r in rows if r.part in ("sweep", "methods") and r.half == "reporting"]
     curves = defaultdict(dict)
     for (method, schedule), mine in groups(reported).items():
-        if mine[0].flop_bound:
-            speed = statistics.fmean(row.flop_bound for row in mine if row.flop_bound)
-            curves[method][schedule] = (speed, *full.share(mine, "reporting"))
+        speed = statistics.fmean(row.flop_bound for row in mine)
+        curves[method][schedule] = (speed, *full.share(mine, "reporting"))
     drawn, axes = figure("Answers kept, against how much less a prefill computes")
     axes.axhline(1, color="#888888", label=FULL.name)
     for method, points in curves.items():

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from benchmarks.quality.evaluate import AGREEMENT
 from benchmarks.quality.methods import FULL
 from benchmarks.quality.results import Row
 
@@ -26,7 +27,7 @@ class Full:
         pairs = [
             (row.values, full.values[: row.samples])
             for row in mine
-            if row.half == half and kind in row.task and "agreement" not in row.task
+            if row.half == half and kind in row.task and AGREEMENT not in row.task
             and (full := self._rows.get((row.task, row.tokens, row.half)))
         ]  # fmt: skip
         if not pairs:
