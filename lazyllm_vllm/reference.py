@@ -270,8 +270,9 @@ class ReferenceSequence:
         self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor, window: int
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2:
-        of the last row), or the highest of them, over the heads and the last ``window`` rows; see
-        ``_run_stage`` for the shapes."""
+        of the last row), or the highest of them, over the heads and the last ``window`` rows, where
+        the row b before the last counts for 1 - b / ``score_window``; see ``_run_stage`` for the
+        shapes."""
         assert not self.computed[layer, positions].any(), "computed twice"
         self.computed[layer, positions] = True
         block = self.model.model.layers[layer]
@@ -292,8 +293,13 @@ class ReferenceSequence:
         weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
         weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
         score = torch.zeros(len(self.level))
-        queries = weights[:, -window:].flatten(0, 1)
-        score[attended] = queries.amax(0) if self.config.score == "peak" else queries.mean(0)
+        queries = weights[:, -window:]  # [heads, window, attended]
+        if self.config.score == "peak":
+            back = torch.arange(queries.shape[1] - 1, -1, -1)
+            faded = queries * (1 - back / self.config.score_window)[None, :, None]
+            score[attended] = faded.amax((0, 1))
+        else:
+            score[attended] = queries.mean((0, 1))
 
         out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
         hidden = hidden + attention.o_proj(out)

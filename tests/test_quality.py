@@ -5,6 +5,7 @@ import json
 import math
 import random
 import threading
+from collections import Counter
 
 import pytest
 from transformers import AutoTokenizer
@@ -12,15 +13,15 @@ from transformers import AutoTokenizer
 from benchmarks.quality import evaluate, metrics, report, run, text
 from benchmarks.quality.evaluate import AGREEMENT, Cell, Model
 from benchmarks.quality.jobs import COMPUTED, Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, LAZYLLM, Method
+from benchmarks.quality.methods import FULL, LAZYLLM, UNLIMITED, Method
 from benchmarks.quality.results import FILE, Row
 from benchmarks.quality.sample import Sample, Task, Writer
-from benchmarks.quality.schedules import SWEEP
+from benchmarks.quality.schedules import BALANCED, CURVE, SWEEP
 from benchmarks.quality.shares import Full
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
 from benchmarks.results import read
-from lazyllm_vllm.config import PRESETS
+from lazyllm_vllm.config import PRESETS, preset_boundaries
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,9 @@ def writer(smollm2):
         (metrics.first_word, "light blue", ["blue"], 0),
         (metrics.edit_similarity, "```\n# a comment\nreturn x\nmore", ["return x"], 1),
         (metrics.edit_similarity, "abcd", ["abxd"], 0.75),
+        (metrics.numbers, "Paragraph 15, or 3", ["Paragraph 15"], 0.5),
+        (metrics.numbers, "none", ["7"], 0),
+        (metrics.METRICS["first_line_f1"], "\nred\nQuestion: blue", ["red"], 1),
     ),
 )
 def test_metrics(metric, output, answers, expected):
@@ -84,8 +88,8 @@ def test_divergence_is_that_of_the_distributions():
 
 
 def test_agreement_by_hand():
-    full = {"next": [{1: -0.1, 2: -3.0}] * 2, "goes on": [[1, 2, 3, 4], [5, 6]]}
-    other = {"next": [{1: -0.1, 2: -3.0}, {1: -3.0, 2: -0.1}], "goes on": [[1, 2, 9, 4], [5, 6]]}
+    full = [({1: -0.1, 2: -3.0}, [1, 2, 3, 4]), ({1: -0.1, 2: -3.0}, [5, 6])]
+    other = [({1: -0.1, 2: -3.0}, [1, 2, 9, 4]), ({1: -3.0, 2: -0.1}, [5, 6])]
     found = evaluate.agreement(full, other)
     assert found["top 1"] == [1, 0] and found["continuation"] == [0.5, 1]
     assert found["KL"][0] == pytest.approx(0, abs=1e-9) and found["KL"][1] > 1
@@ -101,24 +105,28 @@ def test_published_files_are_read(tmp_path, writer):
     (tmp_path / "lcc.jsonl").write_text(
         json.dumps({"input": "", "context": "x = 1\n", "answers": ["y = 2"]}) + "\n"
     )
-    tasks = {task.name: task for task in longbench(tmp_path, writer, 500)}
+    tasks = {task.name: task for task in longbench(tmp_path)}
     assert set(tasks) == {"LongBench hotpotqa", "LongBench lcc"}
     question = tasks["LongBench hotpotqa"]
     assert (question.metric, question.max_tokens) == ("f1", 32)
-    assert len(question.samples[0].prompt) == 500
-    assert "Who wrote it?" in writer.tokenizer.decode(question.samples[0].prompt)
-    assert writer.tokenizer.decode(tasks["LongBench lcc"].samples[0].prompt) == "x = 1\n"
+    (asked,) = question.samples(evaluate.choosing(3), writer, 500)
+    assert len(asked.prompt) == 500 and asked.answers == ["Anna"]
+    assert "Who wrote it?" in writer.tokenizer.decode(asked.prompt)
+    assert not question.samples(evaluate.reporting(3), writer, 500), "there is but one line"
+    (code,) = tasks["LongBench lcc"].samples(range(1), writer, 500)
+    assert writer.tokenizer.decode(code.prompt) == "x = 1\n" and code.answers == ["y = 2"]
 
     (tmp_path / "niah_single_1").mkdir()
     lines = [{"index": 0, "input": "Find 77.", "outputs": ["77"], "length": 9}]
     (tmp_path / "niah_single_1/validation.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    (task,) = ruler(tmp_path, writer, 500)
+    (task,) = ruler(tmp_path)
     assert task.name == "RULER niah_single_1" and task.metric == "all_found"
-    assert task.samples[0].answers == ["77"]
+    (found,) = task.samples(range(1), writer, 500)
+    assert found.answers == ["77"] and writer.tokenizer.decode(found.prompt) == "Find 77."
 
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps({"input": "?"}) + "\n")
     with pytest.raises(ValueError, match="hotpotqa.jsonl, line 1: no field context, answers"):
-        list(longbench(tmp_path, writer, 500))
+        list(longbench(tmp_path))
 
 
 class FakeEvaluation:
@@ -134,11 +142,11 @@ class FakeEvaluation:
         if method.name == "broken":
             raise RuntimeError("no engine")
 
-    def expectations(self, tokens, seeds):
-        return {"next": [{1: -0.1, 2: -3.0} for _ in seeds], "goes on": [[1, 2] for _ in seeds]}
+    def expectations(self, texts):
+        return [[({1: -0.1, 2: -3.0}, [1, 2]) for _ in seeds] for _, seeds in texts]
 
-    def scores(self, cell):
-        return [1.0 for _ in self.model.samples(cell)]
+    def scores(self, cells):
+        return [[1.0 for _ in self.model.samples(cell)] for cell in cells]
 
     def share_computed(self):
         return None if self.method is FULL else 0.5
@@ -252,14 +260,50 @@ def test_parts_methods_and_schedules_are_chosen():
         return run.jobs(parser.parse_args(line.split()))
 
     assert [job.part for job in jobs("abilities --lengths 500 8000")] == ["abilities"]
-    chosen = jobs("sweep methods --methods random static --schedules 0 3")
-    assert [(job.part, job.method.name) for job in chosen[:3]] == [
-        ("full", FULL.name), ("sweep", "static"), ("sweep", "static")
+    chosen = jobs("sweep options --methods random static --schedules 0 3")
+    assert [(job.part, job.method.name, job.schedule) for job in chosen] == [
+        ("full", FULL.name, None), ("sweep", "static", SWEEP[0]), ("sweep", "static", SWEEP[3]),
+        ("sweep", "random", SWEEP[0]), ("sweep", "random", SWEEP[3]),
     ]  # fmt: skip
-    assert len(chosen) == 1 + 2 * 2 * 2 and {job.schedule for job in chosen[1:]} == {
-        SWEEP[0], SWEEP[3]
-    }  # fmt: skip
-    assert len(jobs("sweep")) == 1 + 7 * len(SWEEP), "the full model, and all others"
+    swept = Counter(job.method.name for job in jobs("sweep"))
+    assert swept.pop(FULL.name) == 1 and swept.pop(LAZYLLM.name) == len(SWEEP)
+    assert set(swept.values()) == {len(CURVE)} and len(swept) == 6, "every other method"
+    assert {job.schedule for job in jobs("options revival")[1:]} == {BALANCED}
     for line, message in (("swep", "no such part: swep"), ("sweep --methods x", "method: x")):
         with pytest.raises(SystemExit, match=message):
             jobs(line)
+
+
+def test_what_is_compared_is_the_preset_and_a_request_alone():
+    prune = [boundary.model_dump() for boundary in preset_boundaries("balanced", 30)]
+    assert BALANCED.prune(30) == prune and BALANCED in CURVE
+
+    def of(config):
+        options = {"max_model_len": 2000, "max_num_seqs": 256, "other": 1}
+        config, options = evaluate.as_if_alone(config, options)
+        assert options["other"] == 1
+        return config["revive_budget"], config["revive_per_request"], options["max_num_seqs"]
+
+    assert of({}) == (15 * 256, 15, 256)
+    assert of({"revive_budget": 0}) == (0, 1, 256)
+    assert of({"revive_budget": 64, "revive_per_request": 64}) == (64 * 256, 64, 256)
+    assert of(UNLIMITED) == (2000 * 8, 2000, 8)
+
+
+def test_tasks_are_chosen_and_read_from_folders(tmp_path):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+
+    def names(*line):
+        return [task.name for task in run.tasks(parser.parse_args(line))]
+
+    assert names() == list(TASKS)
+    assert names("--tasks", "code completion") == ["code completion"]
+    with pytest.raises(SystemExit, match="no such task: LongBench lcc"):
+        names("--tasks", "LongBench lcc")
+    with pytest.raises(SystemExit, match="--longbench: .* has none of its files"):
+        names("--longbench", str(tmp_path))
+    line = {"input": "", "context": "x = 1\n", "answers": ["y = 2"]}
+    (tmp_path / "lcc.jsonl").write_text(json.dumps(line) + "\n")
+    assert names("--longbench", str(tmp_path)) == [*TASKS, "LongBench lcc"]
+    assert names("--longbench", str(tmp_path), "--tasks", "LongBench lcc") == ["LongBench lcc"]

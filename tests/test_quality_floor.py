@@ -36,7 +36,7 @@ def test_balanced_answers_like_the_full_model_and_random_does_not(model):
     for name, method in methods.items():
         evaluation = evaluate.open_evaluation(model, method)
         try:
-            share[name] = evaluate.mean_and_error(evaluation.scores(cell))[0]
+            share[name] = evaluate.mean_and_error(evaluation.scores([cell])[0])[0]
         finally:
             evaluation.close()
     assert share["full"] >= 0.9, share

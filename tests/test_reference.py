@@ -207,8 +207,11 @@ def check_run(prompt: list[int], config: LazyLLMConfig, trace: Trace) -> None:
             scoring = range(starts[s]) if peak and not when else [starts[s] - 1]
             queries = torch.cat(
                 [dense.weights[layer][:, n + when - window : n + when] for layer in scoring]
-            ).flatten(0, 1)
-            score = (queries.amax(0) if peak else queries.mean(0))[:n].tolist()
+            )
+            if peak:
+                for row in range(window):  # rising to the last one's 1
+                    queries[:, row] *= 1 - (window - 1 - row) / config.score_window
+            score = (queries.amax((0, 1)) if peak else queries.mean((0, 1)))[:n].tolist()
             pooled = trace.scores[when - 1][s - 1] if when else trace.prefill_scores[s - 1]
             torch.testing.assert_close(
                 pooled,

@@ -4,14 +4,32 @@ from vllm import LLM, SamplingParams
 
 
 def answers(
-    llm: LLM, prompts: list[list[int]], max_tokens: int, stop: list[int]
+    llm: LLM, prompts: list[list[int]], max_tokens: list[int], stop: list[int]
 ) -> list[list[int]]:
-    """Greedy answers, as token ids, to the first of ``stop`` at most."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    found = [list(output.outputs[0].token_ids) for output in outputs]
+    """Greedy answers, as token ids, of at most so many, to the first of ``stop``."""
+    params = [
+        SamplingParams(temperature=0, max_tokens=most, detokenize=False) for most in max_tokens
+    ]
+    found = [list(output.token_ids) for output in _generate(llm, prompts, params)]
     return [
         tokens[: next((i for i, t in enumerate(tokens) if t in stop), None)] for tokens in found
+    ]
+
+
+def expectations(
+    llm: LLM, prompts: list[list[int]], likeliest: int, continued: int
+) -> list[tuple[dict[int, float], list[int]]]:
+    """The ``likeliest`` next tokens of each prompt, with their log-probabilities, and ``continued``
+    tokens of its greedy continuation."""
+    params = SamplingParams(
+        temperature=0, max_tokens=continued, logprobs=likeliest, detokenize=False, ignore_eos=True
+    )
+    return [
+        (
+            {token: entry.logprob for token, entry in output.logprobs[0].items()},
+            list(output.token_ids),
+        )
+        for output in _generate(llm, prompts, params)
     ]
 
 
@@ -24,11 +42,6 @@ def share_computed(llm: LLM) -> float | None:
     return request_stats(llm)["total"]["share_computed"]
 
 
-def next_tokens(llm: LLM, prompts: list[list[int]], most: int) -> list[dict[int, float]]:
-    """The ``most`` likeliest next tokens of each prompt, with their log-probabilities."""
-    params = SamplingParams(temperature=0, max_tokens=1, logprobs=most, detokenize=False)
+def _generate(llm: LLM, prompts: list[list[int]], params) -> list:
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [
-        {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
-        for output in outputs
-    ]
+    return [output.outputs[0] for output in outputs]

@@ -1,6 +1,9 @@
 """Samples through one method at one schedule: answers, their scores, agreement with the full model.
 
 Seeds are even for choosing defaults, odd for reporting, so that what is reported was not chosen by.
+
+An engine is given all of its prompts at once, and enough rows a step that every request may revive
+what it could alone: the answers are those of a request by itself, however many there are.
 """
 
 import math
@@ -18,18 +21,24 @@ from benchmarks.quality.methods import FULL, Method
 from benchmarks.quality.metrics import METRICS
 from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.start import start
+from benchmarks.quality.tasks.published import Published
+from lazyllm_vllm.config import LazyLLMConfig
 
 AGREEMENT = "agreement on text"
 LIKELIEST = 20  # next tokens that vLLM tells of at most, by default
 SHORTEST = 512  # tokens of a prompt that is pruned: less than by default, for more tasks
 CONTINUED = 16  # tokens of a greedy continuation
+REVIVED_ROWS = 16384  # most rows that a step sets aside in a stage
+
+# Of one text: its likeliest next tokens with their log-probabilities, and how it goes on.
+Expected = tuple[dict[int, float], list[int]]
 
 
 @dataclass(frozen=True)
 class Cell:
     """A task at a length, the seeds of its samples and which half of all seeds they are of."""
 
-    task: Task
+    task: Task | Published
     tokens: int
     seeds: range
     half: str = "choosing"
@@ -73,40 +82,42 @@ class Evaluation:
 
     def __init__(self, model: Model, method: Method, prune: list[dict] | None, log: Path) -> None:
         self.model, self.method = model, method
-        config = method.config
+        config, options = method.config, model.options
         if config is not None:
             config = {"min_prompt_tokens": SHORTEST} | config
             if prune is not None:
                 config |= {"prune": prune}
+            config, options = as_if_alone(config, options)
         arguments = {
-            "model": str(model.path), "config": config, "scores": method.scores,
-            "options": model.options,
+            "model": str(model.path), "config": config, "scores": method.scores, "options": options
         }  # fmt: skip
         self.engine = Engine(start, arguments, "benchmarks.quality.answer", log)
         self.versions = self.engine.ready()
 
-    def scores(self, cell: Cell) -> list[float]:
-        """One a seed, 0 to 1."""
-        samples = self.model.samples(cell)
+    def scores(self, cells: list[Cell]) -> list[list[float]]:
+        """Of each cell, one a seed, 0 to 1."""
+        asked = [(cell.task, sample) for cell in cells for sample in self.model.samples(cell)]
         found = self.engine.run(
-            "answers", prompts=[s.prompt for s in samples], max_tokens=cell.task.max_tokens,
+            "answers", prompts=[sample.prompt for _, sample in asked],
+            max_tokens=[task.max_tokens for task, _ in asked],
             stop=list(self.model.tokenizer.all_special_ids),
         )  # fmt: skip
-        metric = METRICS[cell.task.metric]
-        return [
-            metric(self.model.tokenizer.decode(tokens), sample.answers)
-            for tokens, sample in zip(found, samples)
-        ]
+        scores = iter(
+            METRICS[task.metric](self.model.tokenizer.decode(tokens), sample.answers)
+            for tokens, (task, sample) in zip(found, asked)
+        )
+        return [[next(scores) for _ in self.model.samples(cell)] for cell in cells]
 
-    def expectations(self, tokens: int, seeds: range) -> dict[str, list]:
-        """What it expects after real text, and how it goes on."""
-        prompts = self.model.texts(tokens, seeds)
-        return {
-            "next": self.engine.run("next_tokens", prompts=prompts, most=LIKELIEST),
-            "goes on": self.engine.run(
-                "answers", prompts=prompts, max_tokens=CONTINUED, stop=[]
-            ),
-        }  # fmt: skip
+    def expectations(self, texts: list[tuple[int, range]]) -> list[list[Expected]]:
+        """What it expects after real text, by (length, seeds)."""
+        prompts = [self.model.texts(*of) for of in texts]
+        found = iter(
+            self.engine.run(
+                "expectations", prompts=[p for some in prompts for p in some],
+                likeliest=LIKELIEST, continued=CONTINUED,
+            )
+        )  # fmt: skip
+        return [[next(found) for _ in some] for some in prompts]
 
     def share_computed(self) -> float | None:
         """Of all prompts so far; None for the full model."""
@@ -114,6 +125,16 @@ class Evaluation:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def as_if_alone(config: dict, options: dict) -> tuple[dict, dict]:
+    """LazyLLM's configuration and vLLM's options with which each request of a batch may revive as
+    much as it could alone, for which fewer run at once if need be."""
+    fields = LazyLLMConfig(**config)
+    alone = min(fields.revive_budget, fields.revive_per_request, options["max_model_len"])
+    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(alone, 1)))
+    config = config | {"revive_budget": alone * at_once, "revive_per_request": max(alone, 1)}
+    return config, options | {"max_num_seqs": at_once}
 
 
 def texts(writer: Writer, tokens: int, seeds: Iterable[int]) -> list[list[int]]:
@@ -129,7 +150,7 @@ def texts(writer: Writer, tokens: int, seeds: Iterable[int]) -> list[list[int]]:
     return prompts
 
 
-def agreement(full: dict[str, list], other: dict[str, list]) -> dict[str, list[float]]:
+def agreement(full: list[Expected], other: list[Expected]) -> dict[str, list[float]]:
     """By sample: whether the likeliest next token is the full model's, the KL divergence from it
     in nats, and the share of the full model's continuation that is matched before a difference."""
 
@@ -140,11 +161,11 @@ def agreement(full: dict[str, list], other: dict[str, list]) -> dict[str, list[f
         same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         return same / max(len(a), 1)
 
-    pairs = list(zip(full["next"], other["next"]))
+    pairs = list(zip(full, other))
     return {
-        "top 1": [float(best(a) == best(b)) for a, b in pairs],
-        "KL": [divergence(a, b) for a, b in pairs],
-        "continuation": [matched(a, b) for a, b in zip(full["goes on"], other["goes on"])],
+        "top 1": [float(best(a) == best(b)) for (a, _), (b, _) in pairs],
+        "KL": [divergence(a, b) for (a, _), (b, _) in pairs],
+        "continuation": [matched(a, b) for (_, a), (_, b) in pairs],
     }
 
 

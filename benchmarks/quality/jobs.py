@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import results
 from benchmarks.quality import evaluate
-from benchmarks.quality.evaluate import AGREEMENT, Cell, Evaluation, Model
+from benchmarks.quality.evaluate import AGREEMENT, Cell, Evaluation, Expected, Model
 from benchmarks.quality.methods import FULL, Method
 from benchmarks.quality.results import Row
 from benchmarks.quality.schedules import Schedule
@@ -94,32 +94,36 @@ class Jobs:
             evaluation = self.open_evaluation(model, job.method, prune)
             try:
                 mine = self._expectations(job, evaluation)  # first, since others wait for them
-                for cell in self.setting.cells:
-                    scores = evaluation.scores(cell)
+                cells = self.setting.cells
+                for cell, scores in zip(cells, evaluation.scores(cells)):
                     self._add(index, evaluation, cell.task.name, cell.tokens, cell.half, scores)
                 if (share := evaluation.share_computed()) is not None:
                     self._add(index, evaluation, COMPUTED, 0, "both", [share])
                 self._agreement(index, evaluation, mine)
             finally:
                 evaluation.close()
+                self._write()
         except Exception as error:
             if _expects(job) and not self._expected.done():
                 self._expected.set_exception(error)
             raise
 
-    def _expectations(self, job: Job, evaluation: Evaluation) -> dict[tuple[str, int], dict]:
+    def _expectations(
+        self, job: Job, evaluation: Evaluation
+    ) -> dict[tuple[str, int], list[Expected]]:
         """By half and length; none for a job without agreement."""
-        mine = {
-            (half, tokens): evaluation.expectations(tokens, seeds)
-            for half, seeds in self.setting.halves.items()
-            for tokens in (self.setting.lengths if job.agreement else [])
-        }
+        if not job.agreement:
+            return {}
+        halves = self.setting.halves
+        places = [(half, tokens) for half in halves for tokens in self.setting.lengths]
+        found = evaluation.expectations([(tokens, halves[half]) for half, tokens in places])
+        mine = dict(zip(places, found))
         if _expects(job):
             self._expected.set_result(mine)
         return mine
 
     def _agreement(
-        self, index: int, evaluation: Evaluation, mine: dict[tuple[str, int], dict]
+        self, index: int, evaluation: Evaluation, mine: dict[tuple[str, int], list[Expected]]
     ) -> None:
         for (half, tokens), found in mine.items():
             full = self._expected.result()[half, tokens]
@@ -137,21 +141,25 @@ class Jobs:
         bound = None
         if schedule and not is_count:
             bound = schedule.flop_bound(setting.model.path, tokens)
+        row = Row(
+            part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
+            task=task, tokens=tokens, half=half, mean=mean, error=error,
+            samples=len(values), values=[round(value, 4) for value in values], flop_bound=bound,
+            environment=results.environment(evaluation.versions, setting.commit),
+        )  # fmt: skip
         with self._lock:
-            row = Row(
-                part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
-                task=task, tokens=tokens, half=half, mean=mean, error=error,
-                samples=len(values), values=[round(value, 4) for value in values],
-                flop_bound=bound,
-                environment=results.environment(evaluation.versions, setting.commit),
-            )  # fmt: skip
             self._found[index].append(row)
-            new = [row for rows in self._found for row in rows]
-            keys = {row.key for row in new}
-            results.write(setting.out, [r for r in self._before if r.key not in keys] + new)
         self._progress.console.print(
             f"{job.label:58} {task:32} {tokens:>6,} {mean:6.3f} +- {error:.3f}", highlight=False
         )
+
+    def _write(self) -> None:
+        """All rows so far, and of those before what none of them replaces."""
+        with self._lock:
+            new = [row for rows in self._found for row in rows]
+            keys = {row.key for row in new}
+            old = [row for row in self._before if row.key not in keys]
+            results.write(self.setting.out, old + new)
 
 
 def _expects(job: Job) -> bool:

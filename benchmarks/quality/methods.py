@@ -7,6 +7,11 @@ The two that LazyLLM does not have replace what scores tokens, in the engine's p
 from dataclasses import dataclass
 
 NO_REVIVAL = {"revive_budget": 0}
+UNLIMITED = {"revive_budget": 1 << 20, "revive_per_request": 1 << 20, "revive_reserve": 1.0}
+PAPER_SCORE = {"score": "mean", "score_window": 1}
+PAPER = PAPER_SCORE | UNLIMITED | {
+    "score_pool": 1, "first_tokens": 0, "last_tokens": 1, "decode": "strict",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ LAZYLLM = Method("LazyLLM", {})
 METHODS = (
     FULL,
     LAZYLLM,
-    Method("the paper's scores", {"score": "mean", "score_window": 1}),
+    Method("as in the paper", PAPER),
     Method("LazyLLM, strict", {"decode": "strict"}),
     Method("LazyLLM, no revival", NO_REVIVAL),
     Method("LazyLLM, no pooling", {"score_pool": 1}),
@@ -37,13 +42,25 @@ METHODS = (
 OPTIONS = tuple(
     Method(", ".join(f"{name} {value}" for name, value in config.items()), config)
     for config in (
+        PAPER_SCORE,
         {"score": "mean"},
+        {"score_window": 1},
         {"score_window": 4},
         {"score_window": 32, "last_tokens": 32},
+        {"first_tokens": 0},
+        {"first_tokens": 16},
         {"last_tokens": 64},
         {"score_pool": 7},
         {"score_pool": 25},
     )
+)
+# All of the budget for each request.
+REVIVAL = (
+    *(
+        Method(f"revive_budget {n}", {"revive_budget": n, "revive_per_request": max(n, 1)})
+        for n in (0, 16, 64)
+    ),
+    Method("unlimited", UNLIMITED),
 )
 
 

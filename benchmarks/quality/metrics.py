@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from difflib import SequenceMatcher
 
+Metric = Callable[[str, list[str]], float]
+
 
 def _words(text: str) -> list[str]:
     """Lower case, without punctuation and articles."""
@@ -72,7 +74,19 @@ def _is_fence(line: str) -> bool:
     return line.lstrip().startswith(("```", "#", "//"))
 
 
-METRICS: dict[str, Callable[[str, list[str]], float]] = {
+def numbers(output: str, answers: list[str]) -> float:
+    """Share of the numbers in the output that are the answer's first."""
+    wanted = re.search(r"\d+", answers[0])
+    found = re.findall(r"\d+", output)
+    return sum(number == wanted[0] for number in found) / len(found) if wanted and found else 0.0
+
+
+def _of_first_line(metric: Metric) -> Metric:
+    return lambda output, answers: metric(output.lstrip("\n").split("\n")[0], answers)
+
+
+METRICS: dict[str, Metric] = {
     function.__name__: function
-    for function in (f1, rouge_l, all_found, any_found, first_word, edit_similarity)
+    for function in (f1, rouge_l, all_found, any_found, first_word, edit_similarity, numbers)
 }
+METRICS |= {f"first_line_{m.__name__}": _of_first_line(m) for m in (f1, rouge_l, any_found)}

@@ -8,7 +8,7 @@ from benchmarks.quality.evaluate import AGREEMENT
 from benchmarks.quality.jobs import COMPUTED
 from benchmarks.quality.methods import FULL, LAZYLLM
 from benchmarks.quality.results import FILE, Row
-from benchmarks.quality.schedules import SWEEP
+from benchmarks.quality.schedules import BALANCED, SWEEP
 from benchmarks.quality.shares import Full, mean_of
 from benchmarks.results import figure, read, replace_section, table
 from lazyllm_vllm.config import PRESETS, preset_boundaries
@@ -33,26 +33,26 @@ def main(readme: Path, file: Path = FILE) -> None:
 def section(rows: list[Row], full: Full) -> str:
     """Markdown."""
     place = rows[0].environment
-    swept = [r for r in rows if r.part == "sweep" and r.task != COMPUTED]
+    swept = [r for r in rows if r.part == "sweep"]
     samples = swept[0].samples
-    lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept}))
-    at = next(r.schedule for r in rows if r.part == "methods")
+    lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept if r.tokens}))
+    at = BALANCED.name
     parts = [
         f"SmolLM2-135M-Instruct, bf16, on one {place['gpu']}; {place['date']}, commit "
         f"{place['commit']}. Eight tasks of {lengths} tokens, {samples} samples of each for "
         f"choosing defaults and {samples} others for reporting them. The share of the full model's "
         "score is that of the means over all tasks, ± its standard error over samples that both "
-        "answer; the bound is how many times fewer operations a prefill takes.",
+        "answer; the bound is how many times fewer operations a prefill takes. Requests run in "
+        "batches, and each may revive what it could alone.",
         "![Quality against speed](benchmarks/quality/results/sweep.svg)",
         "The presets, by the samples they were chosen by and by the others:",
         _presets(swept, full),
         f"Ways to drop tokens, all keeping {at} (layers), on the samples for reporting; tasks as "
         "shares of the full model's score, then agreement with its next tokens on real text:",
-        _by_method([r for r in rows if r.part == "methods"], full, "reporting"),
+        _by_method([r for r in swept if r.schedule == at], full, "reporting"),
         "One default changed at a time, on the samples for choosing:",
         _by_method([r for r in rows if r.part == "options"], full, "choosing"),
-        "What revival buys, on the samples for reporting; the share of the prompts that is "
-        "computed is of a smaller run, on a CPU:",
+        "What revival buys, on the samples for reporting, each request with all of the budget:",
         _by_method([r for r in rows if r.part == "revival"], full, "reporting"),
         "What the full model can do, by prompt length:",
         _abilities([r for r in rows if r.part == "abilities"]),
@@ -110,7 +110,7 @@ def _abilities(rows: list[Row]) -> str:
 
 def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
     """Share of the full model's score against the FLOP-bound speed-up, a curve a method."""
-    reported = [r for r in rows if r.part in ("sweep", "methods") and r.half == "reporting"]
+    reported = [r for r in rows if r.part == "sweep" and r.half == "reporting"]
     curves = defaultdict(dict)
     for (method, schedule), mine in groups(reported).items():
         speed = statistics.fmean(row.flop_bound for row in mine)
@@ -119,12 +119,10 @@ def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
     axes.axhline(1, color="#888888", label=FULL.name)
     for method, points in curves.items():
         speeds, shares, errors = zip(*sorted(points.values()))
-        several = len(points) > 1
-        style = {"linewidth": 2.2 if method == LAZYLLM.name else 1.2} if several else {"ls": ""}
+        width = 2.2 if method == LAZYLLM.name else 1.2
         axes.errorbar(
-            speeds, shares, errors, marker="o" if several else "x", markersize=4, label=method,
-            **style,
-        )  # fmt: skip
+            speeds, shares, errors, marker="o", markersize=4, linewidth=width, label=method
+        )
     axes.set(
         xlabel="times fewer operations", ylabel="share of the full model's score", ylim=(0, 1.1)
     )

@@ -7,10 +7,12 @@ from benchmarks.cpu import use_cpu_settings
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.jobs import Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, METHODS, OPTIONS, Method
+from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, REVIVAL
 from benchmarks.quality.results import FILE
-from benchmarks.quality.schedules import SWEEP, Schedule
+from benchmarks.quality.sample import Task
+from benchmarks.quality.schedules import BALANCED, CURVE, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.published import Published, longbench, ruler
 
 HALVES = {"choosing": evaluate.choosing, "reporting": evaluate.reporting}
 
@@ -20,53 +22,26 @@ def _abilities(schedules: list[Schedule]) -> list[Job]:
     return [Job("abilities", FULL, agreement=False)]
 
 
-def _methods(schedules: list[Schedule]) -> list[Job]:
-    """Every method at one schedule, or at those asked for."""
-    return [Job("methods", method, at) for at in _some(schedules) for method in METHODS[1:]]
-
-
 def _sweep(schedules: list[Schedule]) -> list[Job]:
-    """Every method at every schedule, or at those asked for."""
-    return [Job("sweep", m, at) for m in METHODS[1:] for at in schedules or SWEEP]
+    """LazyLLM at every schedule and the other methods at some, or at those asked for."""
+    return [
+        Job("sweep", method, at)
+        for method in METHODS[1:]
+        for at in schedules or (SWEEP if method is LAZYLLM else CURVE)
+    ]
 
 
 def _options(schedules: list[Schedule]) -> list[Job]:
-    """Defaults against other values of them."""
-    return [Job("options", method, at) for at in _some(schedules) for method in OPTIONS]
+    """One default changed at a time."""
+    return [Job("options", method, at) for at in schedules or [BALANCED] for method in OPTIONS]
 
 
 def _revival(schedules: list[Schedule]) -> list[Job]:
     """What revival buys."""
-    jobs = []
-    for budget in (0, 16, 64, 4096):
-        config = {"revive_budget": budget, "revive_per_request": max(budget, 1)}
-        if budget == 4096:
-            config["revive_reserve"] = 1.0
-        method = Method(f"revive_budget {budget}", config)
-        jobs += [Job("revival", method, at) for at in _some(schedules)]
-    return jobs
+    return [Job("revival", method, at) for at in schedules or [BALANCED] for method in REVIVAL]
 
 
-def _presets(schedules: list[Schedule]) -> list[Job]:
-    """The presets as they are."""
-    return [
-        Job("presets", Method(preset, {"preset": preset}))
-        for preset in ("conservative", "balanced", "aggressive")
-    ]
-
-
-def _some(schedules: list[Schedule]) -> list[Schedule]:
-    return schedules or [SWEEP[len(SWEEP) // 2]]
-
-
-PARTS = {
-    "abilities": _abilities,
-    "methods": _methods,
-    "sweep": _sweep,
-    "options": _options,
-    "revival": _revival,
-    "presets": _presets,
-}
+PARTS = {"abilities": _abilities, "sweep": _sweep, "options": _options, "revival": _revival}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=100, help="of each task at each length, a half"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--longbench", type=Path, metavar="FOLDER", help="with its .jsonl files")
+    parser.add_argument("--ruler", type=Path, metavar="FOLDER", help="with TASK/validation.jsonl")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument(
         "--schedules", type=int, nargs="+", choices=range(len(SWEEP)), default=[], metavar="INDEX",
@@ -92,14 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Raises SystemExit for a part or method that there is not, and if a job failed."""
-    asked = jobs(args)
+    """Raises SystemExit for a part, method or task that there is not, and if a job failed."""
+    asked, chosen = jobs(args), tasks(args)
     use_cpu_settings()  # for the engines' processes, before anything imports Triton there
     halves = {half: HALVES[half](args.samples) for half in args.half}
     cells = [
-        Cell(TASKS[task], tokens, seeds, half)
+        Cell(task, tokens, seeds, half)
         for half, seeds in halves.items()
-        for task in args.tasks
+        for task in chosen
         for tokens in args.lengths
     ]
     setting = Setting(_model(args), cells, args.lengths, halves, args.out, args.commit)
@@ -108,6 +85,20 @@ def main(args: argparse.Namespace) -> None:
         print(f"failed: {label}\n{error}\n")
     if failed:
         raise SystemExit(f"{len(failed)} of {len(asked)} failed: {'; '.join(failed)}")
+
+
+def tasks(args: argparse.Namespace) -> list[Task | Published]:
+    """Ours and those of the folders."""
+    found = dict(TASKS)
+    for read, folder in ((longbench, args.longbench), (ruler, args.ruler)):
+        if folder is not None:
+            there = {task.name: task for task in read(folder)}
+            if not there:
+                raise SystemExit(f"--{read.__name__}: {folder} has none of its files")
+            found |= there
+    if unknown := set(args.tasks or ()) - set(found):
+        raise SystemExit(f"no such task: {', '.join(unknown)}; there are {', '.join(found)}")
+    return [found[name] for name in args.tasks or found]
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -132,14 +123,16 @@ def _model(args: argparse.Namespace) -> Model:
 
     path = args.model or checkpoint()
     config = AutoConfig.from_pretrained(path)
-    longest = int(1.2 * max(args.lengths)) + 64
+    longest = int(1.2 * max(args.lengths)) + 512  # LongBench's summaries are as long as that
     on_gpu = torch.cuda.is_available()
     options = {
         "dtype": args.dtype or ("bfloat16" if on_gpu else "float32"),
-        "max_model_len": min(longest, config.max_position_embeddings), "max_num_seqs": 64,
+        "max_model_len": min(longest, config.max_position_embeddings), "max_num_seqs": 16,
         "enforce_eager": True, "max_logprobs": evaluate.LIKELIEST,
     }  # fmt: skip
     if on_gpu:
         # Engines side by side: each takes so much, rather than a share of what is free.
-        options |= {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
+        options |= {
+            "kv_cache_memory_bytes": 8 << 30, "gpu_memory_utilization": 0.1, "max_num_seqs": 256
+        }  # fmt: skip
     return Model(path, AutoTokenizer.from_pretrained(path), config.num_hidden_layers, options)

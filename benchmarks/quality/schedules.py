@@ -52,3 +52,5 @@ SWEEP = tuple(
         ((1 / 5, 0.3), (1 / 2, 0.1)),
     )
 )
+CURVE = SWEEP[::3]  # those that other methods are compared at
+BALANCED = SWEEP[12]  # the preset's, where options are compared

@@ -1,68 +1,98 @@
 """LongBench and RULER, read from a folder in the format that they are published in: one JSON object
-a line, one file a task."""
+a line, one file a task.
+
+Their metrics and longest answers are those published; RULER's prompts are in its files. How
+LongBench's questions are put is our own wording, so compare methods by them, not with its tables.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.quality.sample import Sample, Writer
 
-# LongBench's metric and longest answer of each of its English tasks (its config/dataset2maxlen.json
-# and eval.py), and how it asks.
+_BRIEFLY = "Answer the question from the text above, in a few words and no more.\nQuestion: "
+_SUMMARY = "Write a summary of the text above on one page."
+_PARAGRAPH = "Which paragraph above is this about? Answer as: Paragraph 1.\n"
+_COUNT = "How many different paragraphs are above, leaving out repeated ones? Answer by a number."
+
+# Of each of LongBench's English tasks: its metric and longest answer (its dataset2maxlen.json and
+# eval.py), and what we ask before ``input``. None: the prompt ends where the answer begins.
 _LONGBENCH = {
-    "narrativeqa": ("f1", 128), "qasper": ("f1", 128), "multifieldqa_en": ("f1", 64),
-    "hotpotqa": ("f1", 32), "2wikimqa": ("f1", 32), "musique": ("f1", 32),
-    "gov_report": ("rouge_l", 512), "qmsum": ("rouge_l", 512), "multi_news": ("rouge_l", 512),
-    "samsum": ("rouge_l", 128), "trec": ("any_found", 64), "triviaqa": ("f1", 32),
-    "passage_retrieval_en": ("any_found", 32), "passage_count": ("first_word", 32),
-    "lcc": ("edit_similarity", 64), "repobench-p": ("edit_similarity", 64),
+    "narrativeqa": ("f1", 128, _BRIEFLY), "qasper": ("f1", 128, _BRIEFLY),
+    "multifieldqa_en": ("f1", 64, _BRIEFLY), "hotpotqa": ("f1", 32, _BRIEFLY),
+    "2wikimqa": ("f1", 32, _BRIEFLY), "musique": ("f1", 32, _BRIEFLY),
+    "gov_report": ("rouge_l", 512, _SUMMARY), "multi_news": ("rouge_l", 512, _SUMMARY),
+    "qmsum": ("rouge_l", 512, "Answer from the text above.\nQuestion: "),
+    "samsum": ("first_line_rouge_l", 128, None), "trec": ("first_line_any_found", 64, None),
+    "triviaqa": ("first_line_f1", 32, None),
+    "passage_retrieval_en": ("numbers", 32, _PARAGRAPH), "passage_count": ("numbers", 32, _COUNT),
+    "lcc": ("edit_similarity", 64, None), "repobench-p": ("edit_similarity", 64, None),
 }  # fmt: skip
 _CODE = ("lcc", "repobench-p")
-_EXAMPLES = ("trec", "triviaqa", "samsum")  # asked in the form of their examples, not as a chat
 
 
 @dataclass(frozen=True)
 class Published:
-    """A task that is a file.
+    """A task that is a file; a seed is a line of it.
 
     Attributes:
-        samples: with prompts of at most the length asked for, their middle cut out if need be.
+        prompt: a line's prompt, token ids.
+        answers: name of the lines' field with the answers.
     """
 
     name: str
     metric: str
     max_tokens: int
-    samples: list[Sample]
+    lines: tuple[dict, ...]
+    prompt: Callable[[dict, Writer], list[int]]
+    answers: str
+
+    def samples(self, seeds: range, writer: Writer, num_tokens: int) -> list[Sample]:
+        """As many as there are lines for, with prompts of at most ``num_tokens``, their middle cut
+        out if need be."""
+        lines = (self.lines[seed] for seed in seeds if seed < len(self.lines))
+        return [
+            Sample(_without_middle(self.prompt(line, writer), num_tokens), line[self.answers])
+            for line in lines
+        ]
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
-def longbench(folder: Path, writer: Writer, most_tokens: int) -> Iterator[Published]:
+def longbench(folder: Path) -> Iterator[Published]:
     """Tasks of a folder with LongBench's files, ``TASK.jsonl`` with the fields ``input``,
     ``context`` and ``answers``. Raises ValueError for a line that lacks one of them."""
-    for name, (metric, max_tokens) in _LONGBENCH.items():
+    for name, (metric, max_tokens, question) in _LONGBENCH.items():
         path = folder / f"{name}.jsonl"
-        if not path.is_file():
-            continue
-        samples = []
-        for line in _lines(path, ("input", "context", "answers")):
-            prompt = line["context"] + ("" if name in _CODE else "\n\n") + line["input"]
-            ids = writer.plain(prompt) if name in _CODE + _EXAMPLES else writer.chat(prompt)
-            samples.append(Sample(_without_middle(ids, most_tokens), line["answers"]))
-        yield Published(f"LongBench {name}", metric, max_tokens, samples)
+        if path.is_file():
+            prompt = partial(_longbench_prompt, question, "" if name in _CODE else "\n\n")
+            lines = tuple(_lines(path, ("input", "context", "answers")))
+            yield Published(f"LongBench {name}", metric, max_tokens, lines, prompt, "answers")
 
 
-def ruler(folder: Path, writer: Writer, most_tokens: int) -> Iterator[Published]:
+def _longbench_prompt(question: str | None, between: str, line: dict, writer: Writer) -> list[int]:
+    if question is None:
+        return writer.plain(line["context"] + between + line["input"])
+    return writer.chat(line["context"] + between + question + line["input"])
+
+
+def ruler(folder: Path) -> Iterator[Published]:
     """Tasks of a folder with RULER's files, ``TASK/validation.jsonl`` with the fields ``input`` and
     ``outputs``. Raises ValueError for a line that lacks one of them."""
     for path in sorted(folder.glob("*/validation.jsonl")):
         name = path.parent.name
-        samples = [
-            Sample(_without_middle(writer.plain(line["input"]), most_tokens), line["outputs"])
-            for line in _lines(path, ("input", "outputs"))
-        ]
         # Questions have several right answers, of which RULER asks for any.
         metric = "any_found" if name.startswith("qa") else "all_found"
-        yield Published(f"RULER {name}", metric, 128, samples)
+        lines = tuple(_lines(path, ("input", "outputs")))
+        yield Published(f"RULER {name}", metric, 128, lines, _ruler_prompt, "outputs")
+
+
+def _ruler_prompt(line: dict, writer: Writer) -> list[int]:
+    return writer.plain(line["input"])
 
 
 def _lines(path: Path, fields: tuple[str, ...]) -> Iterator[dict]:
