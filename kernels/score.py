@@ -6,8 +6,9 @@ in fp32, with ``lse`` the log-denominator of the token's own attention. The pape
 takes the mean over the heads h of the current token. Here a few tokens at the end of the prompt may
 be asked, each of which has seen what comes before it (the observation window of SnapKV, arXiv
 2404.14469), and the peak over tokens, heads and the layers so far may stand for the mean. In a peak
-the token b places before the last counts for 1 - b / window: what the prompt ends with says most of
-what comes next. A handful of query rows a request are scored, so nothing of size N x N exists.
+the last four tokens count in full and those before them for a quarter: what the prompt ends with
+says most of what comes next, but a question may stand before a chat template's closing tokens. A
+handful of query rows a request are scored, so nothing of size N x N exists.
 """
 
 import torch
@@ -16,6 +17,9 @@ from vllm.triton_utils import tl, triton
 
 from lazyllm_vllm.kernels.attention import gather_keys, physical_slots
 from lazyllm_vllm.kernels.jit import step_jit
+
+LAST = tl.constexpr(4)  # tokens that count in full
+EARLIER = tl.constexpr(0.25)  # what the others of the window count for
 
 
 @step_jit
@@ -101,7 +105,7 @@ def _score_kernel(
             seen = c_valid[None, :] & (j[:, None] < (key_len - back)[None, :])
             p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
             if PEAK:
-                p *= ((WINDOW - back).to(tl.float32) / WINDOW)[None, :]
+                p = tl.where((back < LAST)[None, :], p, p * EARLIER)
                 score = tl.maximum(score, tl.max(p, 1))
             else:
                 score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
@@ -167,8 +171,8 @@ def score_tokens_reference(
             grouped = q[query_row[i] - back].float().unflatten(0, (-1, group))
             logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
             p = (logits.flatten(0, 1) - row_lse[:, None]).exp()
-            if peak:
-                p *= (len(lse) - back) / len(lse)
+            if peak and back >= LAST.value:
+                p *= EARLIER.value
             attended.append(p.where(slots < len(slots) - back, 0.0))
         attended = torch.cat(attended)
         score = attended.amax(0) if peak else attended.mean(0)
@@ -209,7 +213,7 @@ def score_tokens(
         block_table, position_table: ``[batch, width]`` int32, of the stage and of stage 0.
         key_len, num_prompt: ``[batch]`` int32.
         active: ``[batch]`` int32; requests with 0 are passed over.
-        peak: whether the highest attention counts, earlier tokens' less, or the mean.
+        peak: whether the highest attention counts, earlier tokens' a quarter, or the mean.
         accumulates: whether a score that is there already stays if it is higher.
         slot_position: ``[physical slots]`` int32 (unused in stage 0).
     """

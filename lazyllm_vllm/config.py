@@ -43,9 +43,9 @@ class LazyLLMConfig(BaseModel):
         first_tokens, last_tokens: this many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
         score: what a token's score is: ``peak``, the highest attention that any head pays to it,
-            in prefill in any layer so far, that of the token b places before the last times
-            ``1 - b / score_window``; ``mean``, the mean over the heads in the last layer before a
-            boundary (the paper).
+            in prefill in any layer so far, where tokens of the window before the last four count
+            for a quarter; ``mean``, the mean over the heads in the last layer before a boundary
+            (the paper).
         score_window: tokens at the end of the prompt whose attention scores the prompt in prefill;
             at most ``last_tokens``. 1 is the paper: the last token's. Decoding has one.
         score_pool: odd window; a token's score becomes the highest in the window around it.

@@ -9,9 +9,12 @@ number is free.
 Batches with short prompts, of which nothing is dropped, run in pieces: graphs of all that a layer
 does to each row alone, and attention between them. Stock vLLM takes such pieces out of what
 torch.compile makes of a model; here they are captured from the running model ("breakable" graphs).
+Batches larger than its graphs it runs compiled; nothing is compiled here, so pieces go on to the
+size at which a prefill keeps the GPU busier than the CPU.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -25,6 +28,7 @@ from lazyllm_vllm.schedule import Schedule
 from lazyllm_vllm.warm_up import warm_up
 
 PLAIN, SELECTING = 0, 1
+LARGEST_PIECES, PIECES_APART = 1024, 128  # tokens
 
 
 class LazyCudaGraphManager(ModelCudaGraphManager):
@@ -43,6 +47,7 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         self.model_state = None
 
     def _init_candidates(self) -> None:
+        self._add_sizes()
         super()._init_candidates()
 
         def wanted(found: BatchExecutionDescriptor) -> bool:
@@ -51,6 +56,19 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         for by_key in (self._capture_descs, self._candidates):
             for key, found in by_key.items():
                 by_key[key] = [each for each in found if wanted(each)]
+
+    def _add_sizes(self) -> None:
+        """Sizes beyond vLLM's, in a copy of its configuration, whose own largest size still bounds
+        decode batches."""
+        sizes = self.compilation_config.cudagraph_capture_sizes
+        if not (self.cudagraph_mode and sizes):
+            return
+        first = PIECES_APART * (max(sizes) // PIECES_APART + 1)
+        most = min(LARGEST_PIECES, self.vllm_config.scheduler_config.max_num_batched_tokens)
+        self.compilation_config = copy(self.compilation_config)
+        self.compilation_config.cudagraph_capture_sizes = [
+            *sizes, *range(first, most + 1, PIECES_APART)
+        ]  # fmt: skip
 
     def capture(
         self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups,

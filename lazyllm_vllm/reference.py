@@ -271,8 +271,7 @@ class ReferenceSequence:
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2:
         of the last row), or the highest of them, over the heads and the last ``window`` rows, where
-        the row b before the last counts for 1 - b / ``score_window``; see ``_run_stage`` for the
-        shapes."""
+        those before the last four count for a quarter; see ``_run_stage`` for the shapes."""
         assert not self.computed[layer, positions].any(), "computed twice"
         self.computed[layer, positions] = True
         block = self.model.model.layers[layer]
@@ -295,9 +294,8 @@ class ReferenceSequence:
         score = torch.zeros(len(self.level))
         queries = weights[:, -window:]  # [heads, window, attended]
         if self.config.score == "peak":
-            back = torch.arange(queries.shape[1] - 1, -1, -1)
-            faded = queries * (1 - back / self.config.score_window)[None, :, None]
-            score[attended] = faded.amax((0, 1))
+            earlier, last = queries[:, :-4] / 4, queries[:, -4:]
+            score[attended] = torch.cat([earlier, last], 1).amax((0, 1))
         else:
             score[attended] = queries.mean((0, 1))
 

@@ -64,10 +64,46 @@ def test_nothing_selects_in_pieces(monkeypatch):
     monkeypatch.setattr(ModelCudaGraphManager, "_init_candidates", find)
     manager = object.__new__(LazyCudaGraphManager)
     manager._capture_descs, manager._candidates = {}, {}
+    manager.cudagraph_mode = CUDAGraphMode.NONE
+    manager.compilation_config = SimpleNamespace(cudagraph_capture_sizes=[])
     manager._init_candidates()
     assert len(manager._capture_descs[CUDAGraphMode.FULL]) == 2
     assert len(manager._capture_descs[CUDAGraphMode.PIECEWISE]) == 1
     assert manager._candidates[384, PLAIN] and manager._candidates[384, SELECTING] == []
+
+
+@pytest.mark.parametrize(
+    "sizes, most, expected",
+    (
+        ([1, 512], 8192, [640, 768, 896, 1024]),
+        ([1, 500], 800, [512, 640, 768]),
+        ([1, 4096], 8192, []),
+    ),
+)
+def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, expected):
+    """vLLM's own candidates, of sizes that it is given."""
+    manager = object.__new__(LazyCudaGraphManager)
+    given = SimpleNamespace(
+        cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)
+    )  # fmt: skip
+    manager.compilation_config = given
+    manager.vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=most), speculative_config=None,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )  # fmt: skip
+    manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    manager.max_num_reqs, manager.decode_query_len = 2048, 1
+    manager.varlen_decode, manager.ubatch_runner = False, None
+    manager.lora_capture_cases = [PLAIN, SELECTING]
+    manager._capture_descs, manager._candidates = {}, {}
+    manager._init_candidates()
+    of = {
+        mode: sorted({found.num_tokens for found in manager._capture_descs[mode]})
+        for mode in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE)
+    }
+    assert of[CUDAGraphMode.PIECEWISE] == sizes + expected
+    assert of[CUDAGraphMode.FULL] == [size for size in sizes if size <= 2048]
+    assert given.cudagraph_capture_sizes == sizes, "vLLM's own are as they were"
 
 
 def test_a_batch_without_a_graph_runs_eagerly_with_no_adapter(manager):
