@@ -44,7 +44,8 @@ def test_an_engine_is_measured(tmp_path):
         "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True, "block_size": 128,
         "num_gpu_blocks_override": 64,
     }  # fmt: skip
-    arguments = {"shape": TINY, "config": pruning.config, "options": options}
+    config = pruning.config | {"min_prompt_tokens": 512}
+    arguments = {"shape": TINY, "config": config, "options": options}
     engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
     try:
         assert engine.ready()["vllm"].startswith("0.32")

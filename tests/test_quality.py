@@ -16,7 +16,7 @@ from benchmarks.quality.jobs import COMPUTED, Job, Jobs, Setting
 from benchmarks.quality.methods import FULL, LAZYLLM, UNLIMITED, Method
 from benchmarks.quality.results import FILE, Row
 from benchmarks.quality.sample import Sample, Task, Writer
-from benchmarks.quality.schedules import BALANCED, CURVE, SWEEP
+from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP
 from benchmarks.quality.shares import Full
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
@@ -268,16 +268,20 @@ def test_parts_methods_and_schedules_are_chosen():
     swept = Counter(job.method.name for job in jobs("sweep"))
     assert swept.pop(FULL.name) == 1 and swept.pop(LAZYLLM.name) == len(SWEEP)
     assert set(swept.values()) == {len(CURVE)} and len(swept) == 6, "every other method"
-    assert {job.schedule for job in jobs("options revival")[1:]} == {BALANCED}
+    assert {job.schedule for job in jobs("options revival")[1:]} == {COMPARED}
     for line, message in (("swep", "no such part: swep"), ("sweep --methods x", "method: x")):
         with pytest.raises(SystemExit, match=message):
             jobs(line)
 
 
-def test_what_is_compared_is_the_preset_and_a_request_alone():
-    prune = [boundary.model_dump() for boundary in preset_boundaries("balanced", 30)]
-    assert BALANCED.prune(30) == prune and BALANCED in CURVE
+def test_presets_are_of_the_sweep():
+    assert len(SWEEP) == len(set(SWEEP)) and COMPARED in CURVE
+    swept = [schedule.prune(30) for schedule in SWEEP]
+    for preset in PRESETS:
+        assert [boundary.model_dump() for boundary in preset_boundaries(preset, 30)] in swept
 
+
+def test_each_request_may_revive_what_it_could_alone():
     def of(config):
         options = {"max_model_len": 2000, "max_num_seqs": 256, "other": 1}
         config, options = evaluate.as_if_alone(config, options)

@@ -8,7 +8,7 @@ from benchmarks.quality.evaluate import AGREEMENT
 from benchmarks.quality.jobs import COMPUTED
 from benchmarks.quality.methods import FULL, LAZYLLM
 from benchmarks.quality.results import FILE, Row
-from benchmarks.quality.schedules import BALANCED, SWEEP
+from benchmarks.quality.schedules import COMPARED, SWEEP
 from benchmarks.quality.shares import Full, mean_of
 from benchmarks.results import figure, read, replace_section, table
 from lazyllm_vllm.config import PRESETS, preset_boundaries
@@ -36,7 +36,7 @@ def section(rows: list[Row], full: Full) -> str:
     swept = [r for r in rows if r.part == "sweep"]
     samples = swept[0].samples
     lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept if r.tokens}))
-    at = BALANCED.name
+    at = COMPARED.name
     parts = [
         f"SmolLM2-135M-Instruct, bf16, on one {place['gpu']}; {place['date']}, commit "
         f"{place['commit']}. Eight tasks of {lengths} tokens, {samples} samples of each for "

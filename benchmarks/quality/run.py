@@ -10,7 +10,7 @@ from benchmarks.quality.jobs import Job, Jobs, Setting
 from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, REVIVAL
 from benchmarks.quality.results import FILE
 from benchmarks.quality.sample import Task
-from benchmarks.quality.schedules import BALANCED, CURVE, SWEEP, Schedule
+from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import Published, longbench, ruler
 
@@ -33,12 +33,12 @@ def _sweep(schedules: list[Schedule]) -> list[Job]:
 
 def _options(schedules: list[Schedule]) -> list[Job]:
     """One default changed at a time."""
-    return [Job("options", method, at) for at in schedules or [BALANCED] for method in OPTIONS]
+    return [Job("options", method, at) for at in schedules or [COMPARED] for method in OPTIONS]
 
 
 def _revival(schedules: list[Schedule]) -> list[Job]:
     """What revival buys."""
-    return [Job("revival", method, at) for at in schedules or [BALANCED] for method in REVIVAL]
+    return [Job("revival", method, at) for at in schedules or [COMPARED] for method in REVIVAL]
 
 
 PARTS = {"abilities": _abilities, "sweep": _sweep, "options": _options, "revival": _revival}
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument(
         "--schedules", type=int, nargs="+", choices=range(len(SWEEP)), default=[], metavar="INDEX",
-        help=f"of the sweep's, these alone: 0 to {len(SWEEP) - 1}, from the mildest",
+        help=f"of the sweep's, these alone: 0 to {len(SWEEP) - 1}",
     )  # fmt: skip
     parser.add_argument(
         "--half", nargs="+", choices=HALVES, default=list(HALVES), help="of the seeds; both if none"

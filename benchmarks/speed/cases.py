@@ -10,8 +10,9 @@ from benchmarks.engine import Engine
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, TWENTIETH, WHOLE, Pruning, flop_bound
 from benchmarks.speed.start import start
+from lazyllm_vllm.config import LazyLLMConfig
 
-SHORT = 384  # under min_prompt_tokens: not pruned
+PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,13 @@ _ALL = (
     Plan(
         "Llama-3.1-8B", (HALVES, WHOLE), max_len=33280, one_piece=False,
         cases=(
-            _ttft(SHORT, 11, engines=(HALVES,)),
+            _ttft(384, 11, engines=(HALVES,)),
             _ttft(600, 11, engines=(HALVES,)),
-            _ttft(1024, 11, engines=(HALVES,)),
+            _ttft(PRUNED_FROM - 1, 11, engines=(HALVES,)),
+            _ttft(PRUNED_FROM, 11, engines=(HALVES,)),
             _ttft(4096, 11),
             _ttft(16384, 7),
-            _decode(SHORT, 1, 5, steps=64, engines=(HALVES,)),
+            _decode(384, 1, 5, steps=64, engines=(HALVES,)),
             _decode(8192, 1, 5),
             _decode(8192, 16, 2, engines=(HALVES,)),
             _decode(8192, 64, 1, engines=(HALVES,)),
@@ -168,7 +170,7 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
         tokens=tokens, batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
         unit=case.unit,
     )  # fmt: skip
-    if case.benchmark == "ttft" and pruning and tokens != SHORT:
+    if case.benchmark == "ttft" and pruning and tokens >= PRUNED_FROM:
         row.flop_bound = flop_bound(SHAPES[plan.shape], pruning.prune, tokens)
     return row
 

@@ -34,8 +34,7 @@ def section(rows: list[Row]) -> str:
         "Medians; every figure's spread is in benchmarks/speed/results/speed.jsonl.",
         "![Time to first token](benchmarks/speed/results/ttft.svg)",
         "Time to first token, one request. The bound is how many times fewer floating-point "
-        "operations the schedule takes. Here prompts are pruned from 512 tokens on, to show where "
-        "it begins to pay; by default from 1,024.",
+        "operations the schedule takes. Shorter prompts than `min_prompt_tokens` are not pruned.",
         table(
             ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
             [

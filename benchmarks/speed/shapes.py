@@ -47,8 +47,7 @@ class Pruning:
 
     @property
     def config(self) -> dict:
-        prune = [{"layer": layer, "keep": keep} for layer, keep in self.prune]
-        return {"prune": prune, "min_prompt_tokens": 512}  # to see from where on pruning pays
+        return {"prune": [{"layer": layer, "keep": keep} for layer, keep in self.prune]}
 
 
 HALVES = Pruning("8/8/8/8 at 1, 1/2, 1/4, 1/8", ((8, 0.5), (16, 0.25), (24, 0.125)))
