@@ -188,7 +188,8 @@ def engines(model: Path) -> None:
             max_tokens=NEW_TOKENS,
             logprobs=1,
             random_weights=True,
-            alone=[p[:500] for p in prompts[2:6]],  # prefilled in piecewise CUDA graphs
+            # Prefilled in piecewise CUDA graphs, unless pruned.
+            alone=[p[:500] for p in prompts[2:6]] + [p[:900] for p in prompts[5:7]],
             compiled_ops="not compiled" not in name,
         )
         values = [x for r in result["logprobs"] for step in r for x in step.values()]
