@@ -11,6 +11,7 @@ Arguments: ``kernels``, ``small`` (engine against reference) or ``engines`` for 
 
 import json
 import math
+import statistics
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,9 @@ def kernels() -> None:
 
 def small_llama_against_reference(folder: Path) -> None:
     """The engine's kept sets and tokens against the reference's, on random weights. bf16 rounding
-    reorders close scores, so sets are compared by how much they share."""
+    reorders close scores, so sets are compared by how much they share, and tokens by how far their
+    logits lie under the best: in standard deviations, on average 0.06 where the reference itself
+    runs in bf16, and 1.1 where it pools scores over three tokens instead of one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lazyllm_vllm import reference
@@ -121,7 +124,8 @@ def small_llama_against_reference(folder: Path) -> None:
     # Loaded anew, since casting a model rounds its rotary frequencies too, and vLLM's are exact.
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     random = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in (300, 801, 1500)]
+    lengths = (300, 801, 1500, 350, 400, 450, 500, 600, 700, 900)
+    prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in lengths]
     for decode in ("resident", "strict"):
         paper = {"score": "mean", "score_window": 1} if decode == "strict" else {}
         config = paper | {
@@ -131,15 +135,15 @@ def small_llama_against_reference(folder: Path) -> None:
 
         def check() -> str:
             result = engine.run(
-                folder, prompts, config | {"revive_budget": 48},
-                {"dtype": "bfloat16", "skip_tokenizer_init": True, "max_num_seqs": 4,
+                folder, prompts, config | {"revive_budget": 16 * len(prompts)},
+                {"dtype": "bfloat16", "skip_tokenizer_init": True, "max_num_seqs": len(prompts),
                  "max_num_batched_tokens": 8192, "max_model_len": 2048},
-                max_tokens=6, trace=True,
+                max_tokens=2, trace=True,
             )  # fmt: skip
             alone = parse_config(config | {"revive_budget": 16})
-            shares, equal = [], 0
+            shares, under = [], []
             for i, prompt in enumerate(prompts):
-                ref = reference.generate(model, prompt, alone, 6)
+                ref = reference.generate(model, prompt, alone, 2)
                 request = next(r for r in result["trace"]["prefills"] if r.split("-")[0] == str(i))
                 for s in (1, 2):
                     mine = set(result["trace"]["prefills"][request][0][str(s)])
@@ -149,10 +153,15 @@ def small_llama_against_reference(folder: Path) -> None:
                     theirs = set(ref.selected[0][s - 1])
                     if ref.tokens[0] == result["tokens"][i][0]:
                         shares.append(len(theirs & set(step["selected"])) / len(theirs))
-                equal += ref.tokens[0] == result["tokens"][i][0]
-            assert min(shares) > 0.93, shares
-            assert equal >= 2, f"{equal} of 3 first tokens agree"
-            return f"sets share {min(shares):.3f} at least, {equal} of 3 first tokens equal"
+                logits = ref.logits[0]
+                gap = logits.max() - logits[result["tokens"][i][0]]
+                under.append(float(gap / logits.std()))
+            assert statistics.fmean(shares) > 0.97, shares
+            assert statistics.fmean(under) < 0.3, under
+            return (
+                f"sets share {statistics.fmean(shares):.3f}, {min(shares):.3f} at least; first "
+                f"tokens {statistics.fmean(under):.3f} deviations under the best"
+            )
 
         report(f"small Llama against the reference, {decode}", check)
 
