@@ -19,10 +19,10 @@ from rich.table import Table
 from benchmarks.cpu import use_cpu_settings
 from benchmarks.passkey import passkey_prompt
 from benchmarks.smollm2 import checkpoint
+from lazyllm_vllm.config import LazyLLMConfig
 
 PROMPT_TOKENS, SEED = 1500, 0
-PRUNE = [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}]
-NUM_LAYERS = 30
+CONFIG, NUM_LAYERS = LazyLLMConfig(preset="balanced"), 30
 RESULT = "DEMO_RESULT "  # marks the line of a child's output that is meant for us
 
 
@@ -89,7 +89,7 @@ def run_engine(engine: str) -> dict:
         max_model_len=4096,
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
-        additional_config={"lazyllm": {"prune": PRUNE}} if engine == "lazyllm" else {},
+        additional_config={"lazyllm": CONFIG.model_dump()} if engine == "lazyllm" else {},
     )
     sampling = SamplingParams(temperature=0, max_tokens=16)
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
@@ -113,7 +113,7 @@ def run_engine(engine: str) -> dict:
 
 def table(results: dict[str, dict]) -> Table:
     """The results side by side, a column for each engine."""
-    stages = [0, *(boundary["layer"] for boundary in PRUNE), NUM_LAYERS]
+    stages = [0, *(cut.layer for cut in CONFIG.boundaries(NUM_LAYERS)), NUM_LAYERS]
     shown = Table("", title="A pass key hidden in a long text", title_justify="left")
     for label in results:
         shown.add_column(label, justify="right")

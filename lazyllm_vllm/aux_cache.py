@@ -9,8 +9,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lazyllm_vllm.attention import LazyAttentionBackend, StagedAttention
 from lazyllm_vllm.config import ConfigError
+from lazyllm_vllm.grouping import layers_per_group
 from lazyllm_vllm.kernels.gather import AuxPages
-from lazyllm_vllm.kv_cache.specs import AuxSpec, layers_per_group
+from lazyllm_vllm.kv_cache.specs import AuxSpec
 from lazyllm_vllm.schedule import Schedule
 
 
@@ -40,7 +41,7 @@ class AuxPage(torch.nn.Module, AttentionLayerBase):
         return AuxSpec(
             block_size=like.block_size,
             page_size=like.page_size_bytes,
-            pages=layers_per_group(self.schedule),
+            pages=layers_per_group(self.schedule.stage_sizes),
             vector_size=vector_size,
             schedule=self.schedule,
         )
@@ -49,7 +50,7 @@ class AuxPage(torch.nn.Module, AttentionLayerBase):
 def add_aux_pages(vllm_config: VllmConfig, like: StagedAttention, schedule: Schedule) -> None:
     """Register the pseudo-layers of the Aux group beside the model's attention layers."""
     layers = vllm_config.compilation_config.static_forward_context
-    for page in range(layers_per_group(schedule)):
+    for page in range(layers_per_group(schedule.stage_sizes)):
         layers[f"lazyllm.aux.{page}"] = AuxPage(like, schedule)
 
 

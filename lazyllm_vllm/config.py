@@ -7,16 +7,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-Preset = Literal["conservative", "balanced", "aggressive"]
-PRESETS: tuple[str, ...] = ("conservative", "balanced", "aggressive")
+from lazyllm_vllm.presets import PRESETS, preset_cuts
 
-# After which share of the layers, which share of the prompt is kept. With these SmolLM2-135M keeps
-# 99%, 97% and 90% of its score (README, "Quality").
-_PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
-    "conservative": ((1 / 3, 0.7), (2 / 3, 0.5)),
-    "balanced": ((1 / 3, 0.3), (2 / 3, 0.1)),
-    "aggressive": ((1 / 5, 0.5), (1 / 3, 0.3), (2 / 3, 0.1)),
-}
+Preset = Literal["conservative", "balanced", "aggressive"]
 
 
 class ConfigError(ValueError):
@@ -121,7 +114,8 @@ class LazyLLMConfig(BaseModel):
             ConfigError: a boundary lies outside the model.
         """
         if self.prune is None:
-            return preset_boundaries(self.preset or "balanced", num_layers)
+            cuts = preset_cuts(self.preset or "balanced", num_layers)
+            return tuple(PruneAt(layer=layer, keep=keep) for layer, keep in cuts)
         for boundary in self.prune:
             if boundary.layer >= num_layers:
                 raise ConfigError(
@@ -129,27 +123,6 @@ class LazyLLMConfig(BaseModel):
                     f"{num_layers} layers; use 1 to {num_layers - 1}"
                 )
         return self.prune
-
-
-def preset_boundaries(preset: str, num_layers: int) -> tuple[PruneAt, ...]:
-    """The preset's cuts, near their depths. Stages become KV cache groups of as many layers as
-    divide them all; each group costs every step time, so that a cut moves a little if that makes
-    groups larger. Of cuts that fall on the same layer the last one counts."""
-
-    def cuts(size: int) -> dict[int, float]:
-        return {round(depth * num_layers / size) * size: keep for depth, keep in _PRESETS[preset]}
-
-    def cost(size: int) -> float:
-        depths = (depth for depth, _ in _PRESETS[preset])
-        moved = max(abs(round(d * num_layers / size) * size / num_layers - d) for d in depths)
-        return moved + 0.003 * num_layers / size
-
-    size = min((n for n in range(1, num_layers + 1) if num_layers % n == 0), key=cost)
-    return tuple(
-        PruneAt(layer=layer, keep=keep)
-        for layer, keep in cuts(size).items()
-        if 0 < layer < num_layers
-    )
 
 
 def parse_config(value: "LazyLLMConfig | dict[str, Any] | str") -> LazyLLMConfig:

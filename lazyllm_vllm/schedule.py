@@ -63,6 +63,11 @@ class Schedule:
         return self.starts[-1]
 
     @property
+    def stage_sizes(self) -> list[int]:
+        """Layers in each stage."""
+        return [len(self.stage_layers(s)) for s in range(self.num_stages)]
+
+    @property
     def prunes(self) -> bool:
         """Whether any stage may drop a token of any prompt."""
         return self.keeps[-1] < 1

@@ -8,8 +8,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 
 from lazyllm_vllm.config import LazyLLMConfig
+from lazyllm_vllm.grouping import layers_per_group
 from lazyllm_vllm.kv_cache.managers import AuxManager, StageManager
-from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec, layers_per_group
+from lazyllm_vllm.kv_cache.specs import AuxSpec, StageSpec
 from lazyllm_vllm.schedule import Schedule
 
 BLOCK = 16
@@ -83,10 +84,11 @@ def test_group_size_is_vllms():
     """vLLM's own grouping of unequal stages leaves each Aux block as many pages as its groups."""
     from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 
-    for starts in ((0, 8, 16, 24, 32), (0, 4, 16, 32), (0, 5, 12), (0, 6, 16, 32)):
+    equal, uneven, near = (0, 8, 16, 24, 32), (0, 5, 10, 22, 32), (0, 11, 21, 32)
+    for starts in (equal, uneven, near, (0, 4, 16, 32), (0, 5, 12), (0, 6, 16, 32)):
         config = LazyLLMConfig(prune=tuple({"layer": s, "keep": 0.5} for s in starts[1:-1]))
         schedule = Schedule.build(config, starts[-1])
-        size = layers_per_group(schedule)
+        size = layers_per_group(schedule.stage_sizes)
         specs = {
             f"layers.{i}": StageSpec(
                 block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32,

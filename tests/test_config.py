@@ -2,10 +2,13 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 
-from lazyllm_vllm.config import PRESETS, ConfigError, LazyLLMConfig, parse_config, preset_boundaries
+from lazyllm_vllm.config import ConfigError, LazyLLMConfig, Preset, parse_config
+from lazyllm_vllm.grouping import layers_per_group
+from lazyllm_vllm.presets import PRESETS, preset_cuts
 from lazyllm_vllm.schedule import Schedule, share_of
 
 FIELDS = {"prune": [{"layer": 3, "keep": 0.5}], "last_tokens": 16, "decode": "strict"}
@@ -21,28 +24,27 @@ def test_the_same_object_from_json_files_and_python(tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("num_layers", (2, 16, 28, 30, 31, 32, 33, 80))
+@pytest.mark.parametrize("num_layers", (1, 2, 3, 12, 16, 28, 31, 32, 33, 80))
 def test_presets_fit_any_depth(preset, num_layers):
     config = parse_config(preset)
-    boundaries = preset_boundaries(preset, num_layers)
-    explicit = LazyLLMConfig(prune=boundaries)  # passes its own checks
-    schedule = Schedule.build(config, num_layers)
-    assert schedule.starts == Schedule.build(explicit, num_layers).starts
-    sizes = [len(schedule.stage_layers(s)) for s in range(schedule.num_stages)]
-    assert sum(sizes) == num_layers and min(sizes) >= 1
-    if num_layers > 2:
-        depths = [b.layer / num_layers for b in boundaries]
-        assert abs(depths[-1] - 2 / 3) < 0.1
-        assert abs(depths[0] - (1 / 5 if preset == "aggressive" else 1 / 3)) < 0.1
-    if num_layers in (16, 28, 30, 32, 80):
-        assert num_layers / math.gcd(*sizes) <= 16, "KV cache groups"
+    cuts = preset_cuts(preset, num_layers)
+    explicit = LazyLLMConfig(prune=[{"layer": n, "keep": keep} for n, keep in cuts])
+    assert explicit.prune == config.boundaries(num_layers), "and passes its own checks"
+    stages = Schedule.build(config, num_layers).stage_sizes
+    assert sum(stages) == num_layers and min(stages) >= 1
+    if num_layers >= 12:
+        assert [keep for _, keep in cuts] == [keep for _, keep in PRESETS[preset]]
+        for (layer, _), (depth, _) in zip(cuts, PRESETS[preset]):
+            assert abs(layer / num_layers - depth) <= 0.05
+        size = layers_per_group(stages)
+        assert sum(math.ceil(stage / size) for stage in stages) <= 8, "KV cache groups"
 
 
 def test_presets_are_the_schedules_that_were_measured():
-    cuts = {p: [(b.layer, b.keep) for b in preset_boundaries(p, 30)] for p in PRESETS}
-    assert cuts["conservative"] == [(10, 0.7), (20, 0.5)]
-    assert cuts["balanced"] == [(10, 0.3), (20, 0.1)]
-    assert cuts["aggressive"] == [(6, 0.5), (10, 0.3), (20, 0.1)]
+    assert set(PRESETS) == set(get_args(Preset))
+    for preset, cuts in PRESETS.items():
+        exact = [(round(depth * 30), keep) for depth, keep in cuts]
+        assert list(preset_cuts(preset, 30)) == exact
 
 
 @pytest.mark.parametrize(

@@ -10,18 +10,16 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.quality import evaluate, metrics, report, run, text
+from benchmarks.quality import evaluate, metrics, run, text
 from benchmarks.quality.evaluate import AGREEMENT, Cell, Model
 from benchmarks.quality.jobs import COMPUTED, Job, Jobs, Setting
 from benchmarks.quality.methods import FULL, LAZYLLM, UNLIMITED, Method
-from benchmarks.quality.results import FILE, Row
+from benchmarks.quality.results import Row
 from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP
-from benchmarks.quality.shares import Full
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
 from benchmarks.results import read
-from lazyllm_vllm.config import PRESETS, preset_boundaries
 
 
 @pytest.fixture(scope="module")
@@ -216,42 +214,6 @@ def test_a_full_model_that_fails_costs_the_agreement_alone(setting):
     assert [row.task for row in rows] == ["counted", "counted", COMPUTED]
 
 
-def test_shares_of_the_full_model_by_hand():
-    """The error is that of the differences: samples that both get wrong make none."""
-
-    def row(part, values, task="easy", tokens=10):
-        return Row(
-            part, FULL.name if part == "full" else "LazyLLM", "", task, tokens, "choosing",
-            sum(values) / len(values), 0.0, len(values), values,
-        )  # fmt: skip
-
-    rows = [
-        row("full", [1, 1, 1, 0]), row("full", [0, 0, 0, 0], "hard"),
-        row("sweep", [1, 1, 1, 0]), row("sweep", [1, 1, 1, 1], "hard"),
-    ]  # fmt: skip
-    full = Full(rows)
-    assert full.share(rows[2:], "choosing") == (1, 0), "what the full model cannot do is left out"
-    assert all(math.isnan(x) for x in full.share(rows[2:], "choosing", "hard"))
-    worse, error = full.share([row("sweep", [1, 0, 1, 0])], "choosing")
-    assert worse == pytest.approx(2 / 3)
-    differences = [1 / 3, -2 / 3, 1 / 3, 0]
-    variance = sum(d * d for d in differences) / 3
-    assert error == pytest.approx(math.sqrt(variance / 4) / 0.75)
-
-
-def test_the_report_is_made_from_the_committed_results(tmp_path):
-    """All parts that the README shows are in the results file, with a row for each preset."""
-    file = tmp_path / "quality.jsonl"
-    file.write_text(FILE.read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
-    report.main(readme, file)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert all(f"| `{preset}` |" in text for preset in PRESETS) and "nan" not in text
-    assert "<svg" in (tmp_path / "sweep.svg").read_text()
-
-
 def test_parts_methods_and_schedules_are_chosen():
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
@@ -272,13 +234,6 @@ def test_parts_methods_and_schedules_are_chosen():
     for line, message in (("swep", "no such part: swep"), ("sweep --methods x", "method: x")):
         with pytest.raises(SystemExit, match=message):
             jobs(line)
-
-
-def test_presets_are_of_the_sweep():
-    assert len(SWEEP) == len(set(SWEEP)) and COMPARED in CURVE
-    swept = [schedule.prune(30) for schedule in SWEEP]
-    for preset in PRESETS:
-        assert [boundary.model_dump() for boundary in preset_boundaries(preset, 30)] in swept
 
 
 def test_each_request_may_revive_what_it_could_alone():

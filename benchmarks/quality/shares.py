@@ -2,8 +2,9 @@
 
 import math
 import statistics
+from dataclasses import replace
 
-from benchmarks.quality.evaluate import AGREEMENT
+from benchmarks.quality.evaluate import AGREEMENT, mean_and_error
 from benchmarks.quality.methods import FULL
 from benchmarks.quality.results import Row
 
@@ -41,6 +42,20 @@ class Full:
         return share, math.sqrt(variance) / len(pairs) / best
 
 
-def mean_of(rows: list[Row], half: str, task: str) -> float:
-    """A task's mean over lengths."""
-    return statistics.fmean(r.mean for r in rows if r.half == half and r.task == task)
+def same_samples(rows: list[Row]) -> list[Row]:
+    """Rows to compare with each other: of all as many samples, the first, as that with fewest."""
+    fewest = min(row.samples for row in rows)
+
+    def cut(row: Row) -> Row:
+        mean, error = mean_and_error(row.values[:fewest])
+        values = row.values[:fewest]
+        return replace(row, values=values, samples=fewest, mean=mean, error=error)
+
+    return [cut(row) for row in rows]
+
+
+def mean_of(rows: list[Row], half: str, task: str) -> tuple[float, float]:
+    """A task's mean over lengths, and its standard error."""
+    found = [r for r in rows if r.half == half and r.task == task]
+    error = math.sqrt(sum(r.error**2 for r in found)) / len(found)
+    return statistics.fmean(r.mean for r in found), error

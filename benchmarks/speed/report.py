@@ -31,7 +31,7 @@ def section(rows: list[Row]) -> str:
         f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
         f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
         "the shapes named, prefix caching off, CUDA graphs and FlashAttention on in both engines. "
-        "Medians; every figure's spread is in benchmarks/speed/results/speed.jsonl.",
+        "Medians, with the fastest and slowest run where there were several.",
         "![Time to first token](benchmarks/speed/results/ttft.svg)",
         "Time to first token, one request. The bound is how many times fewer floating-point "
         "operations the schedule takes. Shorter prompts than `min_prompt_tokens` are not pruned.",
@@ -79,7 +79,9 @@ def _stock(rows: list[Row], row: Row) -> Row:
 
 
 def _ms(row: Row) -> str:
-    return f"{row.median:,.1f}" if row.median > 20 else f"{row.median:.2f}"
+    digits = 1 if row.median > 20 else 2
+    median, least, most = (f"{x:,.{digits}f}" for x in (row.median, row.least, row.most))
+    return f"{median} ({least}–{most})" if row.runs > 1 else median
 
 
 def draw_ttft(rows: list[Row], path: Path) -> None:

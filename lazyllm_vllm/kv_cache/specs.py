@@ -90,10 +90,3 @@ class AuxSpec(KVCacheSpec):
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         return cdiv(max_len, self.tokens_per_block)
-
-
-def layers_per_group(schedule: Schedule) -> int:
-    """Layers in each KV cache group, as vLLM's ``_get_kv_cache_groups_uniform_page_size`` cuts
-    the stages: the shortest stage, or the longest when they are nearly equal."""
-    sizes = [len(schedule.stage_layers(s)) for s in range(schedule.num_stages)]
-    return max(sizes) if max(sizes) < min(sizes) * 1.5 else min(sizes)
