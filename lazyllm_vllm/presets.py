@@ -14,8 +14,8 @@ PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
     "aggressive": ((1 / 6, 0.4), (1 / 3, 0.2), (2 / 3, 0.05)),
 }
 # In shares of the depth: how far a cut may move; how far it is worth moving to save a KV cache
-# group, each of which costs every step time; and, to leave no layer of a group's blocks unused,
-# where that would cost as much room as the prompt's keys and values take.
+# group, each of which costs every step time; and how far for as much room in the KV cache as a
+# prompt takes, which groups that are not full waste in part.
 _FARTHEST, _PER_GROUP, _UNUSED = 0.1, 0.003, 0.2
 
 

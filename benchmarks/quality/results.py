@@ -11,7 +11,7 @@ class Row:
     """The mean of a task's metric.
 
     Attributes:
-        part: of the benchmark: ``abilities``, ``full``, ``methods``, ``sweep``, ...
+        part: of the benchmark: ``full``, ``sweep``, ``options``, ``revival`` or ``abilities``.
         half: of the seeds: ``choosing`` or ``reporting``.
         mean, error: over ``samples`` samples, and its standard error.
         values: one a sample, in the order of their seeds.
