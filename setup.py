@@ -16,21 +16,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        *find_packages(include=["lazyllm_vllm", "lazyllm_vllm.*"]),
-        # A top-level package named "kernels" belongs to others.
-        "lazyllm_vllm.kernels",
-    ],
-    package_dir={"lazyllm_vllm.kernels": "kernels"},
-    install_requires=["vllm>=0.32,<0.33", "pydantic>=2", "pyyaml"],  # vllm brings torch and triton
+    # lazyllm_vllm/kernels is a link to the top-level folder: a top-level package of that name
+    # belongs to others.
+    packages=find_packages(include=["lazyllm_vllm", "lazyllm_vllm.*"]),
+    package_data={"lazyllm_vllm": ["py.typed"]},
+    install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml"],  # vllm brings torch and triton
     extras_require={
         "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai"],
         "bench": ["accelerate", "gguf", "matplotlib", "rich"],
     },
     entry_points={
-        "vllm.general_plugins": ["lazyllm = lazyllm_vllm.plugin:register"],
+        "vllm.general_plugins": ["lazyllm = lazyllm_vllm.hooks.plugin:register"],
         "vllm.platform_plugins": [
-            "lazyllm_interpret = lazyllm_vllm.platform:interpret_triton_on_cpu"
+            "lazyllm_interpret = lazyllm_vllm.hooks.platform:interpret_triton_on_cpu"
         ],
     },
 )

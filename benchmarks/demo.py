@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.cpu import use_cpu_settings
 from benchmarks.passkey import passkey_prompt
 from benchmarks.smollm2 import checkpoint
-from lazyllm_vllm.config import LazyLLMConfig
+from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PROMPT_TOKENS, SEED = 1500, 0
 CONFIG, NUM_LAYERS = LazyLLMConfig(preset="balanced"), 30
@@ -95,7 +95,7 @@ def run_engine(engine: str) -> dict:
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
     kept, revived, share = [len(prompt)], [], 1.0
     if engine == "lazyllm":
-        from lazyllm_vllm.stats import request_stats
+        from lazyllm_vllm import request_stats
 
         (request,) = request_stats(llm)["requests"]
         kept, revived = request["kept"], request["revived"]

@@ -1,4 +1,5 @@
-"""A vLLM engine in a process of its own, which runs the functions that it is told to."""
+"""A vLLM engine in a process of its own, which runs the functions that it is asked to run: the one
+way in which benchmarks, demo and tests use engines."""
 
 import importlib
 import multiprocessing
@@ -6,12 +7,28 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+# What an engine imports first. On a CPU one process imports it for all engines, which are forked
+# from it; with CUDA a forked process could not use the GPU.
+_PRELOADED = ["vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.gpu.model_runner"]
+
+
+@cache
+def _context():
+    import torch
+
+    if torch.version.cuda is not None:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
 
 class Engine:
-    """An engine to be.
+    """An engine that starts up.
 
     Args:
         start: makes the ``vllm.LLM``; a function of a module, with picklable arguments.
@@ -22,10 +39,9 @@ class Engine:
 
     def __init__(self, start: Callable, arguments: dict, functions: str, log: Path) -> None:
         self.log = log
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_serve, args=(theirs, start, arguments, functions, log)
+        self._pipe, theirs = _context().Pipe()
+        self._process = _context().Process(
+            target=_serve, args=(theirs, start, arguments, functions, log), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -52,7 +68,7 @@ class Engine:
         self._pipe.close()
         self._process.join(20)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()
 
 
 def _serve(pipe, start: Callable, arguments: dict, functions: str, log: Path) -> None:
@@ -71,7 +87,7 @@ def _serve(pipe, start: Callable, arguments: dict, functions: str, log: Path) ->
             except EOFError:
                 return
             pipe.send((False, getattr(module, function)(llm, **given)))
-    except Exception:  # the parent tells it, with the log's end
+    except Exception:  # the parent shows it, with the log's end
         pipe.send((True, traceback.format_exc()))
 
 

@@ -11,39 +11,78 @@ says most of what comes next, but a question may stand before a chat template's 
 handful of query rows a request are scored, so nothing of size N x N exists.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm.triton_utils import tl, triton
 
-from lazyllm_vllm.kernels.attention import gather_keys, physical_slots
 from lazyllm_vllm.kernels.jit import step_jit
+from lazyllm_vllm.kernels.paged import StageKeys, load_positions
+from lazyllm_vllm.kernels.prompt_pages import state_at
+from lazyllm_vllm.kernels.selection import Selection
 
 LAST = tl.constexpr(4)  # tokens that count in full
 EARLIER = tl.constexpr(0.25)  # what the others of the window count for
 
 
+@dataclass(frozen=True)
+class Queries:
+    """The query rows that score.
+
+    Attributes:
+        q: ``[rows, heads, head_dim]``.
+        row: ``[batch]`` int32, row of each request's current token; those before it come before.
+        lse: ``[window, max batch, heads]`` fp32, log-denominator of the attention of the current
+            token, of the one before it, ...
+        scale: of the logits.
+    """
+
+    q: torch.Tensor
+    row: torch.Tensor
+    lse: torch.Tensor
+    scale: float
+
+    @property
+    def window(self) -> int:
+        return len(self.lse)
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """Attributes:
+    peak: whether the highest attention counts, that of earlier tokens a quarter; else the mean.
+    accumulates: whether a score that is there already stays if it is higher.
+    """
+
+    peak: bool
+    accumulates: bool
+
+
 @step_jit
 def _score_kernel(
-    token_score_ptr,  # [physical slots of stage 0] fp32
     q_ptr,  # [rows, heads, head_dim]
     q_stride_row,
     query_row_ptr,  # [batch]
     lse_ptr,  # [window, max batch, heads] fp32
     lse_stride,
+    scale,
     kv_ptr,
     kv_stride_block,
     kv_stride_head,
     kv_stride_slot,
-    block_table_ptr,
-    block_table_stride,
-    position_table_ptr,
-    position_table_stride,
-    key_len_ptr,
+    keys_table_ptr,
+    keys_table_stride,
+    num_keys_ptr,
+    slot_position_ptr,
+    score_ptr,  # a plane of the prompt state, fp32
+    state_table_ptr,
+    state_table_stride,
+    page_stride,
+    block_stride,
     num_prompt_ptr,
     active_ptr,
-    slot_position_ptr,
     first_request,
-    scale,
     splits,
     PEAK: tl.constexpr,
     ACCUMULATES: tl.constexpr,  # the scores so far count too, by their maximum
@@ -56,13 +95,19 @@ def _score_kernel(
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     IDENTITY: tl.constexpr,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     batch = first_request + tl.program_id(0)
     if tl.load(active_ptr + batch) == 0:
         return
-    key_len = tl.load(key_len_ptr + batch)
+    num_keys = tl.load(num_keys_ptr + batch)
     num_prompt = tl.load(num_prompt_ptr + batch)
+    keys_table = keys_table_ptr + batch * keys_table_stride
+    state_table = state_table_ptr + batch * state_table_stride
     # Queries of one KV head: the heads of its group, of the current token, the one before, ...
     c = tl.arange(0, QUERIES_PAD)
     back = c // GROUP
@@ -72,18 +117,12 @@ def _score_kernel(
     d = tl.arange(0, HEAD_PAD)
     d_valid = d < HEAD_DIM
 
-    for j0 in range(tl.program_id(1) * BLOCK_N, key_len, splits * BLOCK_N):
+    for j0 in range(tl.program_id(1) * BLOCK_N, num_keys, splits * BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        j_valid = j < key_len
-        block = tl.load(
-            block_table_ptr + batch * block_table_stride + j // BLOCK_SIZE, mask=j_valid, other=0
-        ).to(tl.int64)
-        if IDENTITY:
-            position = j
-        else:
-            position = tl.load(
-                slot_position_ptr + block * BLOCK_SIZE + j % BLOCK_SIZE, mask=j_valid, other=0
-            )
+        j_valid = j < num_keys
+        block, position = load_positions(
+            keys_table, slot_position_ptr, j, j_valid, BLOCK_SIZE, IDENTITY
+        )
         k_at = kv_ptr + block * kv_stride_block + (j % BLOCK_SIZE) * kv_stride_slot
         score = tl.zeros([BLOCK_N], tl.float32)
         for kv_head in range(tl.program_id(2) * KV_HEADS, (tl.program_id(2) + 1) * KV_HEADS):
@@ -102,7 +141,7 @@ def _score_kernel(
                 other=0.0,
             )
             logits = tl.dot(k, q, input_precision="ieee") * scale
-            seen = c_valid[None, :] & (j[:, None] < (key_len - back)[None, :])
+            seen = c_valid[None, :] & (j[:, None] < (num_keys - back)[None, :])
             p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
             if PEAK:
                 p = tl.where((back < LAST)[None, :], p, p * EARLIER)
@@ -110,12 +149,10 @@ def _score_kernel(
             else:
                 score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
         in_prompt = j_valid & (position < num_prompt)
-        home = tl.load(
-            position_table_ptr + batch * position_table_stride + position // BLOCK_SIZE,
-            mask=in_prompt,
-            other=0,
-        ).to(tl.int64)
-        at = token_score_ptr + home * BLOCK_SIZE + position % BLOCK_SIZE
+        at = score_ptr + state_at(
+            state_table, position, in_prompt, page_stride, block_stride,
+            PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
+        )  # fmt: skip
         if ACCUMULATES:
             # Bits of numbers that are not negative are in their order.
             at = at.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -124,105 +161,71 @@ def _score_kernel(
             tl.store(at, score, mask=in_prompt)
 
 
-def score_tokens_triton(
-    token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, first_request, num_requests, scale, stage, peak, accumulates,
-):  # fmt: skip
+def score_tokens_triton(s, queries, keys, batch, active, rule):
+    q, lse = queries.q, queries.lse
     num_heads, head_dim = q.shape[1:]
-    _, num_kv_heads, block_size, _ = kv_cache.shape
+    num_kv_heads = keys.num_heads
     group = num_heads // num_kv_heads
-    assert q.stride(1) == head_dim and q.stride(2) == 1 and kv_cache.stride(3) == 1
-    assert lse.is_contiguous()
-    splits = max(1, 528 // num_requests)
+    assert q.stride(1) == head_dim and q.stride(2) == 1 and lse.is_contiguous()
+    splits = max(1, 528 // len(batch))
     # Programs that add to what is there may share a key's heads.
     kv_heads = num_kv_heads
-    if accumulates:
+    if rule.accumulates:
         kv_heads = next(n for n in range(max(1, num_kv_heads // 8), 99) if num_kv_heads % n == 0)
-    window = len(lse)
-    _score_kernel[(num_requests, splits, num_kv_heads // kv_heads)](
-        token_score, q, q.stride(0), query_row, lse, lse.stride(0),
-        kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        block_table, block_table.stride(0), position_table, position_table.stride(0),
-        key_len, num_prompt, active, slot_position, first_request, scale, splits,
-        PEAK=peak, ACCUMULATES=accumulates, KV_HEADS=kv_heads, WINDOW=window,
+    window, pages = queries.window, s.state.pages
+    _score_kernel[(len(batch), splits, num_kv_heads // kv_heads)](
+        q, q.stride(0), queries.row, lse, lse.stride(0), queries.scale, *keys.kernel_args(),
+        s.state.score, *pages.kernel_args(), s.num_prompt, active, batch.start, splits,
+        PEAK=rule.peak, ACCUMULATES=rule.accumulates, KV_HEADS=kv_heads, WINDOW=window,
         NUM_HEADS=num_heads, GROUP=group,
         QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
-        HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size,
-        IDENTITY=stage == 0, BLOCK_N=64, num_warps=4,
+        HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_N=64, num_warps=4,
+        **keys.kernel_constants(), **pages.kernel_constants(),
     )  # fmt: skip
 
 
-def score_tokens_reference(
-    token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len, num_prompt,
-    active, slot_position, first_request, num_requests, scale, stage, peak, accumulates,
-):  # fmt: skip
-    block_size = kv_cache.shape[2]
-    group = q.shape[1] // kv_cache.shape[1]
-    for i in range(first_request, first_request + num_requests):
+def score_tokens_reference(s, queries, keys, batch, active, rule):
+    q, state = queries.q, s.state
+    group = q.shape[1] // keys.num_heads
+    for i in batch:
         if not active[i]:
             continue
-        slots = torch.arange(int(key_len[i]), device=q.device)
-        position = slots
-        if stage > 0:
-            position = slot_position[physical_slots(block_table[i], slots, block_size)].long()
-        k, _ = gather_keys(kv_cache, block_table[i], len(slots))
+        position = keys.positions(i)
+        slots = torch.arange(len(position), device=q.device)
+        k, _ = keys.gather(i)
         attended = []
-        for back, row_lse in enumerate(lse[:, i]):
-            grouped = q[query_row[i] - back].float().unflatten(0, (-1, group))
-            logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * scale
+        for back, row_lse in enumerate(queries.lse[:, i]):
+            grouped = q[queries.row[i] - back].float().unflatten(0, (-1, group))
+            logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * queries.scale
             p = (logits.flatten(0, 1) - row_lse[:, None]).exp()
-            if peak and back >= LAST.value:
+            if rule.peak and back >= LAST.value:
                 p *= EARLIER.value
             attended.append(p.where(slots < len(slots) - back, 0.0))
         attended = torch.cat(attended)
-        score = attended.amax(0) if peak else attended.mean(0)
-        in_prompt = position < num_prompt[i]
-        home = physical_slots(position_table[i], position[in_prompt], block_size)
+        score = attended.amax(0) if rule.peak else attended.mean(0)
+        in_prompt = position < s.num_prompt[i]
+        at = state.at(i, position[in_prompt])
         score = score[in_prompt]
-        token_score[home] = score.maximum(token_score[home]) if accumulates else score
+        state.score[at] = score.maximum(state.score[at]) if rule.accumulates else score
 
 
 def score_tokens(
-    token_score: torch.Tensor,
-    q: torch.Tensor,
-    query_row: torch.Tensor,
-    lse: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    position_table: torch.Tensor,
-    key_len: torch.Tensor,
-    num_prompt: torch.Tensor,
+    s: Selection,
+    queries: Queries,
+    keys: StageKeys,
+    batch: range,
     active: torch.Tensor,
-    slot_position: torch.Tensor,
-    first_request: int,
-    num_requests: int,
-    scale: float,
-    stage: int,
-    peak: bool,
-    accumulates: bool,
+    rule: ScoreRule,
 ) -> None:
-    """Write the score of every prompt token that has keys in ``stage``, for the active requests
-    among ``first_request .. first_request + num_requests - 1``.
+    """Write the score of every prompt token that has keys in the stage, for the active requests of
+    ``batch``, to the prompt state.
 
     Args:
-        token_score: ``[physical slots]`` fp32, written at each position's slot in stage 0.
-        q: ``[rows, heads, head_dim]`` of the stage's last layer.
-        query_row: ``[batch]`` int32, row of each request's current token.
-        lse: ``[window, max batch, heads]`` fp32: of the current token, the one before it, ...
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``.
-        block_table, position_table: ``[batch, width]`` int32, of the stage and of stage 0.
-        key_len, num_prompt: ``[batch]`` int32.
+        queries: of the stage's last layer, or, where scores accumulate, of any.
         active: ``[batch]`` int32; requests with 0 are passed over.
-        peak: whether the highest attention counts, earlier tokens' a quarter, or the mean.
-        accumulates: whether a score that is there already stays if it is higher.
-        slot_position: ``[physical slots]`` int32 (unused in stage 0).
     """
-    run = score_tokens_triton if q.is_cuda else score_tokens_reference
-    run(
-        token_score, q, query_row, lse, kv_cache, block_table, position_table, key_len,
-        num_prompt, active, slot_position, first_request, num_requests, scale, stage, peak,
-        accumulates,
-    )  # fmt: skip
+    run = score_tokens_triton if queries.q.is_cuda else score_tokens_reference
+    run(s, queries, keys, batch, active, rule)
 
 
 def last_rows_lse(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from vllm.triton_utils import tl
 
 from lazyllm_vllm.kernels.jit import step_jit
-from lazyllm_vllm.kernels.state import Rows, Selection
+from lazyllm_vllm.kernels.prompt_pages import state_at
+from lazyllm_vllm.kernels.selection import Rows, Selection
 from lazyllm_vllm.kernels.top_k import (
     BLOCK,
     MAX_SPLITS,
@@ -22,8 +23,6 @@ from lazyllm_vllm.kernels.top_k import (
     counts_of,
     find_best,
     histogram_of,
-    home_slot,
-    home_slots,
     num_splits,
     split_bounds,
 )
@@ -32,33 +31,37 @@ from lazyllm_vllm.kernels.top_k import (
 @step_jit
 def _select_decode_kernel(
     histogram_ptr,
-    found_ptr,
+    thresholds_ptr,
     counts_ptr,
-    token_key_ptr,
+    rank_ptr,
     level_ptr,
     selected_ptr,
-    position_table_ptr,
-    position_table_stride,
+    block_table_ptr,
+    block_table_stride,
+    page_stride,
+    block_stride,
     num_prompt_ptr,
     active_ptr,
-    table_ptr,  # [requests, 1 + 3 * stages]: num_prompt, kept, room, prompt_keys by stage
-    table_stride,
-    req_index_ptr,
-    share_ptr,
-    key_len_ptr,
+    prompt_keys_ptr,  # [requests, stages]
+    counts_stride,
+    index_ptr,
+    quota_ptr,
+    num_keys_ptr,
     num_revived_ptr,
     row_position_ptr,
     row_request_ptr,
     row_slot_ptr,
     num_decodes,
-    num_stages,
     splits,
     stage,
     FIRST: tl.constexpr,
     LISTS: tl.constexpr,
     MARKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     batch = tl.program_id(0)
@@ -70,37 +73,39 @@ def _select_decode_kernel(
     if start >= end:
         return
     counts = counts_of(counts_ptr, batch, MAX_SPLITS)
-    threshold = tl.load(found_ptr + batch * 4)
-    ties = tl.load(found_ptr + batch * 4 + 1)
+    threshold = tl.load(thresholds_ptr + batch * 4)
+    ties = tl.load(thresholds_ptr + batch * 4 + 1)
     met, all_met = counts_before(counts, split, splits, 1, MAX_SPLITS)
     best = threshold
     if LISTS == 2:
-        threshold_1 = tl.load(found_ptr + batch * 4 + 2)
+        threshold_1 = tl.load(thresholds_ptr + batch * 4 + 2)
         best = tl.maximum(threshold, threshold_1)
         # On a threshold, a list takes its first ties; below its own, all.
         ties_0 = tl.where(threshold == best, ties, 0x7FFFFFFF)
-        ties_1 = tl.where(threshold_1 == best, tl.load(found_ptr + batch * 4 + 3), 0x7FFFFFFF)
+        ties_1 = tl.where(threshold_1 == best, tl.load(thresholds_ptr + batch * 4 + 3), 0x7FFFFFFF)
         above, all_above = counts_before(counts, split, splits, 0, MAX_SPLITS)
         on, all_on = counts_before(counts, split, splits, 2, MAX_SPLITS)
-        first_row = num_decodes + batch * tl.load(share_ptr)
+        first_row = num_decodes + batch * tl.load(quota_ptr)
         first_slot = tl.load(row_slot_ptr + batch) + 1  # after the current token's
         revived = 0
-    table = position_table_ptr + batch * position_table_stride
+    table = block_table_ptr + batch * block_table_stride
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
-        home = home_slot(table, p, valid, BLOCK_SIZE)
-        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
-        tie = (key == threshold).to(tl.int32)
+        at = state_at(
+            table, p, valid, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+        )
+        rank = tl.load(rank_ptr + at, mask=valid, other=-1)
+        tie = (rank == threshold).to(tl.int32)
         order = met + tl.cumsum(tie, 0)
         if MARKS:
-            taken = (key > threshold) | ((tie != 0) & (order <= ties))
+            taken = (rank > threshold) | ((tie != 0) & (order <= ties))
             marked = valid if FIRST else taken
-            tl.store(selected_ptr + home, tl.where(taken, stage, 0).to(tl.int8), mask=marked)
+            tl.store(selected_ptr + at, tl.where(taken, stage, 0), mask=marked)
         if LISTS == 2:
-            absent = valid & (tl.load(level_ptr + home, mask=key >= best, other=127) == stage)
-            better = absent & (key > best)
-            level_with = (absent & (key == best)).to(tl.int32)
+            absent = valid & (tl.load(level_ptr + at, mask=rank >= best, other=127) == stage)
+            better = absent & (rank > best)
+            level_with = (absent & (rank == best)).to(tl.int32)
             on_order = on + tl.cumsum(level_with, 0)
             first = (level_with != 0) & (order <= ties_0) & (on_order <= ties_1)
             # Rows: what is above the threshold in order of position, then what is on it.
@@ -111,84 +116,85 @@ def _select_decode_kernel(
             tl.store(row_position_ptr + first_row + nth, p.to(tl.int64), mask=chosen)
             tl.store(row_request_ptr + first_row + nth, batch, mask=chosen)
             tl.store(row_slot_ptr + first_row + nth, first_slot + nth, mask=chosen)
-            tl.store(level_ptr + home, stage + 1, mask=chosen)
+            tl.store(level_ptr + at, stage + 1, mask=chosen)
             above += tl.sum(better.to(tl.int32), 0)
             on += tl.sum(level_with, 0)
             revived += tl.sum(chosen.to(tl.int32), 0)
         met += tl.sum(tie, 0)
     if LISTS == 2:
         if revived > 0:
-            keys_at = table_ptr + tl.load(req_index_ptr + batch) * table_stride
-            tl.atomic_add(keys_at + 1 + 2 * num_stages + stage, revived, sem="relaxed")
-            tl.atomic_add(key_len_ptr + batch, revived, sem="relaxed")
+            keys_at = prompt_keys_ptr + tl.load(index_ptr + batch) * counts_stride + stage
+            tl.atomic_add(keys_at, revived, sem="relaxed")
+            tl.atomic_add(num_keys_ptr + batch, revived, sem="relaxed")
             tl.atomic_add(num_revived_ptr + batch, revived, sem="relaxed")
 
 
-def select_decode_triton(s, rows, share, num_decodes, stage, num_stages, lists, marks):
-    table = s.position_table
-    find_best(s, 0, num_decodes, stage, lists)
+def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
+    find_best(s, stage, range(num_decodes), lists)
     splits = num_splits(num_decodes)
+    state, search = s.state, s.search
     _select_decode_kernel[(num_decodes, splits)](
-        s.histogram, s.found, s.counts, s.token_key, s.level, s.selected, table, table.stride(0),
-        s.num_prompt, s.active[stage], s.table, s.table.stride(0), s.req_index, share,
-        rows.key_len, rows.num_revived, rows.position, rows.request, rows.slot,
-        num_decodes, num_stages, splits, stage, FIRST=stage == 1, LISTS=lists, MARKS=marks,
-        MAX_SPLITS=MAX_SPLITS, BLOCK_SIZE=s.block_size, BLOCK=BLOCK,
+        search.histogram, search.thresholds, search.split_counts,
+        state.rank, state.level, state.selected, *state.pages.kernel_args(),
+        s.num_prompt, s.active[stage], s.counts.prompt_keys, s.counts.stride, s.index, s.quota,
+        rows.num_keys, rows.num_revived, rows.position, rows.request, rows.slot,
+        num_decodes, splits, stage, FIRST=stage == 1, LISTS=lists, MARKS=marks,
+        MAX_SPLITS=MAX_SPLITS, BLOCK=BLOCK, **state.pages.kernel_constants(),
     )  # fmt: skip
 
 
-def select_decode_reference(s, rows, share, num_decodes, stage, num_stages, lists, marks):
+def _least_of_best(rank: torch.Tensor, k: int) -> int:
+    """The k-th best rank, or the least if there are fewer; -1 if there is none."""
+    best = rank.sort(descending=True).values[:k]
+    return int(best[-1]) if len(best) else NO_CANDIDATE
+
+
+def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
+    state = s.state
     for i in range(num_decodes):
         if not s.active[stage, i]:
             continue
-        state = s.table[int(s.req_index[i])]
-        k = int(state[1 + stage])
-        home = home_slots(s, i)
-        key = s.token_key[home]
-        best = best_mask(key, k)
+        index = int(s.index[i])
+        at = state.prompt_at(i, s.num_prompt)
+        rank = state.rank[at]
+        best = best_mask(rank, int(s.counts.kept[index, stage]))
         if marks:
             marked = torch.ones_like(best) if stage == 1 else best
-            s.selected[home[marked]] = (stage * best[marked]).to(torch.int8)
+            state.selected[at[marked]] = stage * best[marked].int()
         if lists == 1:
             continue
-        absent = best & (s.level[home] == stage)
+        absent = best & (state.level[at] == stage)
         revived = min(int(absent.sum()), int(s.limit[stage, i]))
-        chosen = best_mask(key.where(absent, NO_CANDIDATE), revived).nonzero()[:, 0]
-        if revived:
-            # As the kernel orders them: ties of the least go last.
-            chosen = chosen[torch.sort((key[chosen] == key[chosen].min()).int(), stable=True)[1]]
-        first = num_decodes + i * int(share)
+        chosen = best_mask(rank.where(absent, NO_CANDIDATE), revived).nonzero()[:, 0]
+        # As the kernel orders them: what lies on the higher of both lists' thresholds goes last.
+        without_keys = rank[(rank >= 0) & (state.level[at] == stage)]
+        higher = max(
+            _least_of_best(rank[rank >= 0], int(s.counts.kept[index, stage])),
+            _least_of_best(without_keys, int(s.limit[stage, i])),
+        )
+        chosen = chosen[torch.sort((rank[chosen] == higher).int(), stable=True)[1]]
+        first = num_decodes + i * int(s.quota)
         mine = slice(first, first + revived)
         rows.position[mine] = chosen
         rows.request[mine] = i
-        rows.slot[mine] = (
-            rows.slot[i] + 1 + torch.arange(revived, device=rows.slot.device, dtype=torch.int32)
-        )
-        s.level[home[chosen]] = stage + 1
-        state[1 + 2 * num_stages + stage] += revived
+        rows.slot[mine] = rows.slot[i] + 1 + torch.arange(revived, device=rank.device).int()
+        state.level[at[chosen]] = stage + 1
+        s.counts.prompt_keys[index, stage] += revived
         rows.num_revived[i] += revived
-        rows.key_len[i] += revived
+        rows.num_keys[i] += revived
 
 
 def select_decode(
-    s: Selection,
-    rows: Rows,
-    share: torch.Tensor,
-    num_decodes: int,
-    stage: int,
-    num_stages: int,
-    lists: int,
-    marks: bool,
+    s: Selection, stage: int, num_decodes: int, rows: Rows, lists: int, marks: bool
 ) -> None:
     """Choose the tokens that the active decodes revive into ``stage``.
 
-    Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``key_len`` and
+    Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``num_keys`` and
     ``num_revived``, and updates ``level``, ``selected`` and the requests' ``prompt_keys``.
 
     Args:
-        share: ``[1]`` int32, rows set aside for each request.
         lists: 2: tokens may be revived; 1: the selection is only marked.
         marks: write ``selected``.
     """
-    run = select_decode_triton if s.token_key.is_cuda else select_decode_reference
-    run(s, rows, share, num_decodes, stage, num_stages, lists, marks)
+    run = select_decode_triton if s.index.is_cuda else select_decode_reference
+    run(s, stage, num_decodes, rows, lists, marks)

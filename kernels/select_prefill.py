@@ -1,12 +1,14 @@
 """Selection for prefills: which rows of the stage before go on, in order of position."""
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm.triton_utils import tl
 
-from lazyllm_vllm.kernels.attention import physical_slots
 from lazyllm_vllm.kernels.jit import step_jit
-from lazyllm_vllm.kernels.state import PrefillMove, Rows, Selection
+from lazyllm_vllm.kernels.prompt_pages import state_at
+from lazyllm_vllm.kernels.selection import Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import (
     BLOCK,
     MAX_SPLITS,
@@ -16,73 +18,84 @@ from lazyllm_vllm.kernels.top_k import (
     counts_of,
     find_best,
     histogram_of,
-    home_slot,
-    home_slots,
     num_splits,
     split_bounds,
 )
 
 
+@dataclass(frozen=True)
+class PrefillRows:
+    """The rows of one stage, and which of them are whose prefill's."""
+
+    rows: Rows
+    segments: Segments
+
+
 @step_jit
 def _select_prefill_kernel(
     histogram_ptr,
-    found_ptr,
+    thresholds_ptr,
     counts_ptr,
-    token_key_ptr,
+    rank_ptr,
     level_ptr,
-    position_table_ptr,
-    position_table_stride,
+    block_table_ptr,
+    block_table_stride,
+    page_stride,
+    block_stride,
     is_pruned_ptr,
     active_ptr,
-    src_start_ptr,  # [prefills + 1] rows of the stage before, within its prefill rows
-    dst_start_ptr,  # [prefills + 1] rows of the stage
-    src_position_ptr,  # [rows of the stage before] int64
-    dst_row_ptr,  # [rows of the stage before]
-    src_request_ptr,
-    row_position_ptr,
+    num_prompt_ptr,
+    index_ptr,
+    before_start_ptr,  # [prefills + 1], first row of each prefill in the stage before
+    before_position_ptr,  # [rows of the stage before] int64
+    before_base,
+    after_start_ptr,  # [prefills + 1], and in the stage
+    after_base,
+    row_position_ptr,  # rows of the stage, written
     row_request_ptr,
     row_slot_ptr,
-    num_prompt_ptr,
-    req_index_ptr,
-    src_base,
-    dst_base,
+    row_source_ptr,
     num_decodes,
     splits,
     stage,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     nth = tl.program_id(0)
     split = tl.program_id(1)
     batch = num_decodes + nth
-    real = tl.load(req_index_ptr + batch) >= 0
-    request = tl.where(real, batch, -1)
-    table = position_table_ptr + batch * position_table_stride
-    src = src_base + tl.load(src_start_ptr + nth)
-    dst = dst_base + tl.load(dst_start_ptr + nth)
+    request = tl.where(tl.load(index_ptr + batch) >= 0, batch, -1)
+    table = block_table_ptr + batch * block_table_stride
+    before = before_base + tl.load(before_start_ptr + nth)
+    after = after_base + tl.load(after_start_ptr + nth)
 
     if tl.load(active_ptr + batch) == 0:  # every row goes on
         is_pruned = tl.load(is_pruned_ptr + batch) != 0
-        num_src = tl.load(src_start_ptr + nth + 1) - tl.load(src_start_ptr + nth)
-        start, end = split_bounds(num_src, split, splits, BLOCK)
+        num_rows = tl.load(before_start_ptr + nth + 1) - tl.load(before_start_ptr + nth)
+        start, end = split_bounds(num_rows, split, splits, BLOCK)
         for j0 in range(start, end, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             valid = j < end
-            position = tl.load(src_position_ptr + src + j, mask=valid, other=0)
-            tl.store(dst_row_ptr + src + j, dst + j, mask=valid)
-            tl.store(src_request_ptr + src + j, request, mask=valid)
-            tl.store(row_position_ptr + dst + j, position, mask=valid)
-            tl.store(row_request_ptr + dst + j, request, mask=valid)
-            tl.store(row_slot_ptr + dst + j, j, mask=valid)
+            position = tl.load(before_position_ptr + before + j, mask=valid, other=0)
+            tl.store(row_position_ptr + after + j, position, mask=valid)
+            tl.store(row_request_ptr + after + j, request, mask=valid)
+            tl.store(row_slot_ptr + after + j, j, mask=valid)
+            tl.store(row_source_ptr + after + j, before + j, mask=valid)
             if is_pruned:
-                home = home_slot(table, position, valid, BLOCK_SIZE)
-                tl.store(level_ptr + home, stage + 1, mask=valid)
+                at = state_at(
+                    table, position.to(tl.int32), valid, page_stride, block_stride,
+                    PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
+                )  # fmt: skip
+                tl.store(level_ptr + at, stage + 1, mask=valid)
         return
 
     clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
-    threshold = tl.load(found_ptr + batch * 4)
-    ties = tl.load(found_ptr + batch * 4 + 1)
+    threshold = tl.load(thresholds_ptr + batch * 4)
+    ties = tl.load(thresholds_ptr + batch * 4 + 1)
     counts = counts_of(counts_ptr, batch, MAX_SPLITS)
     num_above, all_above = counts_before(counts, split, splits, 0, MAX_SPLITS)
     met, all_met = counts_before(counts, split, splits, 1, MAX_SPLITS)
@@ -92,69 +105,75 @@ def _select_prefill_kernel(
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
-        home = home_slot(table, p, valid, BLOCK_SIZE)
-        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
-        candidate = key >= 0
-        tie = (key == threshold).to(tl.int32)
-        kept = (key > threshold) | ((tie != 0) & (met + tl.cumsum(tie, 0) <= ties))
-        from_row = src + num_seen + tl.cumsum(candidate.to(tl.int32), 0) - 1
+        at = state_at(
+            table, p, valid, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+        )
+        rank = tl.load(rank_ptr + at, mask=valid, other=-1)
+        candidate = rank >= 0
+        tie = (rank == threshold).to(tl.int32)
+        kept = (rank > threshold) | ((tie != 0) & (met + tl.cumsum(tie, 0) <= ties))
+        source = before + num_seen + tl.cumsum(candidate.to(tl.int32), 0) - 1
         slot = num_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(dst_row_ptr + from_row, tl.where(kept, dst + slot, -1), mask=candidate)
-        tl.store(src_request_ptr + from_row, request, mask=candidate)
-        tl.store(row_position_ptr + dst + slot, p.to(tl.int64), mask=kept)
-        tl.store(row_request_ptr + dst + slot, request, mask=kept)
-        tl.store(row_slot_ptr + dst + slot, slot, mask=kept)
-        level = tl.where(kept, stage + 1, stage).to(tl.int8)
-        tl.store(level_ptr + home, level, mask=candidate)
+        tl.store(row_position_ptr + after + slot, p.to(tl.int64), mask=kept)
+        tl.store(row_request_ptr + after + slot, request, mask=kept)
+        tl.store(row_slot_ptr + after + slot, slot, mask=kept)
+        tl.store(row_source_ptr + after + slot, source, mask=kept)
+        tl.store(level_ptr + at, tl.where(kept, stage + 1, stage), mask=candidate)
         met += tl.sum(tie, 0)
         num_seen += tl.sum(candidate.to(tl.int32), 0)
         num_kept += tl.sum(kept.to(tl.int32), 0)
 
 
-def select_prefill_triton(s, rows, src, num_decodes, stage, any_active):
-    num_prefills = len(src.start) - 1
-    table = s.position_table
+def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
+    num_prefills = after.segments.count
     if any_active:
-        find_best(s, num_decodes, num_prefills, stage, lists=1)
+        find_best(s, stage, range(num_decodes, num_decodes + num_prefills), lists=1)
     splits = num_splits(num_prefills)
+    state, search, rows = s.state, s.search, after.rows
     _select_prefill_kernel[(num_prefills, splits)](
-        s.histogram, s.found, s.counts, s.token_key, s.level, table, table.stride(0), s.is_pruned,
-        s.active[stage], src.start, src.dst_start, src.position, src.dst_row, src.request,
-        rows.position, rows.request, rows.slot, s.num_prompt, s.req_index, src.base, src.dst_base,
-        num_decodes, splits, stage, MAX_SPLITS=MAX_SPLITS, BLOCK_SIZE=s.block_size,
-        BLOCK=BLOCK,
+        search.histogram, search.thresholds, search.split_counts,
+        state.rank, state.level, *state.pages.kernel_args(),
+        s.is_pruned, s.active[stage], s.num_prompt, s.index,
+        before.segments.start, before.rows.position, before.segments.base,
+        after.segments.start, after.segments.base,
+        rows.position, rows.request, rows.slot, rows.source,
+        num_decodes, splits, stage, MAX_SPLITS=MAX_SPLITS, BLOCK=BLOCK,
+        **state.pages.kernel_constants(),
     )  # fmt: skip
 
 
-def select_prefill_reference(s, rows, src, num_decodes, stage, any_active):
-    for nth in range(len(src.start) - 1):
+def select_prefill_reference(s, stage, num_decodes, before, after, any_active):
+    rows = after.rows
+    for nth in range(after.segments.count):
         i = num_decodes + nth
-        request = i if s.req_index[i] >= 0 else -1
-        src0, src1 = (src.base + int(x) for x in src.start[nth : nth + 2])
-        dst0, dst1 = (src.dst_base + int(x) for x in src.dst_start[nth : nth + 2])
-        src.request[src0:src1] = request
-        rows.request[dst0:dst1] = request
-        rows.slot[dst0:dst1] = torch.arange(dst1 - dst0, device=rows.slot.device)
-        position = src.position[src0:src1]
+        old, new = before.segments.of(nth), after.segments.of(nth)
+        position = before.rows.position[old]
         kept = torch.ones_like(position, dtype=torch.bool)
         if s.active[stage, i]:
-            home = home_slots(s, i)
-            kept = best_mask(s.token_key[home], dst1 - dst0)[position]
-        rows.position[dst0:dst1] = position[kept]
-        src.dst_row[src0:src1] = (dst0 + kept.cumsum(0) - 1).where(kept, -1).to(torch.int32)
+            rank = s.state.rank[s.state.prompt_at(i, s.num_prompt)]
+            kept = best_mask(rank, new.stop - new.start)[position]
+        rows.position[new] = position[kept]
+        rows.request[new] = i if s.index[i] >= 0 else -1
+        rows.slot[new] = torch.arange(new.stop - new.start, device=rows.slot.device).int()
+        rows.source[new] = (old.start + kept.nonzero()[:, 0]).int()
         if s.is_pruned[i]:
-            home = physical_slots(s.position_table[i], position, s.block_size)
-            s.level[home] = (stage + kept.to(torch.int8)).to(torch.int8)
+            s.state.level[s.state.at(i, position)] = stage + kept.int()
 
 
 def select_prefill(
-    s: Selection, rows: Rows, src: PrefillMove, num_decodes: int, stage: int, any_active: bool
+    s: Selection,
+    stage: int,
+    num_decodes: int,
+    before: PrefillRows,
+    after: PrefillRows,
+    any_active: bool,
 ) -> None:
-    """Choose each prefill's rows of ``stage``: fills their part of ``rows``, ``src.dst_row``,
-    ``src.request`` and ``level``.
+    """Choose each prefill's rows of ``stage``: fills their part of ``after.rows`` and ``level``.
 
     Args:
+        num_decodes: requests before the prefills in the batch.
+        before: rows of the stage before, of which ``position`` is read.
         any_active: whether a token of any of them is dropped here; their tokens are ranked, then.
     """
-    run = select_prefill_triton if s.token_key.is_cuda else select_prefill_reference
-    run(s, rows, src, num_decodes, stage, any_active)
+    run = select_prefill_triton if s.index.is_cuda else select_prefill_reference
+    run(s, stage, num_decodes, before, after, any_active)

@@ -1,6 +1,6 @@
-"""The k best keys of a request, ties to the lower position, without sorting.
+"""The k best ranks of a request, ties to the lower position, without sorting.
 
-Scores are never negative, so the bits of a float32 order as the float does: keys are int32, -1 for
+Scores are never negative, so the bits of a float32 order as the float does: ranks are int32, -1 for
 a position that is no candidate. The k-th largest is found by a radix search in three digits, and
 each pass over the positions is spread over ``num_splits`` programs a request, which add to one
 histogram a digit: ``rank`` fills the first digit's, ``_refine_kernel`` the others', and
@@ -15,27 +15,31 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-from lazyllm_vllm.kernels.attention import physical_slots
 from lazyllm_vllm.kernels.jit import step_jit
+from lazyllm_vllm.kernels.prompt_pages import state_at
+from lazyllm_vllm.kernels.selection import Search, Selection
 
 ALWAYS_KEPT = 0x7F800000  # the bits of infinity: above every score
 NO_CANDIDATE = -1
 MAX_SPLITS = 128
 BLOCK = 1024  # positions a program looks at together
-BINS = 4096  # of a list: 2048 for a key's first digit (bits 30-20), 1024 each for 19-10 and 9-0
+BINS = 4096  # of a list: 2048 for a rank's first digit (bits 30-20), 1024 each for 19-10 and 9-0
 NUM_COUNTS = 3
+
+
+def make_search(batch: int, device: torch.device) -> Search:
+    """Clean scratch for ``batch`` requests."""
+    ints = {"dtype": torch.int32, "device": device}
+    return Search(
+        histogram=torch.zeros(batch, 2 * BINS, **ints),
+        thresholds=torch.zeros(batch, 4, **ints),
+        split_counts=torch.zeros(batch, NUM_COUNTS, MAX_SPLITS, **ints),
+    )
 
 
 def num_splits(num_requests: int) -> int:
     """Programs that share a request's positions: about two for each of a large GPU's processors."""
     return max(1, min(MAX_SPLITS, 264 // num_requests))
-
-
-@triton.jit
-def home_slot(position_table_row, position, mask, BLOCK_SIZE: tl.constexpr):
-    """Physical slot in stage 0 of each position."""
-    block = tl.load(position_table_row + position // BLOCK_SIZE, mask=mask, other=0)
-    return block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 @triton.jit
@@ -59,21 +63,21 @@ def counts_of(counts_ptr, batch, MAX_SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _digit(key, STEP: tl.constexpr):
+def _digit(rank, STEP: tl.constexpr):
     if STEP == 0:
-        return key >> 20
+        return rank >> 20
     elif STEP == 1:
-        return (key >> 10) & 1023
+        return (rank >> 10) & 1023
     else:
-        return key & 1023
+        return rank & 1023
 
 
 @triton.jit
-def add_digits(histogram_row, key, listed, STEP: tl.constexpr, LIST: tl.constexpr):
-    """Count the listed keys' digits into the request's histogram."""
+def add_digits(histogram_row, rank, listed, STEP: tl.constexpr, LIST: tl.constexpr):
+    """Count the listed ranks' digits into the request's histogram."""
     bins: tl.constexpr = 2048 if STEP == 0 else 1024
     first: tl.constexpr = 4096 * LIST + (0 if STEP == 0 else 1024 + 1024 * STEP)
-    counts = tl.histogram(tl.where(listed, _digit(key, STEP), 0), bins, mask=listed)
+    counts = tl.histogram(tl.where(listed, _digit(rank, STEP), 0), bins, mask=listed)
     at = tl.arange(0, bins)
     tl.atomic_add(histogram_row + first + at, counts, mask=counts > 0, sem="relaxed")
 
@@ -94,8 +98,8 @@ def _next_digit(histogram_row, prefix, remaining, STEP: tl.constexpr, LIST: tl.c
 
 @triton.jit
 def prefix_of(histogram_row, k, STEPS: tl.constexpr, LIST: tl.constexpr):
-    """First ``STEPS`` digits of the k-th largest key (of the least one, if there are fewer; above
-    all keys, if k is 0 or there are none), and how many of the keys with them are among the k."""
+    """First ``STEPS`` digits of the k-th largest rank (of the least one, if there are fewer; above
+    all ranks, if k is 0 or there are none), and how many of the ranks with them are among the k."""
     prefix, remaining = _next_digit(histogram_row, 0, k, 0, LIST)
     if STEPS > 1:
         prefix, remaining = _next_digit(histogram_row, prefix, remaining, 1, LIST)
@@ -107,22 +111,27 @@ def prefix_of(histogram_row, k, STEPS: tl.constexpr, LIST: tl.constexpr):
 @step_jit
 def _refine_kernel(
     histogram_ptr,
-    token_key_ptr,
+    rank_ptr,
     level_ptr,
-    position_table_ptr,
-    position_table_stride,
+    block_table_ptr,
+    block_table_stride,
+    page_stride,
+    block_stride,
     num_prompt_ptr,
     active_ptr,
     limit_ptr,
-    table_ptr,
-    table_stride,
-    req_index_ptr,
+    kept_ptr,
+    counts_stride,
+    index_ptr,
     first_request,
     splits,
     stage,
     STEP: tl.constexpr,
     LISTS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     batch = first_request + tl.program_id(0)
@@ -132,47 +141,54 @@ def _refine_kernel(
     start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
     if start >= end:
         return
-    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
+    k = tl.load(kept_ptr + tl.load(index_ptr + batch) * counts_stride + stage)
     row = histogram_of(histogram_ptr, batch)
     prefix_0, ties_0 = prefix_of(row, k, STEP, 0)
     prefix_1 = 0
     if LISTS == 2:
         prefix_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), STEP, 1)
-    table = position_table_ptr + batch * position_table_stride
+    table = block_table_ptr + batch * block_table_stride
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
-        home = home_slot(table, p, valid, BLOCK_SIZE)
-        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
-        above = key >> (30 - 10 * STEP)
-        add_digits(row, key, (key >= 0) & (above == prefix_0), STEP, 0)
+        at = state_at(
+            table, p, valid, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+        )
+        rank = tl.load(rank_ptr + at, mask=valid, other=-1)
+        above = rank >> (30 - 10 * STEP)
+        add_digits(row, rank, (rank >= 0) & (above == prefix_0), STEP, 0)
         if LISTS == 2:
-            listed = (key >= 0) & (above == prefix_1)
-            listed &= tl.load(level_ptr + home, mask=listed, other=127) == stage
-            add_digits(row, key, listed, STEP, 1)
+            listed = (rank >= 0) & (above == prefix_1)
+            listed &= tl.load(level_ptr + at, mask=listed, other=127) == stage
+            add_digits(row, rank, listed, STEP, 1)
 
 
 @step_jit
 def _count_kernel(
-    found_ptr,  # [batch, 4] int32: threshold and ties of list 0, of list 1
-    counts_ptr,  # [batch, 3, MAX_SPLITS]: see Selection.counts
+    thresholds_ptr,  # [batch, 4] int32: threshold and ties of list 0, of list 1
+    counts_ptr,  # [batch, 3, MAX_SPLITS]: see Search.split_counts
     histogram_ptr,
-    token_key_ptr,
+    rank_ptr,
     level_ptr,
-    position_table_ptr,
-    position_table_stride,
+    block_table_ptr,
+    block_table_stride,
+    page_stride,
+    block_stride,
     num_prompt_ptr,
     active_ptr,
     limit_ptr,
-    table_ptr,
-    table_stride,
-    req_index_ptr,
+    kept_ptr,
+    counts_stride,
+    index_ptr,
     first_request,
     splits,
     stage,
     LISTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     batch = first_request + tl.program_id(0)
@@ -180,7 +196,7 @@ def _count_kernel(
     if tl.load(active_ptr + batch) == 0:
         return
     num_prompt = tl.load(num_prompt_ptr + batch)
-    k = tl.load(table_ptr + tl.load(req_index_ptr + batch) * table_stride + 1 + stage)
+    k = tl.load(kept_ptr + tl.load(index_ptr + batch) * counts_stride + stage)
     row = histogram_of(histogram_ptr, batch)
     start, end = split_bounds(num_prompt, split, splits, BLOCK)
     counts = counts_of(counts_ptr, batch, MAX_SPLITS) + split
@@ -194,53 +210,55 @@ def _count_kernel(
         threshold_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), 3, 1)
         best = tl.maximum(threshold, threshold_1)
     if split == 0:
-        tl.store(found_ptr + batch * 4, threshold)
-        tl.store(found_ptr + batch * 4 + 1, ties)
+        tl.store(thresholds_ptr + batch * 4, threshold)
+        tl.store(thresholds_ptr + batch * 4 + 1, ties)
         if LISTS == 2:
-            tl.store(found_ptr + batch * 4 + 2, threshold_1)
-            tl.store(found_ptr + batch * 4 + 3, ties_1)
+            tl.store(thresholds_ptr + batch * 4 + 2, threshold_1)
+            tl.store(thresholds_ptr + batch * 4 + 3, ties_1)
 
-    table = position_table_ptr + batch * position_table_stride
+    table = block_table_ptr + batch * block_table_stride
     num_above = 0
     num_ties = 0
     num_third = 0
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
-        home = home_slot(table, p, valid, BLOCK_SIZE)
-        key = tl.load(token_key_ptr + home, mask=valid, other=-1)
-        num_ties += tl.sum((key == threshold).to(tl.int32), 0)
+        at = state_at(
+            table, p, valid, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+        )
+        rank = tl.load(rank_ptr + at, mask=valid, other=-1)
+        num_ties += tl.sum((rank == threshold).to(tl.int32), 0)
         if LISTS == 2:
-            absent = tl.load(level_ptr + home, mask=key >= best, other=127) == stage
-            num_above += tl.sum((absent & (key > best)).to(tl.int32), 0)
-            num_third += tl.sum((absent & (key == best)).to(tl.int32), 0)
+            absent = tl.load(level_ptr + at, mask=rank >= best, other=127) == stage
+            num_above += tl.sum((absent & (rank > best)).to(tl.int32), 0)
+            num_third += tl.sum((absent & (rank == best)).to(tl.int32), 0)
         else:
-            num_above += tl.sum((key > threshold).to(tl.int32), 0)
-            num_third += tl.sum((key >= 0).to(tl.int32), 0)
+            num_above += tl.sum((rank > threshold).to(tl.int32), 0)
+            num_third += tl.sum((rank >= 0).to(tl.int32), 0)
     tl.store(counts, num_above)
     tl.store(counts + MAX_SPLITS, num_ties)
     tl.store(counts + 2 * MAX_SPLITS, num_third)
 
 
-def find_best(s, first_request: int, num_requests: int, stage: int, lists: int) -> None:
-    """Fill ``s.found`` and ``s.counts`` for the active requests ``first_request ..
-    first_request + num_requests - 1``, whose keys and first digits ``rank_tokens`` left.
+def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
+    """Fill the thresholds and split counts of the active requests of ``batch``, whose ranks and
+    first digits ``rank_tokens`` left.
 
     Args:
-        s: ``kernels.state.Selection``.
         lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit``.
     """
-    table = s.position_table
-    splits = num_splits(num_requests)
+    pages, search = s.state.pages, s.search
+    splits = num_splits(len(batch))
     common = (
-        s.token_key, s.level, table, table.stride(0), s.num_prompt, s.active[stage],
-        s.limit[stage], s.table, s.table.stride(0), s.req_index, first_request, splits, stage,
+        search.histogram, s.state.rank, s.state.level, *pages.kernel_args(),
+        s.num_prompt, s.active[stage], s.limit[stage], s.counts.kept, s.counts.stride, s.index,
+        batch.start, splits, stage,
     )  # fmt: skip
-    constants = {"LISTS": lists, "BLOCK_SIZE": s.block_size, "BLOCK": BLOCK}
+    constants = {"LISTS": lists, "BLOCK": BLOCK} | pages.kernel_constants()
     for step in (1, 2):
-        _refine_kernel[(num_requests, splits)](s.histogram, *common, STEP=step, **constants)
-    _count_kernel[(num_requests, splits)](
-        s.found, s.counts, s.histogram, *common, MAX_SPLITS=MAX_SPLITS, **constants
+        _refine_kernel[(len(batch), splits)](*common, STEP=step, **constants)
+    _count_kernel[(len(batch), splits)](
+        search.thresholds, search.split_counts, *common, MAX_SPLITS=MAX_SPLITS, **constants
     )
 
 
@@ -254,21 +272,15 @@ def counts_before(counts_row, split, splits, WHICH: tl.constexpr, MAX_SPLITS: tl
 
 @triton.jit
 def clear_histogram(histogram_row, split, splits):
-    """Leave zeros for the next boundary; each split clears its share."""
+    """Leave zeros for the next boundary; each split clears its part."""
     for part in range(split, 8, splits):
         at = part * 1024 + tl.arange(0, 1024)
         tl.store(histogram_row + at, tl.zeros([1024], tl.int32))
 
 
-def home_slots(s, i):
-    """Physical slots in stage 0 of request i's prompt, in order of position."""
-    position = torch.arange(int(s.num_prompt[i]), device=s.token_key.device)
-    return physical_slots(s.position_table[i], position, s.block_size)
-
-
-def best_mask(key: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask of the k best keys by (key descending, position ascending), no candidates left out."""
-    order = torch.sort(key, descending=True, stable=True).indices[:k]
-    best = torch.zeros_like(key, dtype=torch.bool)
+def best_mask(rank: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask of the k best by (rank descending, position ascending), no candidates left out."""
+    order = torch.sort(rank, descending=True, stable=True).indices[:k]
+    best = torch.zeros_like(rank, dtype=torch.bool)
     best[order] = True
-    return best & (key >= 0)
+    return best & (rank >= 0)

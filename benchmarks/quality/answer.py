@@ -37,7 +37,7 @@ def share_computed(llm: LLM) -> float | None:
     """Share of (prompt token, layer) pairs computed so far; None: stock vLLM."""
     if "lazyllm" not in (llm.llm_engine.vllm_config.additional_config or {}):
         return None
-    from lazyllm_vllm.stats import request_stats
+    from lazyllm_vllm import request_stats
 
     return request_stats(llm)["total"]["share_computed"]
 

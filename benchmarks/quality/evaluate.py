@@ -22,7 +22,7 @@ from benchmarks.quality.metrics import METRICS
 from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.start import start
 from benchmarks.quality.tasks.published import Published
-from lazyllm_vllm.config import LazyLLMConfig
+from lazyllm_vllm.plan.config import LazyLLMConfig
 
 AGREEMENT = "agreement on text"
 LIKELIEST = 20  # next tokens that vLLM tells of at most, by default
@@ -89,7 +89,7 @@ class Evaluation:
                 config |= {"prune": prune}
             config, options = as_if_alone(config, options)
         arguments = {
-            "model": str(model.path), "config": config, "scores": method.scores, "options": options
+            "model": str(model.path), "config": config, "scorer": method.scorer, "options": options
         }  # fmt: skip
         self.engine = Engine(start, arguments, "benchmarks.quality.answer", log)
         self.versions = self.engine.ready()

@@ -1,7 +1,7 @@
 """Ways to drop tokens, all through the same engine: LazyLLM, parts of it, and what it is compared
 with. At the same schedule they take the same prefill.
 
-The two that LazyLLM does not have replace what scores tokens, in the engine's process alone.
+The two that LazyLLM does not have are scorers of their own, see ``scorers``.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ PAPER = PAPER_SCORE | UNLIMITED | {
 class Method:
     """Attributes:
     config: fields of LazyLLM's configuration that differ from the defaults; None: stock vLLM.
-    scores: ``attention``; ``random``; or ``static``, those of the first boundary at every one.
+    scorer: name of one of ``scorers.SCORERS``; None: LazyLLM's own.
     """
 
     name: str
     config: dict | None
-    scores: str = "attention"
+    scorer: str | None = None
 
 
 FULL = Method("full model", None)
@@ -62,19 +62,3 @@ REVIVAL = (
     ),
     Method("unlimited", UNLIMITED),
 )
-
-
-def use_scores(kind: str) -> None:
-    """Make the staged attention of this process score tokens so."""
-    from lazyllm_vllm import attention
-
-    original = attention.score_tokens
-
-    def static(token_score, *args):
-        if args[-3] == 0:  # the stage; what it scored stays at each token's place
-            original(token_score, *args)
-
-    def random(token_score, *args):
-        token_score.uniform_()
-
-    attention.score_tokens = {"attention": original, "static": static, "random": random}[kind]

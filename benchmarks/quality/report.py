@@ -12,8 +12,8 @@ from benchmarks.quality.results import FILE, Row
 from benchmarks.quality.schedules import COMPARED, SWEEP
 from benchmarks.quality.shares import Full, mean_of, same_samples
 from benchmarks.results import figure, read, replace_section, table
-from lazyllm_vllm.config import LazyLLMConfig
-from lazyllm_vllm.presets import PRESETS
+from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.presets import PRESETS
 
 _MODEL_LAYERS = 30  # SmolLM2-135M's
 

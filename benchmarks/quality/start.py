@@ -1,20 +1,24 @@
 """An engine on SmolLM2, or on any model in a folder."""
 
 
-def start(model: str, config: dict | None, scores: str, options: dict):
+def start(model: str, config: dict | None, scorer: str | None, options: dict):
     """A ``vllm.LLM``.
 
     Args:
         config: LazyLLM's; None: stock vLLM.
-        scores: see ``methods.Method``.
+        scorer: see ``methods.Method``.
     """
     from vllm import LLM
 
     if config is not None:
-        from benchmarks.quality.methods import use_scores
+        from benchmarks.quality import scorers
 
-        use_scores(scores)
+        scorers.use(scorer)
     return LLM(
-        model, seed=0, enable_prefix_caching=False, skip_tokenizer_init=True,
-        additional_config={"lazyllm": config} if config is not None else {}, **options,
-    )  # fmt: skip
+        model,
+        seed=0,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        additional_config={"lazyllm": config} if config is not None else {},
+        **options,
+    )

@@ -10,7 +10,7 @@ from benchmarks.engine import Engine
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, TWENTIETH, WHOLE, Pruning, flop_bound
 from benchmarks.speed.start import start
-from lazyllm_vllm.config import LazyLLMConfig
+from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
 

@@ -63,7 +63,7 @@ def _revived(llm: LLM) -> float | None:
     """Prompt tokens revived so far, a stage."""
     if "lazyllm" not in (_core(llm).vllm_config.additional_config or {}):
         return None
-    from lazyllm_vllm.stats import request_stats
+    from lazyllm_vllm import request_stats
 
     by_stage = request_stats(llm)["total"]["revived"]
     return sum(by_stage) / max(len(by_stage) - 1, 1)

@@ -1,5 +1,7 @@
 """The staged forward: any decoder whose layers are ``layer(positions, hidden, residual)``."""
 
+from functools import partial
+
 import torch
 
 from vllm.config import VllmConfig
@@ -7,47 +9,47 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from lazyllm_vllm.attention import StagedAttention
-from lazyllm_vllm.aux_cache import add_aux_pages
-from lazyllm_vllm.cuda_graphs import between_graphs, captures_pieces
+from lazyllm_vllm.hooks.attention_backend import StageMetadata
+from lazyllm_vllm.hooks.attention_layer import StagedAttention
+from lazyllm_vllm.hooks.cuda_graphs import between_graphs, captures_pieces
+from lazyllm_vllm.hooks.engine_config import schedule_of
+from lazyllm_vllm.hooks.patches import install_in_worker
+from lazyllm_vllm.hooks.prompt_cache import add_prompt_pages
+from lazyllm_vllm.models.families import family_of
 from lazyllm_vllm.models.rotary import take_rotary
+from lazyllm_vllm.models.sampled_rows import sampled_rows, to_token_layout
 from lazyllm_vllm.models.small_ops import SmallOps
-from lazyllm_vllm.patches import install_in_worker
-from lazyllm_vllm.schedule import Schedule
-from lazyllm_vllm.step import Step
 
 
 class StagedDecoder:
     """Mix-in for a vLLM causal language model with ``self.model.embed_input_ids``,
-    ``self.model.layers``, each of which ends with its ``mlp``, and ``self.model.norm``.
+    ``self.model.layers`` and ``self.model.norm``.
 
     Call ``cut_into_stages`` at the end of ``__init__`` and put the mix-in before the model's class.
     """
 
     def cut_into_stages(self, vllm_config: VllmConfig) -> None:
-        """Give every decoder layer its stage, and the Aux Cache its place."""
+        """Give every decoder layer its stage, and what is private to a prompt its place."""
         layers = self.model.layers
-        self.schedule = Schedule.of(vllm_config)
+        self.schedule = schedule_of(vllm_config)
         attention = [
             next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
         ]
-        max_len = vllm_config.model_config.max_model_len
         for index, (layer, module) in enumerate(zip(layers, attention)):
-            rotary = take_rotary(layer)
-            StagedAttention.adopt(module, rotary, self.schedule, index, max_len)
-        # After the last attention only the rows that are sampled from matter.
-        layers[-1].mlp.register_forward_pre_hook(_take_current_rows)
+            StagedAttention.adopt(module, take_rotary(layer), self.schedule, index, vllm_config)
+        last_module = family_of([type(self).__name__]).last_module
+        layers[-1].get_submodule(last_module).register_forward_pre_hook(_cut_to_sampled_rows)
         self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.small_ops = SmallOps(self.model)
         self.layer_names = [module.layer_name for module in attention]
         install_in_worker()
-        if self.schedule.has_aux:
-            add_aux_pages(vllm_config, attention[0], self.schedule)
+        if self.schedule.prunes:
+            add_prompt_pages(vllm_config, attention[0], self.schedule)
 
     @staticmethod
     def get_model_state_cls():
-        from lazyllm_vllm.model_state import LazyModelState
+        from lazyllm_vllm.hooks.model_state import LazyModelState
 
         return LazyModelState
 
@@ -66,54 +68,59 @@ class StagedDecoder:
         Returns:
             ``[num_tokens, hidden]``; only the rows that are sampled from are written.
         """
-        hidden = self.model.embed_input_ids(input_ids)
-        step = _current_step()
+        hidden, residual = self.model.embed_input_ids(input_ids), None
+        num_tokens = len(hidden)
+        metadata = _stage_metadata()
         if self.small_ops:
-            self.small_ops.recorded = step is not None and step.recorded
-        if captures_pieces():
-            between_graphs(_begin, positions)
-            return self._run_whole(hidden, positions)
-        if step is None:  # vLLM's memory profile: every token through every layer
-            return self._run_whole(hidden, positions)
-
-        num_tokens = hidden.shape[0]
-        hidden, positions = hidden[: step.num_rows(0)], positions[: step.num_rows(0)]
-        step.begin(positions)
-        residual = None
+            self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
+        every_row = metadata is None or captures_pieces()
+        if not every_row:
+            rows = slice(0, metadata.step.num_rows(0))
+            hidden, positions = hidden[rows], positions[rows]
+        if metadata is not None:  # else vLLM's memory profile
+            between_graphs(_begin)
         for stage in range(self.schedule.num_stages):
-            if stage > 0:
-                hidden, residual, positions = step.cross(stage, hidden, residual)
+            if stage > 0 and metadata is not None:
+                hidden, residual, positions = _cross(stage, hidden, residual, positions)
             for index in self.schedule.stage_layers(stage):
                 hidden, residual = self.model.layers[index](positions, hidden, residual)
-        hidden, _ = self.model.norm(hidden, residual[step.current_rows()])
-        if step.num_prefills == 0 and step.num_decodes == num_tokens:
-            return hidden
-        out = hidden.new_empty(num_tokens, hidden.shape[1])
-        out[step.sampled_tokens] = hidden
-        return out
-
-    def _run_whole(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Every row through every layer."""
-        residual = None
-        for layer in self.model.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        return self.model.norm(hidden, residual)[0]
+        if every_row:
+            return self.model.norm(hidden, residual)[0]
+        step, boundary = metadata.step, metadata.boundary
+        hidden, _ = self.model.norm(hidden, residual[sampled_rows(step, boundary)])
+        return to_token_layout(hidden, step, boundary, num_tokens)
 
 
-def _begin(positions: torch.Tensor) -> None:
-    step = _current_step()
-    step.begin(positions[: step.num_rows(0)])
-
-
-def _take_current_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
-    step = _current_step()
-    if step is None or captures_pieces():
-        return None
-    return (args[0][step.current_rows()], *args[1:])
-
-
-def _current_step() -> Step | None:
+def _stage_metadata() -> StageMetadata | None:
+    """That of the first layer; None: there are no requests."""
     metadata = get_forward_context().attn_metadata
-    if metadata is None:
+    return next(iter(metadata.values())) if metadata else None
+
+
+def _begin() -> None:
+    metadata = _stage_metadata()
+    metadata.boundary.begin(metadata.step)
+
+
+def _cross(stage: int, hidden, residual, positions):
+    """Over a boundary; where a graph is captured in pieces, nothing is dropped at its replays."""
+    if captures_pieces():
+        between_graphs(partial(_cross_without_drops, stage))
+        return hidden, residual, positions
+    metadata = _stage_metadata()
+    step, boundary = metadata.step, metadata.boundary
+    hidden, residual = boundary.cross(step, stage, hidden, residual)
+    return hidden, residual, boundary.buffers.rows[stage].position[: step.num_rows(stage)]
+
+
+def _cross_without_drops(stage: int) -> None:
+    metadata = _stage_metadata()
+    assert metadata.step.drops_nothing
+    metadata.boundary.cross(metadata.step, stage, None, None)
+
+
+def _cut_to_sampled_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
+    metadata = _stage_metadata()
+    if metadata is None or captures_pieces():
         return None
-    return next(iter(metadata.values())).step
+    return (args[0][sampled_rows(metadata.step, metadata.boundary)], *args[1:])

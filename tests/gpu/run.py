@@ -107,7 +107,7 @@ def small_llama_against_reference(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lazyllm_vllm import reference
-    from lazyllm_vllm.config import parse_config
+    from lazyllm_vllm.plan.config import parse_config
 
     torch.manual_seed(1)
     shape = LlamaConfig(

@@ -1,0 +1,37 @@
+"""What tokens are chosen by, in the methods that LazyLLM is compared with."""
+
+import torch
+
+from lazyllm_vllm.runtime import scorers
+
+
+class RandomScorer(scorers.AttentionScorer):
+    """Anything."""
+
+    every_layer = False
+
+    def score_prefills(self, s, queries, keys, batch, is_first_layer) -> None:
+        self.score_decodes(s, queries, keys, batch, s.is_pruned)
+
+    def score_decodes(self, s, queries, keys, batch, active) -> None:
+        for i in batch:
+            if active[i]:
+                at = s.state.prompt_at(i, s.num_prompt)
+                s.state.score[at] = torch.rand(len(at), device=at.device)
+
+
+class StaticScorer(scorers.AttentionScorer):
+    """The scores of the first boundary, which stay at each token's place, at every one."""
+
+    def score_prefills(self, s, queries, keys, batch, is_first_layer) -> None:
+        if keys.stage == 0:
+            super().score_prefills(s, queries, keys, batch, is_first_layer)
+
+
+SCORERS = {"random": RandomScorer, "static": StaticScorer}
+
+
+def use(name: str | None) -> None:
+    """Let the engines that this process starts score by one of ``SCORERS``."""
+    if name is not None:
+        scorers.SCORERS["peak"] = SCORERS[name]

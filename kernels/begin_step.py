@@ -1,0 +1,176 @@
+"""The start of a step: whose rows there are in stage 0, and what each boundary will do."""
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+from lazyllm_vllm.kernels.jit import step_jit
+from lazyllm_vllm.kernels.selection import Rows, Segments, Selection
+
+
+@step_jit
+def _begin_step_kernel(
+    num_prompt_ptr,
+    is_pruned_ptr,
+    active_ptr,  # [stages, max batch]
+    limit_ptr,  # [stages, max batch]
+    index_ptr,
+    prompts_ptr,  # the columns of PromptCounts
+    kept_ptr,
+    capacity_ptr,
+    prompt_keys_ptr,
+    counts_stride,
+    positions_ptr,  # [rows of stage 0] int64
+    quota_ptr,
+    num_keys_ptr,  # [stages, max batch]
+    num_revived_ptr,  # [stages, max batch]
+    row_position_ptr,  # [stages, max rows] int64
+    row_request_ptr,
+    row_slot_ptr,
+    row_source_ptr,
+    start_ptr,  # [prefills + 1]
+    prefill_base,
+    max_batch,
+    max_rows,
+    num_decodes,
+    revive_rows,
+    marks_always,
+    num_stages,
+    BLOCK: tl.constexpr,
+):
+    batch = tl.program_id(0)
+    index = tl.load(index_ptr + batch)
+    counts = tl.maximum(index, 0).to(tl.int64) * counts_stride
+    num_prompt = tl.load(prompts_ptr + counts)
+    if index < 0:
+        num_prompt = 0
+    last = tl.load(kept_ptr + counts + num_stages - 1)
+    pruned = (last < num_prompt).to(tl.int32)
+
+    if batch >= num_decodes:
+        if tl.program_id(1) == 0:
+            tl.store(num_prompt_ptr + batch, num_prompt)
+            tl.store(is_pruned_ptr + batch, pruned)
+            for stage in range(1, num_stages):
+                kept = tl.load(kept_ptr + counts + stage)
+                before = tl.load(kept_ptr + counts + stage - 1)
+                drops = (pruned != 0) & (kept < before)
+                tl.store(active_ptr + stage * max_batch + batch, drops.to(tl.int32))
+        nth = batch - num_decodes
+        start = tl.load(start_ptr + nth)
+        end = tl.load(start_ptr + nth + 1)
+        step = tl.num_programs(1) * BLOCK
+        for j0 in range(start + tl.program_id(1) * BLOCK, end, step):
+            row = prefill_base + j0 + tl.arange(0, BLOCK)
+            valid = row < prefill_base + end
+            position = tl.load(positions_ptr + row, mask=valid)
+            tl.store(row_position_ptr + row, position, mask=valid)
+            tl.store(row_request_ptr + row, tl.where(index < 0, -1, batch), mask=valid)
+        return
+
+    if tl.program_id(1) > 0:
+        return
+    tl.store(num_prompt_ptr + batch, num_prompt)
+    tl.store(is_pruned_ptr + batch, pruned)
+    position = tl.load(positions_ptr + batch)
+    if index < 0:
+        position = position * 0
+    quota = tl.load(quota_ptr)
+    for stage in range(num_stages):
+        at = stage * max_batch + batch
+        prompt_keys = tl.load(prompt_keys_ptr + counts + stage)
+        slot = prompt_keys + position.to(tl.int32) - num_prompt
+        tl.store(num_keys_ptr + at, tl.where(index < 0, 0, slot + 1))
+        tl.store(num_revived_ptr + at, 0)
+        row = stage * max_rows + batch
+        tl.store(row_position_ptr + row, position)
+        tl.store(row_request_ptr + row, tl.where(index < 0, -1, batch))
+        tl.store(row_slot_ptr + row, slot)
+        tl.store(row_source_ptr + row, batch)
+        if stage > 0:
+            left = tl.load(capacity_ptr + counts + stage) - prompt_keys
+            limit = 0
+            if revive_rows > 0:
+                limit = tl.minimum(quota, tl.maximum(left, 0))
+            active = (pruned != 0) & ((marks_always != 0) | (limit > 0))
+            tl.store(limit_ptr + at, limit)
+            tl.store(active_ptr + at, active.to(tl.int32))
+            # Rows set aside for revived tokens are nobody's until a token is chosen.
+            for unused in range(batch, revive_rows, num_decodes):
+                row = stage * max_rows + num_decodes + unused
+                tl.store(row_request_ptr + row, -1)
+                tl.store(row_position_ptr + row, position * 0)
+                tl.store(row_source_ptr + row, -1)
+
+
+def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, marks_always):
+    block, splits = 1024, 1
+    if segments.count:
+        splits = max(1, min(64, triton.cdiv(len(positions), block * segments.count)))
+    counts = s.counts
+    _begin_step_kernel[(num_decodes + segments.count, splits)](
+        s.num_prompt, s.is_pruned, s.active, s.limit, s.index,
+        counts.num_prompt, counts.kept, counts.capacity, counts.prompt_keys, counts.stride,
+        positions, s.quota, rows.num_keys, rows.num_revived,
+        rows.position, rows.request, rows.slot, rows.source, segments.start, segments.base,
+        s.active.shape[1], rows.position.shape[1], num_decodes, revive_rows, int(marks_always),
+        s.num_stages, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows, marks_always):
+    n, batch = num_decodes, num_decodes + segments.count
+    real = s.index[:batch] >= 0
+    index = s.index[:batch].clamp(min=0).long()
+    kept, capacity, prompt_keys = (
+        x[index] for x in (s.counts.kept, s.counts.capacity, s.counts.prompt_keys)
+    )
+    s.num_prompt[:batch] = s.counts.num_prompt[index] * real
+    s.is_pruned[:batch] = kept[:, -1] < s.num_prompt[:batch]
+    pruned = s.is_pruned[:batch].bool()
+    drops = (kept[:, 1:] < kept[:, :-1]) & pruned[:, None]
+    s.active[1:, n:batch] = drops[n:].T.int()
+    for nth in range(segments.count):
+        mine = segments.of(nth)
+        rows.position[0, mine] = positions[mine]
+        rows.request[0, mine] = n + nth if real[n + nth] else -1
+    if n == 0:
+        return
+    position = positions[:n] * real[:n]
+    slot = (prompt_keys[:n].T + position - s.num_prompt[:n]).int()
+    rows.num_keys[:, :n] = (slot + 1) * real[:n]
+    rows.num_revived[:, :n] = 0
+    rows.position[:, :n] = position
+    rows.request[:, :n] = torch.arange(n, device=real.device).where(real[:n], -1).int()
+    rows.slot[:, :n] = slot
+    rows.source[:, :n] = torch.arange(n, device=real.device).int()
+    most = int(s.quota) if revive_rows else 0
+    s.limit[1:, :n] = (capacity - prompt_keys)[:n, 1:].T.clamp(0, most)
+    s.active[1:, :n] = (pruned[:n] & ((s.limit[1:, :n] > 0) | bool(marks_always))).int()
+    for tensor, unused in ((rows.request, -1), (rows.position, 0), (rows.source, -1)):
+        tensor[1:, n : n + revive_rows] = unused
+
+
+def begin_step(
+    s: Selection,
+    rows: Rows,
+    positions: torch.Tensor,
+    segments: Segments,
+    num_decodes: int,
+    revive_rows: int,
+    marks_always: bool,
+) -> None:
+    """Fill what the boundaries of a step go by: ``num_prompt``, ``is_pruned``, ``active`` and
+    ``limit`` of ``s``; the decodes' rows in every stage; the prefills' position and request in
+    stage 0.
+
+    Args:
+        rows: of all stages; revived rows are left to nobody.
+        positions: ``[rows]`` int64, of stage 0.
+        segments: the prefills' rows in stage 0.
+        num_decodes: requests with one row, first in the batch.
+        revive_rows: rows set aside for revived tokens; 0: nothing is revived in this step.
+        marks_always: decodes select at every boundary, though nothing may be revived.
+    """
+    run = begin_step_triton if positions.is_cuda else begin_step_reference
+    run(s, rows, positions, segments, num_decodes, revive_rows, marks_always)

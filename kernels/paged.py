@@ -1,0 +1,82 @@
+"""The keys and values of a stage in vLLM's paged KV cache.
+
+physical slot of slot j = block_table[j // block_size] * block_size + j % block_size
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+
+@dataclass(frozen=True)
+class StageKeys:
+    """What one layer of a stage has of every request in the batch.
+
+    Attributes:
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, keys then values.
+        block_table: ``[batch, width]`` int32, of the layer's KV cache group.
+        length: ``[batch]`` int32, keys of each request; 0: no request.
+        position: ``[physical slots]`` int32, position of the key in each slot; not read in stage
+            0, where slot j holds position j.
+    """
+
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    length: torch.Tensor
+    position: torch.Tensor
+    stage: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.kv_cache.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.kv_cache.shape[2]
+
+    def kernel_args(self) -> tuple:
+        """``kv, kv_stride_block, kv_stride_head, kv_stride_slot, block_table, block_table_stride,
+        length, slot_position``, as kernels take them."""
+        assert self.kv_cache.stride(3) == 1
+        strides = (self.kv_cache.stride(i) for i in range(3))
+        table = self.block_table
+        return self.kv_cache, *strides, table, table.stride(0), self.length, self.position
+
+    def kernel_constants(self) -> dict:
+        return {"BLOCK_SIZE": self.block_size, "IDENTITY": self.stage == 0}
+
+    def gather(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A request's keys and values, two ``[length, kv_heads, head_dim]``."""
+        slots = torch.arange(int(self.length[request]), device=self.kv_cache.device)
+        block = self.block_table[request][slots // self.block_size].long()
+        return self.kv_cache[block, :, slots % self.block_size].chunk(2, dim=-1)
+
+    def positions(self, request: int) -> torch.Tensor:
+        """``[length]`` int64: the position of each of a request's keys."""
+        slots = torch.arange(int(self.length[request]), device=self.kv_cache.device)
+        if self.stage == 0:
+            return slots
+        return self.position[
+            physical_slots(self.block_table[request], slots, self.block_size)
+        ].long()
+
+
+def physical_slots(block_table_row, slots, block_size) -> torch.Tensor:
+    """Physical slots of a request's slots; int64, shaped as ``slots``."""
+    return block_table_row[slots // block_size].long() * block_size + slots % block_size
+
+
+@triton.jit
+def load_positions(
+    block_table_row, slot_position_ptr, j, mask, BLOCK_SIZE: tl.constexpr, IDENTITY: tl.constexpr
+):
+    """Block (int64) and position of the keys in a request's slots j."""
+    block = tl.load(block_table_row + j // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
+    if IDENTITY:
+        position = j
+    else:
+        at = slot_position_ptr + block * BLOCK_SIZE + j % BLOCK_SIZE
+        position = tl.load(at, mask=mask, other=0)
+    return block, position

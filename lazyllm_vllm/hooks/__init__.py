@@ -1,0 +1,1 @@
+"""Everything that vLLM calls: entry points, specs, managers, attention, per-step hooks."""

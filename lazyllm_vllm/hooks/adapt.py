@@ -1,0 +1,77 @@
+"""What LazyLLM sets in an engine's arguments, and what it switches off."""
+
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.transformers_utils.config import get_config
+
+from lazyllm_vllm.hooks.engine_config import SWITCHED_OFF
+from lazyllm_vllm.models.families import FAMILIES, family_of
+from lazyllm_vllm.plan.config import ConfigError
+
+
+def adapt_engine_args(args: EngineArgs) -> list[str]:
+    """Set what LazyLLM needs of the engine; returns what was switched off, for the log. Changes
+    nothing more when called again.
+
+    Raises:
+        ConfigError: there is no staged model for the one that ``args`` names.
+    """
+    off = list(args.additional_config.get(SWITCHED_OFF, []))
+    if args.enable_prefix_caching is not False:
+        off.append("prefix caching")
+    args.enable_prefix_caching = False
+    if args.enable_chunked_prefill is not False:
+        off.append("chunked prefill")
+    args.enable_chunked_prefill = False
+    if args.long_prefill_token_threshold:
+        off.append(f"long_prefill_token_threshold={args.long_prefill_token_threshold}")
+    args.long_prefill_token_threshold = 0
+    args.hf_overrides = {**args.hf_overrides, "architectures": [staged_architecture(args)]}
+    off += _drop_small_budgets(args)
+    if not args.enforce_eager:
+        if args.compilation_config.mode != CompilationMode.NONE:
+            off.append("torch.compile of the model")
+        if args.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+            args.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+    # vLLM's fused custom ops are on only where nothing would compile (mode NONE, set before the
+    # model is built).
+    args.compilation_config.mode = CompilationMode.NONE
+    return off
+
+
+def _drop_small_budgets(args: EngineArgs) -> list[str]:
+    """A prompt is prefilled in one piece: where a budget of tokens a step holds no prompt of the
+    greatest length, vLLM is left to choose one that does."""
+    budgets = ("max_num_batched_tokens", "max_num_scheduled_tokens")
+    given = [name for name in budgets if getattr(args, name) is not None]
+    if not given:
+        return []
+    longest = args.create_model_config().max_model_len
+    off = []
+    for name in given:
+        if (tokens := getattr(args, name)) < longest:
+            off.append(f"{name}={tokens}, less than the {longest} tokens of the longest prompt")
+            setattr(args, name, None)
+    return off
+
+
+def staged_architecture(args: EngineArgs) -> str:
+    """The staged model for the one that ``args`` names. Raises ConfigError if there is none."""
+    overrides = args.hf_overrides
+    if callable(overrides):
+        raise ConfigError("lazyllm: hf_overrides cannot be a function; give a dict")
+    hf_config = get_config(
+        args.hf_config_path or args.model,
+        trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
+        code_revision=args.code_revision,
+        config_format=args.config_format,
+    )
+    names = overrides.get("architectures") or getattr(hf_config, "architectures", None) or []
+    family = family_of(names)
+    if family is None:
+        raise ConfigError(
+            f"lazyllm: the architecture {', '.join(names) or 'of this model'} is not supported; "
+            f"supported: {', '.join(f.architecture for f in FAMILIES)}"
+        )
+    return family.staged_architecture

@@ -1,0 +1,85 @@
+"""vLLM's attention layer, told its stage."""
+
+from dataclasses import replace
+
+import torch
+
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.utils.torch_utils import get_dtype_size
+
+from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
+from lazyllm_vllm.hooks.cuda_graphs import between_graphs
+from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
+from lazyllm_vllm.hooks.refusals import check_attention
+from lazyllm_vllm.hooks.stage_attention import StageAttention
+from lazyllm_vllm.plan.blocks import BlockNeeds
+from lazyllm_vllm.plan.schedule import Schedule
+
+
+class StagedAttention(Attention):
+    schedule: Schedule
+    stage: int
+
+    @classmethod
+    def adopt(
+        cls,
+        layer: Attention,
+        rotary: RotaryEmbedding | None,
+        schedule: Schedule,
+        index: int,
+        vllm_config: VllmConfig,
+    ) -> None:
+        """Turn a decoder layer's attention, as its model built it, into one of a stage.
+
+        Models build ``Attention`` themselves and the backend they get is the platform's to choose,
+        so the class is changed after the fact: no copy of any model's code is needed.
+
+        Args:
+            index: of the decoder layer, from 0.
+        """
+        check_attention(layer)
+        layer.impl = StageAttention(layer, rotary, vllm_config, index)
+        layer.__class__ = cls
+        layer.schedule = schedule
+        layer.stage = schedule.stage_of(index)
+        layer.attn_backend = LazyAttentionBackend
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend; ``query``, ``key``, ``value`` and the result are ``[rows, heads * head_size]``.
+
+        Not by way of vLLM's custom op, which hides attention from torch.compile: nothing compiles
+        the staged model, and the op's detour costs time in every layer.
+        """
+        output = query.new_empty(query.shape)
+        between_graphs(self._attend, query, key, value, output)
+        return output
+
+    def _attend(self, query, key, value, output) -> None:
+        metadata = get_forward_context().attn_metadata
+        self.impl.forward(
+            self,
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            self.kv_cache,
+            metadata and metadata[self.layer_name],
+            output=output.view(-1, self.num_heads, self.head_size),
+        )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StageSpec:
+        model = vllm_config.model_config
+        spec = StageSpec(
+            # vLLM may change the block size after the model is built.
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.kv_cache_torch_dtype,
+            stage=self.stage,
+            needs=None,
+        )
+        vector_size = model.get_hidden_size() * get_dtype_size(model.dtype)
+        needs = BlockNeeds(self.schedule, spec.block_size, spec.page_size_bytes, vector_size)
+        return replace(spec, needs=needs)

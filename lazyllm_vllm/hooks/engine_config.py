@@ -1,0 +1,41 @@
+"""Where an engine's LazyLLM configuration is kept: vLLM's ``additional_config``."""
+
+import difflib
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, parse_config
+from lazyllm_vllm.plan.schedule import Schedule
+
+KEY = "lazyllm"
+SWITCHED_OFF = "lazyllm_switched_off"  # what was switched off for it, for the log
+
+
+def given_config(additional_config: Any) -> LazyLLMConfig | None:
+    """The LazyLLM configuration in an ``additional_config``; None: LazyLLM is off.
+
+    Raises:
+        ConfigError: it cannot be used, or a key looks like a misspelt ``lazyllm``.
+    """
+    if not isinstance(additional_config, dict):
+        return None
+    for key in additional_config:
+        plain = str(key).lower().replace("_", "").replace("-", "")
+        alike = difflib.SequenceMatcher(None, plain, KEY).ratio() > 0.8
+        if key not in (KEY, SWITCHED_OFF) and alike:
+            raise ConfigError(f"lazyllm: additional_config has the key {key!r}; use {KEY!r}")
+    if KEY not in additional_config:
+        return None
+    return parse_config(additional_config[KEY])
+
+
+def lazyllm_config(vllm_config: VllmConfig) -> LazyLLMConfig | None:
+    """That of an engine; None: LazyLLM is off."""
+    return given_config(vllm_config.additional_config)
+
+
+def schedule_of(vllm_config: VllmConfig) -> Schedule:
+    """That of an engine with LazyLLM on."""
+    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    return Schedule.build(lazyllm_config(vllm_config), layers)

@@ -1,0 +1,241 @@
+"""The worker's side of a request's life, and the plan of each step: vLLM's ``ModelState`` hooks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from lazyllm_vllm.hooks.attention_backend import StageMetadata
+from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
+from lazyllm_vllm.hooks.prompt_cache import prompt_cache
+from lazyllm_vllm.observe.startup_log import log_start
+from lazyllm_vllm.observe.stats import RequestStats
+from lazyllm_vllm.observe.trace import Trace
+from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.runtime.boundary import Boundary
+from lazyllm_vllm.runtime.buffers import StepBuffers
+from lazyllm_vllm.runtime.request_table import RequestTable
+from lazyllm_vllm.runtime.room_watch import RoomWatch
+from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+
+# Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
+VLLM_WARMUP = ("_warmup_", "_v2_mixed_warmup_")
+
+
+class LazyModelState(DefaultModelState):
+    """Attributes:
+    index_of: rows in the request table of the requests there are; plans: what each may have.
+    selecting: of those, the ones whose decoding chooses tokens anew.
+    to_prune: requests whose prompt is yet to be prefilled, and pruned in it.
+    wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
+    capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model, encoder_cache, device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.schedule = model.schedule
+        self.table = RequestTable(self.schedule.num_stages, self.max_num_reqs, device)
+        num_heads = self.model_config.get_num_attention_heads(vllm_config.parallel_config)
+        self.buffers = StepBuffers(
+            self.schedule, self.table.counts, self.max_num_tokens, num_heads, device
+        )
+        self.stats = RequestStats(self.schedule)
+        self.trace = Trace() if Trace.enabled() else None
+        self.index_of: dict[str, int] = {}
+        self.plans: dict[str, RequestPlan] = {}
+        self.selecting: dict[str, int] = {}
+        self.to_prune: set[str] = set()
+        self.wants_prompt: set[str] = set()
+        self.room_watch = RoomWatch(self.table)
+        self.capture_kind = StepKind.CAPTURE
+        self._made_up_kind = StepKind.DUMMY
+
+    # A request's life.
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        req_id = new_req_data.req_id
+        plan = self.schedule.plan(len(new_req_data.prefill_token_ids))
+        self.index_of[req_id] = req_index
+        self.plans[req_id] = plan
+        if plan.is_pruned:
+            self.to_prune.add(req_id)
+            if self.schedule.is_strict or self.schedule.has_aux:
+                self.selecting[req_id] = req_index
+        elif _reads_prompt(new_req_data.sampling_params):
+            self.wants_prompt.add(req_id)
+        self.table.add(req_index, plan)
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.table.apply_staged_writes()
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        index = self.index_of.pop(req_id, None)
+        if index is None:
+            return
+        del self.plans[req_id]
+        self.selecting.pop(req_id, None)
+        self.to_prune.discard(req_id)
+        self.wants_prompt.discard(req_id)
+        if not req_id.startswith(VLLM_WARMUP):
+            self.stats.record(req_id, self.table.row(index))
+
+    def report_stats(self) -> dict:
+        """See ``stats.request_stats``."""
+        live = {req_id: self.table.row(index) for req_id, index in self.index_of.items()}
+        return self.stats.report(live)
+
+    def report_trace(self) -> dict:
+        """See ``trace.Trace.report``. Raises RuntimeError if nothing was traced."""
+        if self.trace is None:
+            raise RuntimeError(
+                "lazyllm: nothing was traced; set LAZYLLM_TRACE=1 before the engine starts"
+            )
+        return self.trace.report()
+
+    # The KV cache.
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        stage_tables = [
+            [
+                (group, block_tables.input_block_tables[group])
+                for group, spec in enumerate(specs)
+                if isinstance(spec, StageSpec) and spec.stage == stage
+            ]
+            for stage in range(self.schedule.num_stages)
+        ]
+        block_size = specs[stage_tables[0][0][0]].block_size
+        layers = self.vllm_config.compilation_config.static_forward_context
+        state, aux = prompt_cache(
+            kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
+        )
+        num_slots = kv_cache_config.num_blocks * block_size
+        self.buffers.attach_kv_cache(num_slots, len(specs), state, aux)
+        self.boundary = Boundary(self.schedule, self.buffers, stage_tables, block_size, self.trace)
+        log_start(self.vllm_config, self.schedule, kv_cache_config)
+
+    # A step.
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Steps made up meanwhile run all that there is; see ``warm_up``."""
+        self._made_up_kind = StepKind.WARM_UP
+        try:
+            yield
+        finally:
+            self._made_up_kind = StepKind.DUMMY
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups,
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, StageMetadata]:
+        """Plan the step. A batch that replays a CUDA graph only has its buffers filled."""
+        if for_capture:
+            kind = self.capture_kind
+        elif input_batch.req_ids[0] not in self.index_of:
+            kind = self._made_up_kind
+        else:
+            replays = cudagraph_mode == CUDAGraphMode.FULL
+            kind = StepKind.REPLAY if replays else StepKind.RUN
+        lens = input_batch.num_scheduled_tokens
+        num_decodes = input_batch.num_reqs if kind.is_in_full_graph else int((lens == 1).sum())
+        self._fill_batch(kind, input_batch, num_decodes)
+        if kind.has_requests:
+            self._forget_full_requests()
+        if kind is StepKind.REPLAY:
+            return {}
+        step = self._plan_step(kind, input_batch, num_decodes, slot_mappings)
+        return self._metadata(step, kv_cache_config)
+
+    def _fill_batch(self, kind: StepKind, input_batch: InputBatch, num_decodes: int) -> None:
+        """Who is in the batch, and how many tokens each decode may revive at a boundary."""
+        num_reqs, padded = input_batch.num_reqs, input_batch.num_reqs_after_padding
+        index = self.buffers.index
+        index[num_reqs:padded] = -1
+        index[:num_reqs] = input_batch.idx_mapping if kind.has_requests else -1
+        if num_decodes:
+            quota = self.schedule.revive_quota(num_decodes)
+            most = self.schedule.largest_quota(num_decodes + padded - num_reqs)
+            self.buffers.quota.fill_(min(quota, most))
+
+    def _forget_full_requests(self) -> None:
+        """Requests that can revive nothing more need no selection; but strict decoding does, and a
+        trace shows what every step selects."""
+        if self.schedule.is_strict or self.trace:
+            return
+        for req_id in self.room_watch.step(self.selecting, self.plans):
+            del self.selecting[req_id]
+
+    def _plan_step(
+        self, kind: StepKind, input_batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
+    ) -> Step:
+        req_ids = input_batch.req_ids
+        scheduled = [int(n) for n in input_batch.num_scheduled_tokens[num_decodes:]]
+        if kind is StepKind.RUN:
+            plans = [self.plans[req_id] for req_id in req_ids[num_decodes:]]
+            self._check_whole_prompts(req_ids[num_decodes:], scheduled)
+            kept = [plan.kept for plan in plans]
+            selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
+            self.to_prune.difference_update(req_ids)
+        else:
+            kept = [(n,) * self.schedule.num_stages for n in scheduled]
+            selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
+        if kind.is_in_full_graph:
+            num_decodes = input_batch.num_reqs_after_padding
+        batch = Batch(
+            req_ids=req_ids,
+            num_decodes=num_decodes,
+            prefill_rows=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
+            positions=input_batch.positions,
+            sampled_tokens=input_batch.logits_indices,
+            slot_mappings=slot_mappings,
+            wants_all_rows=not self.wants_prompt.isdisjoint(req_ids),
+        )
+        return Step(kind, batch, self.schedule, self.buffers, selects)
+
+    def _metadata(self, step: Step, kv_cache_config: KVCacheConfig) -> dict[str, StageMetadata]:
+        metadata = {}
+        for stage, tables in enumerate(self.boundary.stage_tables):
+            last_layer = self.model.layer_names[self.schedule.stage_layers(stage)[-1]]
+            for group, _ in tables:
+                names = kv_cache_config.kv_cache_groups[group].layer_names
+                of_group = StageMetadata(step, self.boundary, stage, group, last_layer)
+                metadata |= dict.fromkeys(names, of_group)
+        return metadata
+
+    def _check_whole_prompts(self, req_ids: list[str], scheduled: list[int]) -> None:
+        for req_id, count in zip(req_ids, scheduled):
+            if count != self.plans[req_id].num_prompt:
+                raise RuntimeError(
+                    f"LazyLLM needs whole prompts: vLLM scheduled {count} of the "
+                    f"{self.plans[req_id].num_prompt} tokens of request {req_id}"
+                )
+
+
+def _reads_prompt(params) -> bool:
+    """Whether a request's sampling parameters ask for something of every prompt token."""
+    return params is not None and (
+        params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+    )

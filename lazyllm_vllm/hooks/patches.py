@@ -1,0 +1,178 @@
+"""The places where vLLM has no hook for what a plugin needs. Each says why, and what would end it;
+installing fails if vLLM changed under it.
+"""
+
+import functools
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lazyllm_vllm.hooks.versions import SUPPORTED
+from lazyllm_vllm.plan.config import ConfigError, parse_config
+
+_MARK = "_wrapped_by_lazyllm"
+
+
+def install() -> None:
+    """Wrap vLLM's functions, once a process.
+
+    Raises:
+        RuntimeError: a function is gone or takes other arguments than it did.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    _wrap(EngineArgs, "add_cli_args", ["parser"], _add_cli_args)
+    _wrap(EngineArgs, "from_cli_args", ["cls", "args"], _from_cli_args)
+    _wrap(EngineArgs, "create_engine_config", ["self", "usage_context", "headless"], _create_config)
+    parameters = [
+        "self", "request_id", "prompt", "params", "supported_tasks", "arrival_time",
+        "lora_request", "tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank",
+        "resumable", "session_id", "kv_hints",
+    ]  # fmt: skip
+    _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
+
+
+def install_in_worker() -> None:
+    """The same for what only the process of the model needs."""
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    parameters = [
+        "vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases",
+        "varlen_decode", "ubatch_runner",
+    ]  # fmt: skip
+    _wrap(model_runner, "ModelCudaGraphManager", parameters, _cuda_graph_manager)
+    for name, method in _WORKER_METHODS.items():
+        setattr(WorkerBase, name, method)
+
+
+def _wrap(owner, name, parameters, wrapper) -> None:
+    """Make ``wrapper(original, *arguments)`` stand for ``owner.name``, of the same kind."""
+    raw = inspect.getattr_static(owner, name, None)
+    function = getattr(raw, "__func__", raw)
+    if function is None or list(inspect.signature(function).parameters) != parameters:
+        raise RuntimeError(
+            f"lazyllm: vLLM's {owner.__name__}.{name} is not the one that LazyLLM wraps; install a "
+            f"release of vLLM {' or '.join(SUPPORTED)}"
+        )
+    if hasattr(function, _MARK):
+        return
+
+    @functools.wraps(function)
+    def replacement(*args, **kwargs):
+        return wrapper(function, *args, **kwargs)
+
+    setattr(replacement, _MARK, True)
+    kind = type(raw) if isinstance(raw, (staticmethod, classmethod)) else lambda f: f
+    setattr(owner, name, kind(replacement))
+
+
+# The flag --lazyllm-config. Ends when vLLM lets a plugin add flags of its own.
+
+
+def _add_cli_args(original, parser):
+    parser = original(parser)
+    group = parser.add_argument_group(
+        title="LazyLLM",
+        description="Prune prompt tokens layer by layer (arXiv 2407.14057).",
+    )
+    group.add_argument(
+        "--lazyllm-config",
+        type=_parse_flag,
+        default=None,
+        metavar="JSON|FILE|PRESET",
+        help="LazyLLM's configuration: JSON, the path of a JSON or YAML file, or one of the "
+        "presets conservative, balanced and aggressive. Left out: LazyLLM is off.",
+    )
+    return parser
+
+
+def _parse_flag(text: str) -> dict[str, Any]:
+    import argparse
+
+    try:
+        return parse_config(text).model_dump(mode="json", exclude_unset=True)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _from_cli_args(original, cls, args):
+    engine_args = original(cls, args)
+    config = getattr(args, "lazyllm_config", None)
+    if config is not None:
+        engine_args.additional_config = {**engine_args.additional_config, "lazyllm": config}
+    return engine_args
+
+
+# The one place that every way of starting an engine passes before its configuration is fixed. Ends
+# when vLLM lets a plugin refuse flags and change the defaults of others.
+
+
+def _create_config(original, self, *args, **kwargs):
+    from lazyllm_vllm.hooks.adapt import adapt_engine_args
+    from lazyllm_vllm.hooks.engine_config import KEY, SWITCHED_OFF, given_config, schedule_of
+    from lazyllm_vllm.hooks.refusals import check_engine_args, check_engine_config
+
+    config = given_config(self.additional_config)
+    if config is None:
+        return original(self, *args, **kwargs)
+    check_engine_args(self)
+    switched_off = adapt_engine_args(self)
+    self.additional_config = {
+        **self.additional_config,
+        KEY: config.model_dump(mode="json", exclude_unset=True),
+        SWITCHED_OFF: switched_off,
+    }
+    vllm_config = original(self, *args, **kwargs)
+    check_engine_config(vllm_config, schedule_of(vllm_config))
+    return vllm_config
+
+
+# Requests that cannot be served. Ends when vLLM asks plugins whether a request is allowed, its
+# prompt known: custom logits processors are asked for the parameters alone, and cost time in every
+# step.
+
+_CHECKS: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _process_inputs(original, self, *args, **kwargs):
+    request = original(self, *args, **kwargs)
+    if self not in _CHECKS:
+        from lazyllm_vllm.hooks.engine_config import lazyllm_config
+        from lazyllm_vllm.hooks.requests import RequestChecks
+
+        is_on = lazyllm_config(self.vllm_config) is not None
+        _CHECKS[self] = RequestChecks(self.vllm_config) if is_on else None
+    if (checks := _CHECKS[self]) is not None:
+        checks.check(request)
+    return request
+
+
+# Two CUDA graphs a batch size; vLLM captures one and picks by size alone. Ends when a model state
+# can name the cases to capture and choose among them, as LoRA does.
+
+
+def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(vllm_config) is None:
+        return original(vllm_config, *args, **kwargs)
+    from lazyllm_vllm.hooks.cuda_graphs import LazyCudaGraphManager
+
+    return LazyCudaGraphManager(vllm_config, *args, **kwargs)
+
+
+# Methods for ``collective_rpc``. vLLM adds those of one class, --worker-extension-cls, and that is
+# the user's to name. Ends when it takes several.
+
+
+def _stats(self) -> dict[str, Any]:
+    return self.model_runner.model_state.report_stats()
+
+
+def _trace(self) -> dict[str, Any]:
+    return self.model_runner.model_state.report_trace()
+
+
+_WORKER_METHODS = {"lazyllm_stats": _stats, "lazyllm_trace": _trace}

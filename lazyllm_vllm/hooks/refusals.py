@@ -1,0 +1,236 @@
+"""What does not work with LazyLLM, refused before weights load: one table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.attention.backend import AttentionType
+
+from lazyllm_vllm.observe.trace import Trace
+from lazyllm_vllm.plan.config import ConfigError
+from lazyllm_vllm.plan.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Attributes:
+    what: in words.
+    fields: the engine arguments that set it.
+    fix: what to do.
+    in_config: whether an engine's finished configuration has it.
+    in_args: the same of its arguments, for what vLLM does not note elsewhere, or stumbles over
+        itself.
+    """
+
+    what: str
+    fields: tuple[str, ...]
+    fix: str = "leave it out"
+    in_config: Callable[[VllmConfig], bool] | None = None
+    in_args: Callable[[EngineArgs], bool] | None = None
+
+    @property
+    def error(self) -> ConfigError:
+        flags = " or ".join("--" + field.replace("_", "-") for field in self.fields)
+        return ConfigError(f"lazyllm: {self.what} does not work with LazyLLM; {flags}: {self.fix}")
+
+
+def _kv_cache_dtype_differs(config: VllmConfig) -> bool:
+    same = ("auto", str(config.model_config.dtype).removeprefix("torch."))
+    return config.cache_config.cache_dtype not in same
+
+
+REFUSALS = (
+    Refusal(
+        "pipeline parallelism",
+        ("pipeline_parallel_size",),
+        "set it to 1",
+        in_args=lambda args: args.pipeline_parallel_size > 1,
+    ),
+    Refusal(
+        "tensor parallelism",
+        ("tensor_parallel_size",),
+        "set it to 1",
+        in_args=lambda args: args.tensor_parallel_size > 1,
+    ),
+    Refusal(
+        "context parallelism",
+        ("decode_context_parallel_size", "prefill_context_parallel_size"),
+        "set it to 1",
+        in_args=lambda args: (
+            max(args.decode_context_parallel_size, args.prefill_context_parallel_size) > 1
+        ),
+    ),
+    Refusal(
+        "splitting a batch (DBO)",
+        ("enable_dbo", "ubatch_size"),
+        in_config=lambda config: config.parallel_config.use_ubatching,
+    ),
+    Refusal(
+        "speculative decoding",
+        ("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        in_config=lambda config: config.speculative_config is not None,
+    ),
+    Refusal(
+        "a diffusion model",
+        ("diffusion_config",),
+        in_config=lambda config: config.diffusion_config is not None,
+    ),
+    Refusal("LoRA", ("enable_lora",), in_config=lambda config: config.lora_config is not None),
+    Refusal(
+        "a KV connector or KV offloading",
+        ("kv_transfer_config", "kv_offloading_size"),
+        in_config=lambda config: (
+            config.kv_transfer_config is not None
+            or config.cache_config.kv_offloading_size is not None
+        ),
+    ),
+    Refusal(
+        "encoder disaggregation",
+        ("ec_transfer_config",),
+        in_config=lambda config: config.ec_transfer_config is not None,
+    ),
+    Refusal(
+        "a prompt of embeddings",
+        ("enable_prompt_embeds",),
+        in_config=lambda config: config.model_config.enable_prompt_embeds,
+    ),
+    Refusal(
+        "a KV cache of another type than the model's",
+        ("kv_cache_dtype",),
+        "use auto",
+        in_config=_kv_cache_dtype_differs,
+    ),
+    Refusal(
+        "a model that does not generate text",
+        ("runner", "convert"),
+        "use --runner generate and no --convert",
+        in_config=lambda config: config.model_config.runner_type != "generate",
+    ),
+    Refusal(
+        "a choice of attention backend",
+        ("attention_backend", "attention_config.backend", "attention_config.backend_per_kind"),
+        "leave it out, LazyLLM brings its own",
+        in_args=lambda args: bool(
+            args.attention_backend
+            or args.attention_config.backend
+            or args.attention_config.backend_per_kind
+        ),
+    ),
+    Refusal(
+        "one kind of KV cache group for all layers",
+        ("disable_hybrid_kv_cache_manager",),
+        in_args=lambda args: bool(args.disable_hybrid_kv_cache_manager),
+    ),
+    Refusal(
+        "sharing keys between layers (fast prefill)",
+        ("kv_sharing_fast_prefill",),
+        in_config=lambda config: config.cache_config.kv_sharing_fast_prefill,
+    ),
+    Refusal(
+        "admitting a prompt by its first part",
+        ("scheduler_reserve_full_isl",),
+        "leave it on",
+        in_config=lambda config: not config.scheduler_config.scheduler_reserve_full_isl,
+    ),
+    Refusal(
+        "another scheduler than vLLM's",
+        ("scheduler_cls",),
+        in_args=lambda args: args.scheduler_cls is not None,
+    ),
+    Refusal(
+        "another worker than vLLM's",
+        ("worker_cls",),
+        "leave it out, or add to vLLM's with --worker-extension-cls",
+        in_args=lambda args: args.worker_cls != "auto",
+    ),
+    Refusal(
+        "another implementation of the model",
+        ("model_impl", "model_class_overrides"),
+        in_args=lambda args: (
+            args.model_impl not in ("auto", "vllm") or bool(args.model_class_overrides)
+        ),
+    ),
+    Refusal(
+        "a kernel for whole layers",
+        ("monokernel",),
+        in_config=lambda config: getattr(config.kernel_config, "monokernel", False),
+    ),
+    Refusal(
+        "sleep mode",
+        ("enable_sleep_mode",),
+        in_config=lambda config: config.model_config.enable_sleep_mode,
+    ),
+    Refusal(
+        "float32 on a GPU",
+        ("dtype",),
+        "use bfloat16",
+        in_config=lambda config: (
+            config.device_config.device_type == "cuda"
+            and config.model_config.dtype not in (torch.bfloat16, torch.float16)
+        ),
+    ),
+    Refusal(
+        "the trace (LAZYLLM_TRACE=1) in CUDA graphs",
+        ("enforce_eager",),
+        "set it",
+        in_config=lambda config: Trace.enabled() and not config.model_config.enforce_eager,
+    ),
+)
+
+
+def check_engine_args(args: EngineArgs) -> None:
+    """Raises ConfigError naming the first argument that LazyLLM does not work with."""
+    for refusal in REFUSALS:
+        if refusal.in_args is not None and refusal.in_args(args):
+            raise refusal.error
+
+
+def check_engine_config(config: VllmConfig, schedule: Schedule) -> None:
+    """The same by the finished configuration, where every way of setting a thing ends."""
+    for refusal in REFUSALS:
+        if refusal.in_config is not None and refusal.in_config(config):
+            raise refusal.error
+    if not config.use_v2_model_runner:
+        raise ConfigError(
+            "lazyllm: LazyLLM needs vLLM's Model Runner V2; remove VLLM_USE_V2_MODEL_RUNNER=0 and "
+            "whatever flag vLLM's log says V2 does not support"
+        )
+    if schedule.prunes:
+        _check_page_size(config)
+
+
+def _check_page_size(config: VllmConfig) -> None:
+    """A hidden state must fit in one layer's part of a block of the KV cache."""
+    model = config.model_config
+    token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
+    block_size = config.cache_config.block_size
+    if block_size * token < model.get_hidden_size():
+        size = get_dtype_size(model.dtype)
+        raise ConfigError(
+            f"lazyllm: a page of the KV cache holds {block_size * token * size} bytes, less than a "
+            f"hidden state ({model.get_hidden_size() * size}); raise --block-size to "
+            f"{-(-model.get_hidden_size() // (16 * token)) * 16} or more"
+        )
+
+
+def check_attention(layer: Attention) -> None:
+    """Raises ConfigError if a layer's attention does more than the staged attention can."""
+    impl = layer.impl
+    unsupported = [
+        (layer.attn_type != AttentionType.DECODER, "attention that is not causal"),
+        (layer.sliding_window is not None, "sliding window attention"),
+        (bool(getattr(impl, "logits_soft_cap", None)), "soft-capped attention"),
+        (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
+        (getattr(impl, "sinks", None) is not None, "attention sinks"),
+    ]
+    for is_used, what in unsupported:
+        if is_used:
+            raise ConfigError(
+                f"lazyllm: this model uses {what} ({layer.layer_name}), which LazyLLM does not "
+                "support yet"
+            )

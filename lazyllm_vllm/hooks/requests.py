@@ -1,0 +1,75 @@
+"""What a single request may not ask for: a 400 that names the field, for it alone."""
+
+from functools import cached_property
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.engine import EngineCoreRequest
+
+from lazyllm_vllm.hooks.engine_config import schedule_of
+from lazyllm_vllm.plan.blocks import BlockNeeds
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """What vLLM answers with a 400, and what a caller of its Python interface expects."""
+
+
+class RequestChecks:
+    """Those of one engine with LazyLLM on, in the process that takes requests."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
+        self.schedule = schedule_of(vllm_config)
+
+    def check(self, request: EngineCoreRequest) -> None:
+        """Raises RequestError."""
+        params = request.sampling_params
+        if params is None or request.prompt_token_ids is None:
+            return
+        if request.resumable:
+            raise RequestError(
+                "lazyllm: a prompt that comes in parts does not work with LazyLLM, which prunes it "
+                "as a whole; send it at once",
+                parameter="resumable",
+            )
+        num_prompt = len(request.prompt_token_ids)
+        for field in ("prompt_logprobs", "prompt_logprob_token_ids"):
+            if getattr(params, field, None) is None:
+                continue
+            if self.schedule.plan(num_prompt).is_pruned:
+                raise RequestError(
+                    f"lazyllm: {field} does not work for a prompt of {num_prompt} tokens, which is "
+                    "pruned: dropped tokens have no logits; leave it out (and echo with logprobs), "
+                    f"or raise min_prompt_tokens, now {self.schedule.config.min_prompt_tokens}",
+                    parameter=field,
+                )
+        self._check_fits(num_prompt, params.max_tokens or 1)
+
+    def _check_fits(self, num_prompt: int, max_tokens: int) -> None:
+        """vLLM's own check at start makes sure that every request fits, except where the number of
+        blocks was set by hand. A prompt that is too short to be pruned needs the most."""
+        shortest_pruned = self.schedule.config.min_prompt_tokens
+        blocks = self.vllm_config.cache_config.num_gpu_blocks_override
+        if blocks is None or num_prompt >= shortest_pruned:
+            return
+        fits = self._longest_unpruned
+        if fits < shortest_pruned - 1 and num_prompt + max_tokens - 1 > fits:
+            raise RequestError(
+                f"lazyllm: a prompt of {num_prompt} tokens with max_tokens {max_tokens} is not "
+                f"pruned and may not fit in the KV cache of {blocks} blocks, which holds {fits} "
+                "tokens of it; lower max_tokens, lower min_prompt_tokens, or raise "
+                "--num-gpu-blocks-override",
+                parameter="max_tokens",
+            )
+
+    @cached_property
+    def _longest_unpruned(self) -> int:
+        """Read once the engine is up: vLLM may change the block size before."""
+        config, model = self.vllm_config, self.vllm_config.model_config
+        size, block_size = get_dtype_size(model.dtype), config.cache_config.block_size
+        token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
+        needs = BlockNeeds(
+            self.schedule, block_size, block_size * token * size, model.get_hidden_size() * size
+        )
+        return needs.longest_unpruned(config.cache_config.num_gpu_blocks_override - 1)

@@ -1,0 +1,242 @@
+"""The attention of one layer of a stage.
+
+Prefill rows attend to the prefill rows of their own request, which are all at hand, through
+FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache: through
+FlashAttention where all of it is attended to, else through ``kernels.attention``. In the layers
+that score, the log-denominators are kept for the boundary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backend import AttentionImpl
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.hooks.attention_backend import StageMetadata
+from lazyllm_vllm.kernels.attention import DecodeRows, paged_attention
+from lazyllm_vllm.kernels.paged import StageKeys
+from lazyllm_vllm.kernels.rotary import rotate_and_write
+from lazyllm_vllm.kernels.score import last_rows_lse
+from lazyllm_vllm.plan.config import ConfigError
+
+
+class StageAttention(AttentionImpl[StageMetadata]):
+    """Attributes:
+    rotary: the layer's rotary embedding, left to its attention; None: done before.
+    is_first_layer: whether this is the model's first layer.
+    graph_splits: programs that FlashAttention may share a decode's keys among in a CUDA graph.
+    """
+
+    kv_cache_dtype = "auto"
+
+    def __init__(
+        self, layer: Attention, rotary: RotaryEmbedding | None, vllm_config: VllmConfig, index: int
+    ) -> None:
+        """``layer``: as its model built it; ``index``: of the decoder layer, from 0."""
+        self.num_heads = layer.num_heads
+        self.num_kv_heads = layer.num_kv_heads
+        self.head_size = layer.head_size
+        self.scale = float(layer.impl.scale)
+        self.rotary = rotary
+        self.is_first_layer = index == 0
+        self.max_model_len = vllm_config.model_config.max_model_len
+        config = vllm_config.attention_config
+        self.graph_splits = config.flash_attn_max_num_splits_for_cuda_graph
+        self.fa_version = fa_utils.get_flash_attn_version(head_size=self.head_size)
+        if current_platform.is_cuda() and self.fa_version is None:
+            raise ConfigError(
+                "lazyllm: LazyLLM needs FlashAttention, which this GPU or head size "
+                f"({self.head_size}) does not have"
+            )
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: StageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rotate, write the rows' keys and values, attend, and score.
+
+        Args:
+            query, output: ``[rows, heads, head_size]``.
+            key, value: ``[rows, kv_heads, head_size]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+        """
+        if attn_metadata is None:  # vLLM's memory profile
+            return output.fill_(0)
+        step, boundary, stage = attn_metadata.step, attn_metadata.boundary, attn_metadata.stage
+        is_last_layer = attn_metadata.last_layer == layer.layer_name
+        prefills_score = boundary.scores_prefills(step, stage, is_last_layer)
+        decodes_score = boundary.scores_decodes(step, stage, is_last_layer)
+        keys = self._stage_keys(kv_cache, attn_metadata)
+
+        rows = slice(0, step.num_rows(stage))
+        query, key, value, output = (x[rows] for x in (query, key, value, output))
+        self._write(layer, query, key, value, kv_cache, attn_metadata)
+        if step.num_decodes:
+            if query.is_cuda and (stage == 0 or not step.decodes_select):
+                self._decode_whole(query, output, keys, attn_metadata, decodes_score)
+            else:
+                self._decode(query, output, keys, attn_metadata)
+        if step.num_prefills:
+            self._prefill(query, key, value, output, attn_metadata, prefills_score)
+        if prefills_score or decodes_score:
+            boundary.score(
+                step, query, keys, self.scale, prefills=prefills_score and step.num_prefills > 0,
+                decodes=decodes_score and step.num_decodes > 0, is_first_layer=self.is_first_layer,
+            )  # fmt: skip
+        return output
+
+    def _stage_keys(self, kv_cache: torch.Tensor, metadata: StageMetadata) -> StageKeys:
+        boundary, stage = metadata.boundary, metadata.stage
+        table = next(table for g, table in boundary.stage_tables[stage] if g == metadata.group)
+        buffers = boundary.buffers
+        length = buffers.rows[stage].num_keys
+        return StageKeys(kv_cache, table, length, buffers.slot_position, stage)
+
+    def _write(self, layer, query, key, value, kv_cache, metadata: StageMetadata) -> None:
+        """Rotate queries and keys, if that is left to us, and write keys and values."""
+        step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
+        mappings = buffers.slot_mappings if stage else step.batch.slot_mappings
+        slots = mappings[metadata.group][: len(query)]
+        if self.rotary is not None:
+            cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
+            positions = buffers.rows[stage].position if stage else step.batch.positions
+            rotate_and_write(query, key, value, cos_sin, positions, slots, kv_cache)
+        elif query.is_cuda:
+            key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+            fa_utils.reshape_and_cache_flash(
+                key, value, key_cache, value_cache, slots, "auto", layer._k_scale, layer._v_scale
+            )
+        else:
+            at = (slots >= 0).nonzero()[:, 0]
+            block, place = slots[at] // kv_cache.shape[2], slots[at] % kv_cache.shape[2]
+            kv_cache[block, :, place] = torch.cat([key[at], value[at]], -1)
+
+    def _decode_whole(self, query, output, keys: StageKeys, metadata, scores: bool) -> None:
+        """Decodes that attend to every key of theirs in the stage, where nothing is revived: what
+        stock vLLM does, with FlashAttention and as many keys as the stage has."""
+        step, buffers, n = metadata.step, metadata.boundary.buffers, metadata.step.num_decodes
+        max_splits = self.graph_splits if step.kind.is_in_full_graph else 0
+        lengths = keys.length[:n]
+        starts = buffers.decode_starts[: n + 1]
+        k, v = keys.kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        schedules = step.decode_schedules
+        if keys.stage not in schedules and self.fa_version == 3:
+            schedules[keys.stage] = fa_utils.get_scheduler_metadata(
+                batch_size=n,
+                max_seqlen_q=1,
+                max_seqlen_k=self.max_model_len,
+                num_heads_q=self.num_heads,
+                num_heads_kv=self.num_kv_heads,
+                headdim=self.head_size,
+                cache_seqlens=lengths,
+                qkv_dtype=k.dtype,
+                cu_seqlens_q=starts,
+                page_size=keys.block_size,
+                causal=True,
+                num_splits=max_splits,
+            )
+        result = fa_utils.flash_attn_varlen_func(
+            query[:n],
+            canonicalize_singleton_dim_strides(k),
+            canonicalize_singleton_dim_strides(v),
+            max_seqlen_q=1,
+            cu_seqlens_q=starts,
+            max_seqlen_k=self.max_model_len,
+            seqused_k=lengths,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=keys.block_table[:n],
+            out=output[:n],
+            return_softmax_lse=scores,
+            scheduler_metadata=schedules.get(keys.stage),
+            num_splits=max_splits if self.fa_version == 3 else 0,
+            fa_version=self.fa_version,
+        )
+        if scores:
+            buffers.lse[0, :n] = result[1].T
+
+    def _decode(self, query, output, keys: StageKeys, metadata: StageMetadata) -> None:
+        """Decodes whose revived rows attend beside them, or that attend to a selection."""
+        step, boundary = metadata.step, metadata.boundary
+        buffers = boundary.buffers
+        rows = slice(0, step.num_decode_rows(keys.stage))
+        decodes = DecodeRows(
+            buffers.rows[keys.stage], step.num_decodes, step.max_revived if keys.stage else 0,
+            boundary.strict,
+        )  # fmt: skip
+        paged_attention(
+            output[rows], buffers.lse[0], query[rows], keys, decodes, self.scale, buffers.selection
+        )
+
+    def _prefill(self, query, key, value, output, metadata: StageMetadata, scores: bool) -> None:
+        step, buffers = metadata.step, metadata.boundary.buffers
+        segments, longest = step.segments[metadata.stage], step.longest_prefill[metadata.stage]
+        mine = slice(segments.base, None)
+        attend = self.prefill_flash if query.is_cuda else self.prefill_dense
+        lse = attend(
+            query[mine], key[mine], value[mine], output[mine], segments.start, longest,
+            window=len(buffers.lse) if scores else 0,
+        )  # fmt: skip
+        if scores:
+            buffers.lse[:, step.num_decodes : step.num_requests] = lse
+
+    def prefill_flash(
+        self, query, key, value, output, starts: torch.Tensor, longest: int, *, window: int
+    ) -> torch.Tensor | None:
+        """Causal attention of each prompt's kept tokens.
+
+        Args:
+            starts: ``[prefills + 1]`` int32, first row of each.
+            longest: most rows of a prefill.
+            window: last rows of each whose log-denominators are wanted.
+
+        Returns:
+            ``[window, prefills, heads]`` fp32, the last row first; None for a window of 0.
+        """
+        result = fa_utils.flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            max_seqlen_q=longest,
+            cu_seqlens_q=starts,
+            max_seqlen_k=longest,
+            cu_seqlens_k=starts,
+            softmax_scale=self.scale,
+            causal=True,
+            out=output,
+            return_softmax_lse=window > 0,
+            fa_version=self.fa_version,
+        )
+        if not window:
+            return None
+        back = torch.arange(1, window + 1, device=starts.device)
+        rows = (starts[1:] - back[:, None]).clamp(min=0)  # shorter prompts are not scored
+        return result[1].T[rows]
+
+    def prefill_dense(
+        self, query, key, value, output, starts: torch.Tensor, longest: int, *, window: int
+    ) -> torch.Tensor | None:
+        """The same on the CPU."""
+        bounds = starts.tolist()
+        lse = []
+        for mine in map(slice, bounds, bounds[1:]):
+            q, k, v = (x[mine].transpose(0, 1)[None] for x in (query, key, value))
+            output[mine] = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+            )[0].transpose(0, 1)
+            if window:
+                lse.append(last_rows_lse(query[mine], key[mine], self.scale, window))
+        return torch.stack(lse, dim=1) if window else None

@@ -1,0 +1,47 @@
+"""After the last attention only the rows that are sampled from matter.
+
+The last layer's MLP and the final norm are given those alone, unless the caller reads the hidden
+state of every prompt token. Their results go back to where vLLM looks for them.
+"""
+
+import torch
+
+from lazyllm_vllm.runtime.boundary import Boundary
+from lazyllm_vllm.runtime.step import Step
+
+
+def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
+    """Rows of the last stage that matter: decodes, then each prefill's last."""
+    last = boundary.schedule.num_stages - 1
+    if step.batch.wants_all_rows:
+        return slice(0, step.num_rows(last))
+    if not step.num_prefills:
+        return slice(0, step.num_decodes)
+    return step.query_row(last)[: step.num_requests]
+
+
+def to_token_layout(
+    hidden: torch.Tensor, step: Step, boundary: Boundary, num_tokens: int
+) -> torch.Tensor:
+    """``hidden`` of the rows that matter, in vLLM's order of tokens.
+
+    Args:
+        hidden: ``[sampled rows, hidden]``.
+
+    Returns:
+        ``[num_tokens, hidden]``; rows that nobody reads are not written.
+    """
+    if not step.num_prefills and step.num_decodes == num_tokens:
+        return hidden
+    out = hidden.new_empty(num_tokens, hidden.shape[1])
+    if not step.batch.wants_all_rows:
+        out[step.batch.sampled_tokens] = hidden
+        return out
+    out.zero_()  # of prompt tokens that were dropped, which vLLM looks at but does not use
+    last = boundary.schedule.num_stages - 1
+    rows, first, n = boundary.buffers.rows[last], step.num_decode_rows(last), step.num_decodes
+    out[:n] = hidden[:n]
+    prefill = rows.request[first : step.num_rows(last)].long() - n
+    place = step.segments[0].start[prefill] + rows.position[first : step.num_rows(last)]
+    out[step.segments[0].base + place] = hidden[first:]
+    return out

@@ -1,0 +1,1 @@
+"""What a user can see: the start-up log, counters, the trace."""

@@ -1,0 +1,141 @@
+"""Counters a user can see: what each request kept, revived and computed.
+
+``request_stats(llm)`` returns them; ``vllm serve`` logs the totals at most every ``LOG_INTERVAL``
+seconds, if a request finished.
+"""
+
+import time
+from collections import OrderedDict, deque
+from typing import Any
+
+import torch
+
+from vllm.logger import init_logger
+
+from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.runtime.request_table import RequestRow
+
+logger = init_logger("vllm.lazyllm")
+
+LOG_INTERVAL = 10.0
+HISTORY = 4096  # requests remembered one by one
+
+
+class RequestStats:
+    """Counts by request. A row of the request table is copied to the CPU when its request leaves,
+    and read once the copy is there, so that no step waits."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.requests: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        zeros = [0] * schedule.num_stages
+        self.total = {
+            "requests": 0,
+            "prompt_tokens": 0,
+            "kept": list(zeros),
+            "revived": list(zeros),
+            "share_computed": 1.0,
+        }
+        self._copies: deque = deque()
+        self._last_log = -LOG_INTERVAL
+        self._logged = 0
+
+    def record(self, req_id: str, row: torch.Tensor) -> None:
+        """Count a request that leaves the engine, finished, aborted or preempted.
+
+        Args:
+            row: ``[1 + 3 * stages]`` int32 on the device: its row of the request table.
+        """
+        if row.is_cuda:
+            copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            copy.copy_(row, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        else:
+            copy, event = row, None
+        self._copies.append((req_id, copy, event))
+        self._collect(wait=False)
+        self._maybe_log()
+
+    def _collect(self, wait: bool) -> None:
+        while self._copies:
+            req_id, copy, event = self._copies[0]
+            if event is not None:
+                if wait:
+                    event.synchronize()
+                elif not event.query():
+                    return
+            self._copies.popleft()
+            entry = self._entry(req_id, copy)
+            self.requests[req_id] = entry
+            if len(self.requests) > HISTORY:
+                self.requests.popitem(last=False)
+            self._add(self.total, entry)
+
+    def _entry(self, req_id: str, row: torch.Tensor) -> dict[str, Any]:
+        row = RequestRow.of(row.tolist())
+        return {
+            "request_id": req_id,
+            "prompt_tokens": row.num_prompt,
+            "kept": row.kept,
+            "revived": row.revived,
+            "share_computed": self.schedule.share_computed(row.prompt_keys, row.num_prompt),
+        }
+
+    def _add(self, total: dict[str, Any], entry: dict[str, Any]) -> None:
+        total["requests"] += 1
+        total["prompt_tokens"] += entry["prompt_tokens"]
+        for count in ("kept", "revived"):
+            total[count] = [a + b for a, b in zip(total[count], entry[count])]
+        keys = [k + r for k, r in zip(total["kept"], total["revived"])]
+        total["share_computed"] = self.schedule.share_computed(keys, total["prompt_tokens"])
+
+    def _maybe_log(self) -> None:
+        now, total = time.monotonic(), self.total
+        if now - self._last_log < LOG_INTERVAL or total["requests"] == self._logged:
+            return
+        self._last_log, self._logged = now, total["requests"]
+        logger.info(
+            "LazyLLM: %d requests, %d prompt tokens, kept by stage %s, revived %s, "
+            "%.1f%% of (prompt token, layer) pairs computed",
+            total["requests"],
+            total["prompt_tokens"],
+            total["kept"],
+            total["revived"],
+            100 * total["share_computed"],
+        )
+
+    def report(self, live: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """``{"requests": [one dict a request], "total": {...}}``; waits for the device.
+
+        Args:
+            live: rows of the requests that have not left, counted as they are.
+        """
+        self._collect(wait=True)
+        requests, total = dict(self.requests), dict(self.total)
+        for req_id, row in live.items():
+            requests[req_id] = self._entry(req_id, row)
+            self._add(total, requests[req_id])
+        return {"requests": list(requests.values()), "total": total}
+
+
+def request_stats(llm) -> dict[str, Any]:
+    """Counters of an ``LLM``'s requests: the last ``HISTORY`` one by one, and all together.
+
+    A request that was preempted counts in ``total`` for each of its prefills, in ``requests`` for
+    its last.
+
+    Returns:
+        ``{"requests": [...], "total": {...}}``. Each has ``prompt_tokens``, ``kept`` and
+        ``revived`` (tokens, by stage), ``share_computed`` (of (prompt token, layer) pairs; the
+        paper's "% of prompt tokens computed", section 5); a request has its ``request_id``, the
+        total its number of ``requests``.
+
+    Raises:
+        RuntimeError: the engine runs without LazyLLM.
+    """
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(llm.llm_engine.vllm_config) is None:
+        raise RuntimeError("this engine runs without LazyLLM: it was given no configuration")
+    return llm.collective_rpc("lazyllm_stats")[0]

@@ -1,0 +1,68 @@
+"""What every boundary decided, for tests and debugging: ``LAZYLLM_TRACE=1``.
+
+Needs ``enforce_eager``, and slows every step down: it waits for the device.
+"""
+
+import os
+from collections import defaultdict
+
+
+class Trace:
+    """Records by request id, and checks that no token is computed twice.
+
+    Attributes:
+        prefills: for each prefill (several after preemption) ``num_prompt`` and the sorted
+            positions kept, by stage.
+        decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
+    """
+
+    def __init__(self) -> None:
+        self.prefills: dict[str, list[dict]] = defaultdict(list)
+        self.decodes: dict[str, list[dict[int, dict[str, list[int]]]]] = defaultdict(list)
+        self.keys: dict[str, dict[int, list[int]]] = {}
+
+    @staticmethod
+    def enabled() -> bool:
+        return os.environ.get("LAZYLLM_TRACE") == "1"
+
+    def begin(self, step) -> None:
+        """Called at the start of a step (``runtime.step.Step``)."""
+        for i, req_id in enumerate(step.batch.req_ids):
+            if i < step.num_decodes:
+                self.decodes[req_id].append({})
+            else:
+                num_prompt = int(step.batch.prefill_rows[0, i - step.num_decodes])
+                self.prefills[req_id].append({"num_prompt": num_prompt})
+                self.keys[req_id] = {}
+
+    def boundary(self, step, stage: int, buffers) -> None:
+        """Called when the rows of a stage are known (``runtime.buffers.StepBuffers``)."""
+        rows = buffers.rows[stage]
+        request = rows.request[: step.num_rows(stage)].cpu()
+        position = rows.position[: step.num_rows(stage)].cpu()
+        for i, req_id in enumerate(step.batch.req_ids):
+            mine = (request == i).nonzero()[:, 0]
+            if i >= step.num_decodes:
+                kept = position[mine].tolist()
+                assert kept == sorted(set(kept)), "kept tokens run in order of position"
+                self.prefills[req_id][-1][stage] = kept
+                self.keys[req_id][stage] = list(kept)
+                continue
+            is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
+            revived = position[mine[is_revived]].tolist()
+            had = self.keys.get(req_id, {}).get(stage, [])
+            assert not set(revived) & set(had), "a token is computed twice in a stage"
+            had += revived
+            s = buffers.selection
+            selected = []
+            if int(s.is_pruned[i]):
+                at = s.state.prompt_at(i, s.num_prompt)
+                has_keys = (s.state.level[at] > stage).nonzero()[:, 0].tolist()
+                assert has_keys == sorted(had), "a token's level disagrees with the keys it has"
+                if step.decodes_select:
+                    selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
+            self.decodes[req_id][-1][stage] = {"selected": selected, "revived": sorted(revived)}
+
+    def report(self) -> dict:
+        """Everything recorded so far, plain lists and dicts."""
+        return {"prefills": dict(self.prefills), "decodes": dict(self.decodes)}

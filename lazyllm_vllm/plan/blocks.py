@@ -1,0 +1,92 @@
+"""Blocks of vLLM's pool that a request needs, over all KV cache groups.
+
+A stage's layers make one or more groups; what is private to a pruned prompt makes one more. Its
+blocks are cut into slots as large as a hidden state: first the prompt's state, ``STATE_BYTES`` a
+position, then one slot for each position's hidden state, the Aux Cache.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lazyllm_vllm.plan.grouping import layers_per_group
+from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.schedule import Schedule
+
+STATE_BYTES = 16  # four numbers of four bytes: score, rank, level, selected
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class BlockNeeds:
+    """Attributes:
+    block_size: tokens a block of a stage.
+    page_size: bytes of one layer's part of a block.
+    vector_size: bytes of a hidden state.
+    """
+
+    schedule: Schedule
+    block_size: int
+    page_size: int
+    vector_size: int
+
+    @property
+    def pages(self) -> int:
+        """Pages a block: the layers of a group."""
+        return layers_per_group(self.schedule.stage_sizes)
+
+    @property
+    def slots_per_page(self) -> int:
+        return self.page_size // self.vector_size
+
+    @property
+    def slots_per_block(self) -> int:
+        """Hidden states in a block of the prompt's own group."""
+        return self.pages * self.slots_per_page
+
+    @property
+    def positions_per_slot(self) -> int:
+        """Positions whose state one slot holds."""
+        return self.vector_size // STATE_BYTES
+
+    def stage_blocks(self, plan: RequestPlan, stage: int, num_total: int) -> int:
+        """In each group of the stage, for a request of ``num_total`` tokens so far."""
+        return ceil_div(num_total - plan.slots_saved[stage], self.block_size)
+
+    def prompt_blocks(self, plan: RequestPlan) -> int:
+        """In the prompt's own group."""
+        if not plan.is_pruned:
+            return 0
+        slots = ceil_div(plan.state_slots, self.positions_per_slot) + plan.aux_slots
+        return ceil_div(slots, self.slots_per_block)
+
+    def total(self, num_prompt: int, num_total: int) -> int:
+        """In all groups together."""
+        plan = self.schedule.plan(num_prompt)
+        in_stages = sum(
+            math.ceil(layers / self.pages) * self.stage_blocks(plan, stage, num_total)
+            for stage, layers in enumerate(self.schedule.stage_sizes)
+        )
+        return in_stages + self.prompt_blocks(plan)
+
+    def neediest_prompt(self, longest: int) -> int:
+        """The prompt length of up to ``longest`` that needs the most blocks to be prefilled.
+
+        Need grows with the length among prompts that are too short to be pruned, and among longer
+        ones; where pruning begins it falls.
+        """
+        unpruned = min(longest, self.schedule.config.min_prompt_tokens - 1)
+        return max({max(unpruned, 1), longest}, key=lambda n: self.total(n, n))
+
+    def longest_unpruned(self, num_blocks: int) -> int:
+        """The longest prompt under ``min_prompt_tokens`` that fits in so many blocks."""
+        fits, too_long = 0, self.schedule.config.min_prompt_tokens
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.total(middle, middle) <= num_blocks:
+                fits = middle
+            else:
+                too_long = middle
+        return fits

@@ -1,0 +1,178 @@
+"""The user's configuration: one validated object, whichever way it was given."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lazyllm_vllm.plan.presets import PRESETS, preset_cuts
+
+Preset = Literal["conservative", "balanced", "aggressive"]
+
+
+class ConfigError(ValueError):
+    """A LazyLLM setting that cannot be used; the message names the field and the fix."""
+
+
+class PruneAt(BaseModel):
+    """One boundary: after ``layer`` decoder layers have run, keep this share of the prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int = Field(ge=1)
+    keep: float = Field(gt=0, le=1)
+
+
+class LazyLLMConfig(BaseModel):
+    """What to prune, when, and how decoding treats what was pruned.
+
+    Attributes:
+        prune: boundaries in order of depth; empty: nothing is pruned. Left out: ``preset`` fills
+            it from the number of layers.
+        preset: ``conservative``, ``balanced`` or ``aggressive``.
+        min_prompt_tokens: prompts shorter than this many tokens are not pruned.
+        first_tokens, last_tokens: this many tokens at either end of the prompt are always kept
+            (``last_tokens`` at least 1: the last token is the one that scores the others).
+        score: what a token's score is: ``peak``, the highest attention that any head pays to it,
+            in prefill in any layer so far, where tokens of the window before the last four count
+            for a quarter; ``mean``, the mean over the heads in the last layer before a boundary
+            (the paper).
+        score_window: tokens at the end of the prompt whose attention scores the prompt in prefill;
+            at most ``last_tokens``. 1 is the paper: the last token's. Decoding has one.
+        score_pool: odd window; a token's score becomes the highest in the window around it.
+            1 is the paper.
+        decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
+            selection alone (the paper).
+        revive_budget: rows that one engine step may spend, in each stage, on tokens revived from
+            the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache.
+        revive_per_request: most of them that one request may use.
+        revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prune: tuple[PruneAt, ...] | None = None
+    preset: Preset | None = None
+    min_prompt_tokens: int = Field(default=1024, ge=1)
+    first_tokens: int = Field(default=4, ge=0)
+    last_tokens: int = Field(default=16, ge=1)
+    score: Literal["peak", "mean"] = "peak"
+    score_window: int = Field(default=16, ge=1)
+    score_pool: int = Field(default=13, ge=1)
+    decode: Literal["resident", "strict"] = "resident"
+    revive_budget: int = Field(default=64, ge=0)
+    revive_per_request: int = Field(default=15, ge=1)
+    revive_reserve: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_window(cls, fields: Any) -> Any:
+        """Who keeps fewer last tokens, and says nothing of the window, gets one that fits."""
+        if isinstance(fields, dict) and "score_window" not in fields:
+            last = fields.get("last_tokens")
+            if isinstance(last, int) and 1 <= last < cls.model_fields["score_window"].default:
+                return fields | {"score_window": last}
+        return fields
+
+    @field_validator("score_pool")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"must be odd, so that the window has a middle; got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "LazyLLMConfig":
+        if self.score_window > self.last_tokens:
+            raise ValueError(
+                f"score_window: {self.score_window} is more than last_tokens ({self.last_tokens}), "
+                "the tokens that every stage is sure to have; lower it or raise last_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prune(self) -> "LazyLLMConfig":
+        if self.prune is None:
+            return self
+        if self.preset is not None:
+            raise ValueError("prune and preset both set the schedule; give one of them")
+        for before, after in zip(self.prune, self.prune[1:]):
+            if after.layer <= before.layer:
+                raise ValueError(f"prune: layers must rise, got {after.layer} after {before.layer}")
+            if after.keep > before.keep:
+                raise ValueError(
+                    f"prune: keep may not rise with depth, got {after.keep} after {before.keep}"
+                )
+        return self
+
+    def boundaries(self, num_layers: int) -> tuple[PruneAt, ...]:
+        """The boundaries for a model of ``num_layers`` decoder layers.
+
+        Raises:
+            ConfigError: a boundary lies outside the model.
+        """
+        if self.prune is None:
+            cuts = preset_cuts(self.preset or "balanced", num_layers)
+            return tuple(PruneAt(layer=layer, keep=keep) for layer, keep in cuts)
+        for boundary in self.prune:
+            if boundary.layer >= num_layers:
+                raise ConfigError(
+                    f"lazyllm: prune: layer {boundary.layer} is outside the model, which has "
+                    f"{num_layers} layers; use 1 to {num_layers - 1}"
+                )
+        return self.prune
+
+
+def parse_config(value: "LazyLLMConfig | dict[str, Any] | str") -> LazyLLMConfig:
+    """Build the configuration from an object, a dict, or the text of ``--lazyllm-config``.
+
+    Args:
+        value: a mapping of fields, JSON text, the path of a JSON or YAML file, or a preset's name.
+
+    Raises:
+        ConfigError: one line that names the field and what is wrong with it.
+    """
+    if isinstance(value, LazyLLMConfig):
+        return value
+    fields = _read(value) if isinstance(value, str) else value
+    if not isinstance(fields, dict):
+        raise ConfigError(f"lazyllm: expected a mapping of fields, got {type(fields).__name__}")
+    try:
+        return LazyLLMConfig.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _read(text: str) -> Any:
+    if text in PRESETS:
+        return {"preset": text}
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"lazyllm: not valid JSON: {error}") from None
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(
+            f"lazyllm: {text!r} is neither JSON, a file, nor a preset ({', '.join(PRESETS)})"
+        )
+    try:
+        return yaml.safe_load(path.read_text())  # JSON is YAML
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"lazyllm: {text} is not valid JSON or YAML: {problem}") from None
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = PruneAt if where.startswith("prune.") else LazyLLMConfig
+            text = f"unknown field; known: {', '.join(known.model_fields)}"
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {text}" if where else text)
+    return "lazyllm: " + "; ".join(problems)

@@ -1,0 +1,43 @@
+"""What follows from the length of a request's prompt."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """Made once a prefill, by ``Schedule.plan``, and handed on to whoever needs a part of it.
+
+    Attributes:
+        num_prompt: tokens that are prefilled: the prompt, and after a preemption also what had
+            been generated.
+        kept: prompt tokens that each stage keeps, all of them in stage 0.
+        capacity: most prompt tokens that may ever have keys in each stage: the kept ones and a
+            reserve for revived ones.
+        keeps_dropped: whether the schedule has an Aux Cache.
+    """
+
+    num_prompt: int
+    kept: tuple[int, ...]
+    capacity: tuple[int, ...]
+    keeps_dropped: bool
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any stage drops a token."""
+        return self.kept[-1] < self.num_prompt
+
+    @cached_property
+    def slots_saved(self) -> tuple[int, ...]:
+        """By stage, how many slots fewer than tokens the request needs, however long it gets."""
+        return tuple(self.num_prompt - most for most in self.capacity)
+
+    @property
+    def state_slots(self) -> int:
+        """Positions whose prompt state is kept: every one, if any can be dropped."""
+        return self.num_prompt if self.is_pruned else 0
+
+    @property
+    def aux_slots(self) -> int:
+        """Slots in the Aux Cache: one a prompt token, if any can be dropped."""
+        return self.num_prompt if self.is_pruned and self.keeps_dropped else 0

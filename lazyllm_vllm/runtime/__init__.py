@@ -1,0 +1,1 @@
+"""One engine step on the device: its plan, its buffers, its boundaries."""

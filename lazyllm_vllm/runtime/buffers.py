@@ -1,0 +1,83 @@
+"""The tensors that a step writes and that outlive it, or that a CUDA graph must find again."""
+
+import torch
+
+from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
+from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
+from lazyllm_vllm.kernels.top_k import make_search
+from lazyllm_vllm.plan.schedule import Schedule
+
+
+class StepBuffers:
+    """One owner of all of them; nothing here is made during a step.
+
+    Attributes:
+        index: ``[max_num_reqs]`` int32, the batch's rows of the request table, -1: no request.
+        all_rows: the rows of every stage; ``rows``, the same by stage.
+        query_rows: ``[stages, max_num_reqs]`` int32, each request's current row.
+        decode_starts: ``[max_num_reqs + 1]`` int32, 0, 1, 2, ...: the current rows of decodes.
+        lse: ``[score_window, max_num_reqs, heads]`` fp32, log-denominators of the attention of the
+            current row and, in a prefill, of those before it.
+        no_prefills: the prefill rows of a step that has none.
+
+    Once vLLM has made the KV cache (``attach_kv_cache``):
+        selection: what the selection kernels are given.
+        aux: the Aux Cache, or None.
+        slot_position: ``[physical slots]`` int32, position of the key in each slot of the later
+            stages.
+        slot_mappings: ``[groups, rows]`` int64, where a group's layers write keys and values.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        counts: PromptCounts,
+        max_num_tokens: int,
+        num_heads: int,
+        device: torch.device,
+    ) -> None:
+        self.counts = counts
+        self.device = device
+        stages, batch = schedule.num_stages, len(counts.num_prompt)
+        self.max_rows = max_num_tokens + schedule.config.revive_budget
+        ints = {"dtype": torch.int32, "device": device}
+        self.index = torch.full((batch,), -1, **ints)
+        self.num_prompt = torch.zeros(batch, **ints)
+        self.quota = torch.zeros(1, **ints)
+        self.query_rows = torch.zeros(stages, batch, **ints)
+        self.decode_starts = torch.arange(batch + 1, **ints)
+        lse_shape = (schedule.config.score_window, batch, num_heads)
+        self.lse = torch.zeros(lse_shape, dtype=torch.float32, device=device)
+        self.all_rows = Rows.make(stages, self.max_rows, batch, device)
+        self.rows = [self.all_rows.of_stage(stage) for stage in range(stages)]
+        self.no_prefills = Segments(torch.zeros(1, **ints), 0)
+        self.search = make_search(batch, device)
+
+    def attach_kv_cache(
+        self, num_slots: int, num_groups: int, state: PromptState | None, aux: AuxCache | None
+    ) -> None:
+        """Make what belongs to a KV cache; called whenever vLLM makes one.
+
+        Args:
+            num_slots: physical slots of a stage.
+            state: None: no prompt is pruned.
+        """
+        batch = len(self.index)
+        stages = len(self.rows)
+        ints = {"dtype": torch.int32, "device": self.device}
+        self.aux = aux
+        self.selection = Selection(
+            state=state or PromptState.none(batch, self.device),
+            counts=self.counts,
+            index=self.index,
+            num_prompt=self.num_prompt,
+            is_pruned=torch.zeros(batch, **ints),
+            active=torch.zeros(stages, batch, **ints),
+            limit=torch.zeros(stages, batch, **ints),
+            quota=self.quota,
+            search=self.search,
+        )
+        self.slot_position = torch.zeros(num_slots, **ints)
+        self.slot_mappings = torch.full(
+            (num_groups, self.max_rows), -1, dtype=torch.int64, device=self.device
+        )

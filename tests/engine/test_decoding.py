@@ -1,0 +1,71 @@
+"""Decoding of pruned prompts by the real engine: revival, batches, aborts, nothing lost."""
+
+import random
+
+import pytest
+from transformers import AutoTokenizer
+
+from benchmarks.passkey import passkey_prompt
+
+PRUNE = [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}]
+
+
+@pytest.fixture(scope="module")
+def noise():
+    rng = random.Random(0)
+    lengths = (1, 5, 128, 129, 300, 640, 1000, 2, 777)
+    return [[rng.randrange(200, 40000) for _ in range(n)] for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def reviving(smollm2, open_engine):
+    config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_reserve": 0.02}
+    return open_engine(smollm2, config)
+
+
+def _assert_same(result, expected):
+    assert result["tokens"] == expected["tokens"]
+    for mine, theirs in zip(result["logprobs"], expected["logprobs"], strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert a.keys() == b.keys()
+            assert max(abs(a[t] - b[t]) for t in a) < 1e-3
+
+
+def test_requests_without_room_go_on_without_selecting(reviving, noise):
+    """The same answers as when every step selects, which a trace makes it do."""
+    prompts = [p for p in noise if 256 <= len(p) <= 700]
+    plain = reviving.generate(prompts, 32, logprobs=5)
+    reviving.run("trace", on=True)
+    selecting = reviving.generate(prompts, 32, logprobs=5)
+    reviving.run("trace", on=False)
+    assert len(plain["full"]) == len(prompts) and not selecting["full"]
+    revived = [entry["revived"] for entry in plain["stats"]]
+    assert sum(map(sum, revived)) > 0
+    assert revived == [entry["revived"] for entry in selecting["stats"]]
+    _assert_same(plain, selecting)
+
+
+def test_aborted_requests_leave_nothing_behind(reviving, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = [passkey_prompt(tokenizer, 400, seed=i, depth=0.5)[0] for i in range(5)]
+    result = reviving.run("abort", prompts=prompts, max_tokens=8)
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    finished = result["tokens"]
+    assert {r for r, t in finished.items() if len(t) == 8} == {"r3", "r4"}
+    assert len(finished.get("r0", [])) < 8 and len(finished.get("r1", [])) < 8
+
+
+def test_a_trace_that_was_not_asked_for_is_said(reviving):
+    with pytest.raises(RuntimeError, match="nothing was traced; set LAZYLLM_TRACE=1"):
+        reviving.run("call_worker", method="lazyllm_trace")
+
+
+def test_the_batch_does_not_matter(smollm2, open_engine, noise):
+    """Without revival, whose quota depends on the batch, a request gets the same answer in a batch
+    with others as by itself."""
+    config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_budget": 0, "decode": "strict"}
+    engine = open_engine(smollm2, config)
+    prompts = [p for p in noise if len(p) >= 128]
+    together = engine.generate(prompts, 6, logprobs=5)
+    alone = engine.generate(prompts, 6, logprobs=5, together=False)
+    _assert_same(together, alone)

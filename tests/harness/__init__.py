@@ -1,0 +1,1 @@
+"""What tests share: engines, a random paged world, the slow reference."""

@@ -1,0 +1,293 @@
+"""Real engines for tests, each in a process of its own and shared by the tests that need it.
+
+``start`` and the functions after it run in that process, ``EngineUnderTest`` in the test's.
+"""
+
+import os
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.engine import Engine
+
+
+class EngineUnderTest:
+    """An engine with LazyLLM's configuration, or stock vLLM's.
+
+    Args:
+        lazyllm: the plugin's configuration; None: stock vLLM.
+        arguments: others of ``start``.
+        options: of ``LLM``.
+    """
+
+    def __init__(
+        self, model: Path, lazyllm: dict | None = None, arguments: dict | None = None, **options
+    ) -> None:
+        self.log_file = Path(tempfile.mkstemp(suffix=".log")[1])
+        given = {"model": str(model), "lazyllm": lazyllm, "options": options}
+        self.engine = Engine(start, given | (arguments or {}), __name__, self.log_file)
+        self._is_up = False
+
+    def run(self, function: str, **arguments):
+        """One of the functions below. Raises RuntimeError if it, or the engine's start, fails."""
+        if not self._is_up:
+            self.engine.ready()
+            self._is_up = True
+        return self.engine.run(function, **arguments)
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, **arguments) -> dict:
+        return self.run("generate", prompts=prompts, max_tokens=max_tokens, **arguments)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def close(self) -> None:
+        self.engine.close()
+        self.log_file.unlink()
+
+
+def start(
+    model: str,
+    lazyllm: dict | None,
+    options: dict,
+    trace: bool = False,
+    random_weights: bool = False,
+    compiled_ops: bool = True,
+):
+    """A ``vllm.LLM``.
+
+    Args:
+        trace: record what every boundary decides.
+        random_weights: fill the model with ``benchmarks.weights``.
+        compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
+    """
+    os.environ["LAZYLLM_TRACE"] = str(int(trace))
+    from vllm import LLM
+
+    if not compiled_ops:
+        from lazyllm_vllm.models import staged
+
+        staged.SmallOps = lambda model: None
+    defaults = {"dtype": "float32", "max_model_len": 2304, "enforce_eager": True, "seed": 0}
+    additional = {"lazyllm": lazyllm} if lazyllm is not None else {}
+    llm = LLM(model, additional_config=additional, **defaults | options)
+    if random_weights:
+        from benchmarks.weights import randomize
+
+        randomize(_state(llm).model)
+    return llm
+
+
+def _core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def _runner(llm):
+    return _core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def _state(llm):
+    return _runner(llm).model_state
+
+
+def _free_blocks(llm) -> int:
+    return _core(llm).scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def generate(
+    llm,
+    prompts: list[list[int]],
+    max_tokens: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    together: bool = True,
+) -> dict:
+    """Generate greedily for token-id prompts.
+
+    Args:
+        together: all are there before the first step; else one after the other.
+
+    Returns:
+        ``tokens`` and ``logprobs`` by prompt; ``stats`` by prompt, and ``trace``, if any;
+        ``free_blocks`` before and after; ``preemptions``; ``full``, the requests found to have no
+        room left for revived tokens; ``seconds``.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    before, began = _free_blocks(llm), time.monotonic()
+    with _watch(llm) as seen:
+        outputs = [
+            output
+            for batch in batches
+            for output in llm.generate(
+                [{"prompt_token_ids": p} for p in batch], params, use_tqdm=False
+            )
+        ]
+    result = {
+        "seconds": time.monotonic() - began,
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "free_blocks": [before, _free_blocks(llm)],
+    } | seen
+    if logprobs is not None:
+        result["logprobs"] = [_numbers(output.outputs[0].logprobs) for output in outputs]
+    if prompt_logprobs is not None:
+        result["prompt_logprobs"] = [_numbers(output.prompt_logprobs[1:]) for output in outputs]
+    return result | _by_prompt(llm, [output.request_id for output in outputs])
+
+
+def _numbers(steps) -> list[dict[int, float]]:
+    return [{token: x.logprob for token, x in step.items()} for step in steps]
+
+
+def _by_prompt(llm, names: list[str]) -> dict:
+    """Statistics and traces of the requests of these names."""
+    from lazyllm_vllm import request_stats
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(llm.llm_engine.vllm_config) is None:
+        return {}
+
+    def in_order(by_id: dict) -> list:
+        by_name = {req_id.split("-")[0]: found for req_id, found in by_id.items()}
+        return [by_name.get(name) for name in names]
+
+    requests = request_stats(llm)["requests"]
+    result = {"stats": in_order({entry["request_id"]: entry for entry in requests})}
+    if _state(llm).trace is not None:
+        trace = llm.collective_rpc("lazyllm_trace")[0]
+        result |= {what: in_order(trace[what]) for what in ("prefills", "decodes")}
+    return result
+
+
+@contextmanager
+def _watch(llm):
+    """Count preemptions, and requests whose room for revived tokens is seen to be full."""
+    seen = {"preemptions": 0, "full": []}
+    scheduler, watch = _core(llm).scheduler, getattr(_state(llm), "room_watch", None)
+    preempt = scheduler._preempt_request
+
+    def count(*args, **kwargs):
+        seen["preemptions"] += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = count
+    if watch is not None:
+        look = type(watch).step.__get__(watch)
+
+        def step(*args):
+            full = look(*args)
+            seen["full"] += full
+            return full
+
+        watch.step = step
+    try:
+        yield seen
+    finally:
+        del scheduler._preempt_request
+        if watch is not None:
+            del watch.step
+
+
+def trace(llm, on: bool) -> None:
+    """Start or stop to record what every boundary decides."""
+    from lazyllm_vllm.observe.trace import Trace
+
+    state = _state(llm)
+    state.trace = state.boundary.trace = Trace() if on else None
+
+
+def run_as_on_gpu(llm) -> None:
+    """Warm up, and from now on run steps that drop nothing as where CUDA graphs are captured in
+    pieces, though on a CPU none are."""
+    from lazyllm_vllm.hooks.warm_up import warm_up
+    from lazyllm_vllm.models import staged
+
+    runner = _runner(llm)
+    warm_up(
+        runner.model,
+        runner.model_state,
+        runner.vllm_config,
+        runner.input_buffers,
+        runner.block_tables,
+        runner.attn_groups,
+        runner.kv_cache_config,
+    )
+
+    def in_pieces() -> bool:
+        metadata = staged._stage_metadata()
+        return metadata is not None and metadata.step.drops_nothing
+
+    staged.captures_pieces = in_pieces
+
+
+def abort(llm, prompts: list[list[int]], max_tokens: int) -> dict:
+    """Abort the first request right after its prefill was scheduled, the second while it decodes,
+    the third while it waits; the rest finish. Tokens by request."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    before, engine = _free_blocks(llm), llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"r{i}", {"prompt_token_ids": prompt}, params)
+    engine.abort_request(["r2"])
+    tokens, steps = {}, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+        steps += 1
+        if steps == 1:
+            engine.abort_request(["r0"])
+        if steps == 4:
+            engine.abort_request(["r1"])
+    engine.step()
+    return {"tokens": tokens, "free_blocks": [before, _free_blocks(llm)]}
+
+
+def admit(llm, prompts: list[list[int]], max_tokens: int, most_steps: int) -> dict:
+    """What becomes of requests that all arrive at once: by request, ``finished``, ``waiting``, or
+    the error that refused it."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    engine, fate = llm.llm_engine, {}
+    for i, prompt in enumerate(prompts):
+        try:
+            engine.add_request(f"a{i}", {"prompt_token_ids": prompt}, params)
+            fate[f"a{i}"] = "waiting"
+        except ValueError as error:
+            fate[f"a{i}"] = str(error)
+    for _ in range(most_steps):
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            if output.finished:
+                fate[output.request_id] = "finished"
+    engine.abort_request(list(fate))
+    engine.step()
+    return fate
+
+
+def facts(llm) -> dict:
+    """``model_class``, ``async_scheduling``, ``room`` (tokens, as vLLM counts them)."""
+    config = _core(llm).vllm_config
+    return {
+        "model_class": type(_state(llm).model).__name__,
+        "async_scheduling": config.scheduler_config.async_scheduling,
+        "room": config.cache_config.kv_cache_size_tokens,
+        "max_model_len": config.model_config.max_model_len,
+    }
+
+
+def call_worker(llm, method: str) -> list:
+    """``collective_rpc``."""
+    return llm.collective_rpc(method)

@@ -1,0 +1,328 @@
+"""LazyLLM over a Hugging Face Llama: one sequence, greedy, slow and plain.
+
+The yardstick for the engine (design section 6). It follows design section 1 line by line and shares
+nothing with the engine but the configuration, so that the same mistake is not made twice. Every
+cache is indexed by position and starts as NaN: a read of keys that were never computed shows at
+once in the output.
+"""
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lazyllm_vllm.plan.config import LazyLLMConfig
+
+Margin = tuple[float | None, float | None]
+
+
+@dataclass
+class Trace:
+    """What one run did. S stages, N prompt tokens; boundary s, before stage s, has index s - 1.
+
+    Decode step i processes ``tokens[i]``, so there is one step fewer than there are tokens.
+
+    Attributes:
+        tokens: generated ids, the stop token included.
+        kept: ``kept[s]``: sorted positions that stage s ran at prefill, all N for stage 0.
+        selected: ``selected[step][s - 1]``: sorted prompt positions selected at boundary s.
+        revived: ``revived[step][s - 1]``: sorted prompt positions revived into stage s.
+        prefill_scores: ``prefill_scores[s - 1]``: pooled scores at boundary s, [N] fp32, -inf for
+            tokens that were not candidates.
+        scores: ``scores[step][s - 1]``: the same for each decode step.
+        prefill_margins: ``prefill_margins[s - 1]``: pooled score of the k_s-th best candidate and
+            of the next one, None where there is no such candidate. Always-kept tokens rank above
+            every score and so appear here as inf. Two nearly equal numbers are a tie that rounding
+            may decide either way.
+        margins: ``margins[step][s - 1]``: the same for each decode step.
+        logits: for each generated token the logits it was chosen by, [vocab].
+        computed: (position, layer) pairs computed, prompt and generated, layers counted from 0.
+        prompt_keys: number of prompt tokens with keys in each stage at the end.
+        share_computed: share of the (prompt token, layer) pairs that were computed.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    selected: list[list[list[int]]] = field(default_factory=list)
+    revived: list[list[list[int]]] = field(default_factory=list)
+    prefill_scores: list[Tensor] = field(default_factory=list)
+    scores: list[list[Tensor]] = field(default_factory=list)
+    prefill_margins: list[Margin] = field(default_factory=list)
+    margins: list[list[Margin]] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    computed: set[tuple[int, int]] = field(default_factory=set)
+    prompt_keys: list[int] = field(default_factory=list)
+    share_computed: float = 1.0
+
+
+def generate(
+    model: LlamaForCausalLM,
+    prompt: list[int],
+    config: LazyLLMConfig,
+    max_new_tokens: int,
+    stop_token: int | None = None,
+) -> Trace:
+    """Greedy decoding of at least one token, until ``stop_token`` or ``max_new_tokens``."""
+    assert prompt and max_new_tokens >= 1
+    sequence = ReferenceSequence(model, prompt, config, max_new_tokens)
+    trace = sequence.trace
+    trace.logits.append(sequence.prefill())
+    trace.tokens.append(int(trace.logits[-1].argmax()))
+    while len(trace.tokens) < max_new_tokens and trace.tokens[-1] != stop_token:
+        trace.logits.append(sequence.decode(trace.tokens[-1]))
+        trace.tokens.append(int(trace.logits[-1].argmax()))
+
+    trace.computed = {(p, layer) for layer, p in sequence.computed.nonzero().tolist()}
+    trace.prompt_keys = [sequence.prompt_keys(s) for s in range(sequence.num_stages)]
+    computed_prompt = sequence.computed[:, : sequence.num_prompt]
+    trace.share_computed = int(computed_prompt.sum()) / computed_prompt.numel()
+    return trace
+
+
+class ReferenceSequence:
+    """One prompt and what it generates, with the state of design section 1.
+
+    Attributes (P = most positions there can be, N = ``num_prompt``, S = ``num_stages``):
+        starts: first layer of each stage, then the number of layers.
+        kept_count: k_s for each stage.
+        room: most prompt tokens that may ever have keys in each stage.
+        keys, values: one [kv heads, P, head dim] tensor a layer, by position, NaN until computed.
+        level: [P] int64: number of stages in which a position has keys (invariant 1).
+        aux: the Aux Cache: position -> (stage, the position's input to that stage, [hidden]).
+        computed: [layers, P] bool.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, max_new_tokens: int
+    ) -> None:
+        self.model, self.prompt, self.config = model, prompt, config
+        self.num_prompt = n = len(prompt)
+        num_layers = len(model.model.layers)
+        boundaries = config.boundaries(num_layers)
+        self.starts = [0, *(b.layer for b in boundaries), num_layers]
+        self.num_stages = len(boundaries) + 1
+
+        always = min(n, config.first_tokens + config.last_tokens)
+        self.kept_count = [n] + [max(_ceil_share(b.keep, n), always) for b in boundaries]
+        if n < config.min_prompt_tokens:
+            self.kept_count = [n] * self.num_stages
+        self.room = [k + _ceil_share(config.revive_reserve, n - k) for k in self.kept_count]
+
+        position = torch.arange(n)
+        self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
+
+        most = n + max_new_tokens
+        head_dim = model.model.layers[0].self_attn.head_dim
+        shape = (model.config.num_key_value_heads, most, head_dim)
+        self.keys = [torch.full(shape, torch.nan) for _ in range(num_layers)]
+        self.values = [torch.full(shape, torch.nan) for _ in range(num_layers)]
+        self.level = torch.zeros(most, dtype=torch.long)
+        self.aux: dict[int, tuple[int, Tensor]] = {}
+        self.computed = torch.zeros(num_layers, most, dtype=torch.bool)
+        self.next_position = 0
+        self.trace = Trace()
+
+    def prompt_keys(self, stage: int) -> int:
+        """How many prompt tokens have keys in ``stage``."""
+        return int((self.level[: self.num_prompt] > stage).sum())
+
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        """Run the prompt, fewer tokens in each stage; return the last token's logits, [vocab]."""
+        rows = list(range(self.num_prompt))
+        self.next_position = self.num_prompt
+        hidden = self.model.model.embed_tokens(torch.tensor(self.prompt))
+        window = min(self.config.score_window, self.num_prompt)
+        before = torch.zeros(len(self.level)) if self.config.score == "peak" else None
+        hidden, score = self._run_stage(0, hidden, rows, window, before=before)
+        self.trace.kept.append(rows)
+        for s in range(1, self.num_stages):
+            candidates = self.level[: self.num_prompt] >= s
+            ranking, pooled, margin = self._rank(s, score, candidates)
+            kept = sorted(ranking[: self.kept_count[s]])
+            hidden = self._exchange(s, hidden, rows, kept)
+            rows = kept
+            before = score if self.config.score == "peak" else None
+            hidden, score = self._run_stage(s, hidden, rows, window, before=before)
+            self.trace.kept.append(kept)
+            self.trace.prefill_scores.append(pooled)
+            self.trace.prefill_margins.append(margin)
+        self._check_invariants()
+        return self.model.lm_head(self.model.model.norm(hidden[-1]))
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> Tensor:
+        """One decode step for ``token``; return the logits of the token after it, [vocab]."""
+        trace = self.trace
+        for record in (trace.selected, trace.revived, trace.scores, trace.margins):
+            record.append([])
+        current = self.next_position
+        self.next_position += 1
+        rows = [current]
+        hidden = self.model.model.embed_tokens(torch.tensor([token]))
+        hidden, score = self._run_stage(0, hidden, rows, 1)
+        strict = self.config.decode == "strict"
+        is_selected = torch.ones(self.num_prompt, dtype=torch.bool)  # stage 0 attends to all
+        for s in range(1, self.num_stages):
+            candidates = self.level[: self.num_prompt] >= s
+            if strict:
+                candidates &= is_selected  # the others got no attention in stage s - 1
+            ranking, pooled, margin = self._rank(s, score, candidates)
+            selected = ranking[: self.kept_count[s]]
+            is_selected = torch.zeros_like(is_selected)
+            is_selected[selected] = True
+
+            # The ranking's always-kept head has keys everywhere, so this is in order of score.
+            missing = [p for p in selected if self.level[p] == s]
+            share = min(self.config.revive_budget, self.config.revive_per_request)
+            limit = min(share, self.room[s] - self.prompt_keys(s))
+            revived = sorted(missing[:limit])
+            hidden = self._exchange(s, hidden, rows, [*revived, current])
+            rows = [*revived, current]
+            hidden, score = self._run_stage(s, hidden, rows, 1, is_selected if strict else None)
+
+            trace.selected[-1].append(sorted(selected))
+            trace.revived[-1].append(revived)
+            trace.scores[-1].append(pooled)
+            trace.margins[-1].append(margin)
+        self._check_invariants()
+        return self.model.lm_head(self.model.model.norm(hidden[-1]))
+
+    def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
+        """Candidates of boundary s from best to worst, by (pooled score descending, position
+        ascending) after the always-kept ones; the pooled scores; the margin (see Trace).
+
+        Args:
+            score: [P] fp32, attention in the last layer of stage s - 1.
+            candidates: [N] bool.
+        """
+        assert candidates[self.always_kept].all()
+        score = score[: self.num_prompt].masked_fill(~candidates, -torch.inf)
+        window = self.config.score_pool
+        pooled = F.max_pool1d(score[None], window, stride=1, padding=window // 2)[0]
+        pooled = pooled.masked_fill(~candidates, -torch.inf)
+
+        rank_by = pooled.masked_fill(self.always_kept, torch.inf).tolist()
+        ranking = sorted(candidates.nonzero()[:, 0].tolist(), key=lambda p: (-rank_by[p], p))
+        best = [rank_by[p] for p in ranking] + [None] * self.num_prompt
+        k = self.kept_count[s]
+        return ranking, pooled, (best[k - 1], best[k])
+
+    def _exchange(self, s: int, hidden: Tensor, rows: list[int], next_rows: list[int]) -> Tensor:
+        """Boundary s: rows leave stage s - 1 for the Aux Cache, and those that stage s runs come
+        out of it: what was just put there for a token that goes straight on, else what an earlier
+        step left. Nothing is thrown away, so this also runs with ``revive_budget`` 0.
+
+        Args:
+            hidden: [len(rows), hidden], the output of stage s - 1 (= input to stage s).
+
+        Returns:
+            [len(next_rows), hidden]
+        """
+        for p, state in zip(rows, hidden, strict=True):
+            assert p not in self.aux
+            self.aux[p] = (s, state)
+        taken = [self.aux.pop(p) for p in next_rows]
+        assert all(stage == s for stage, _ in taken)
+        return torch.stack([state for _, state in taken])
+
+    def _run_stage(
+        self,
+        s: int,
+        hidden: Tensor,
+        rows: list[int],
+        window: int,
+        is_selected: Tensor | None = None,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run rows through stage s. Each attends to what has keys there, at or before its position.
+
+        Args:
+            hidden: [len(rows), hidden], input to the stage.
+            rows: positions, rising; the last is the current token.
+            window: the last of them whose attention is the score.
+            is_selected: [N] bool, the only prompt tokens to attend to; None: all with keys here.
+            before: [P] fp32, scores of earlier stages; those of this one are the highest of them
+                and of every layer here. None: the last layer's alone.
+
+        Returns:
+            The stage's output, [len(rows), hidden], and the score of every position in the stage's
+            last layer, [P] fp32, 0 for those that are not attended to.
+        """
+        positions = torch.tensor(rows)
+        assert (self.level[positions] == s).all() and (positions.diff() > 0).all()
+        self.level[positions] = s + 1
+        visible = self.level > s
+        if is_selected is not None:
+            visible[: self.num_prompt] &= is_selected
+        attended = visible.nonzero()[:, 0]
+        for layer in range(self.starts[s], self.starts[s + 1]):
+            hidden, score = self._run_layer(layer, hidden, positions, attended, window)
+            if before is not None:
+                before = score = torch.maximum(before, score)
+        return hidden, score
+
+    def _run_layer(
+        self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor, window: int
+    ) -> tuple[Tensor, Tensor]:
+        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2:
+        of the last row), or the highest of them, over the heads and the last ``window`` rows, where
+        those before the last four count for a quarter; see ``_run_stage`` for the shapes."""
+        assert not self.computed[layer, positions].any(), "computed twice"
+        self.computed[layer, positions] = True
+        block = self.model.model.layers[layer]
+        attention = block.self_attn
+
+        def heads(x: Tensor) -> Tensor:  # [rows, heads * d] -> [heads, rows, d]
+            return x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1).float()
+
+        x = block.input_layernorm(hidden)
+        cos, sin = self.model.model.rotary_emb(x.float(), positions[None])  # [1, rows, d]
+        query = _rotate(heads(attention.q_proj(x)), cos, sin)
+        self.keys[layer][:, positions] = _rotate(heads(attention.k_proj(x)), cos, sin)
+        self.values[layer][:, positions] = heads(attention.v_proj(x))
+
+        group = len(query) // len(self.keys[layer])  # query head h reads kv head h // group
+        keys = self.keys[layer][:, attended].repeat_interleave(group, dim=0)
+        values = self.values[layer][:, attended].repeat_interleave(group, dim=0)
+        weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
+        weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
+        score = torch.zeros(len(self.level))
+        queries = weights[:, -window:]  # [heads, window, attended]
+        if self.config.score == "peak":
+            earlier, last = queries[:, :-4] / 4, queries[:, -4:]
+            score[attended] = torch.cat([earlier, last], 1).amax((0, 1))
+        else:
+            score[attended] = queries.mean((0, 1))
+
+        out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
+        hidden = hidden + attention.o_proj(out)
+        return hidden + block.mlp(block.post_attention_layernorm(hidden)), score
+
+    def _check_invariants(self) -> None:
+        """Invariants 1 and 2 of design section 1, between steps; 3 is checked in each layer."""
+        for s in range(self.num_stages):
+            for layer in range(self.starts[s], self.starts[s + 1]):
+                for cache in (self.keys[layer], self.values[layer]):
+                    has_keys = ~cache.isnan().any(dim=2).any(dim=0)
+                    assert torch.equal(has_keys, self.level > s)
+            assert self.kept_count[s] <= self.prompt_keys(s) <= self.room[s]
+        level = self.level[: self.next_position].tolist()
+        dropped = {p: at for p, at in enumerate(level) if at < self.num_stages}
+        assert {p: stage for p, (stage, _) in self.aux.items()} == dropped
+        assert all(p < self.num_prompt for p in dropped), "a generated token was pruned"
+
+
+def _ceil_share(share: float, count: int) -> int:
+    """ceil(share * count) for the decimal number that was written: 0.3 of 10 is 3, not 4."""
+    return math.ceil(Fraction(str(share)) * count)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE as Llama has it: dimension i is paired with i + d/2. x: [heads, rows, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,0 +1,28 @@
+"""A Llama of a few thousand weights, of which only config.json is needed."""
+
+import json
+from pathlib import Path
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def tiny_model(folder: Path, **changes) -> Path:
+    """A folder for an engine with ``load_format="dummy", skip_tokenizer_init=True``."""
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    return folder

@@ -1,0 +1,61 @@
+"""The start of a step against its reference."""
+
+import pytest
+import torch
+from harness.world import POISON, kept_share, make_world
+
+from lazyllm_vllm.kernels.begin_step import begin_step_reference, begin_step_triton
+from lazyllm_vllm.kernels.selection import Rows, Segments
+
+
+@pytest.mark.parametrize("quota", (0, 1, 5))
+@pytest.mark.parametrize("always", (False, True))
+@pytest.mark.parametrize("num_decodes", (0, 4))
+def test_begin_step(quota, always, num_decodes, device):
+    """Requests that decode, one of them padding, then requests that are prefilled."""
+    w = make_world(0, 1, quota=quota, device=device)
+    n, stages = len(w.prompts), w.num_stages
+    revive_rows = num_decodes * quota + 1 if quota else 0
+    if num_decodes:
+        positions = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
+        segments = Segments(w.ints([0]), 0)
+    else:
+        positions = torch.cat([torch.arange(p) for p in w.prompts]).to(device)
+        segments = Segments(w.ints([0, *torch.tensor(w.prompts).cumsum(0).tolist()]), 0)
+    results = []
+    for run in (begin_step_triton, begin_step_reference):
+        s = w.selection(kept_share(w, 0.5), 3)
+        index = s.index.long()
+        counts = s.counts
+        counts.prompt_keys[index[0]] += torch.arange(stages, device=device).int() % 2
+        counts.capacity[index[2]] = 0  # no room left
+        counts.kept[index[3]] = w.prompts[3]  # kept whole
+        counts.kept[index, 0] = s.num_prompt
+        s.index[1] = -1
+        for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit):
+            poisoned.fill_(POISON)
+        rows = Rows.make(stages, len(positions) + revive_rows, n, device)
+        for name in Rows.__dataclass_fields__:
+            getattr(rows, name).fill_(POISON)
+        run(s, rows, positions, segments, num_decodes, revive_rows, always)
+        rows.slot[:, 1] = 0  # padding has none
+        results.append((s, rows))
+    (s, rows), theirs = results
+    for name in ("num_prompt", "is_pruned", "active", "limit"):
+        assert torch.equal(getattr(s, name), getattr(theirs[0], name)), name
+    for name in Rows.__dataclass_fields__:
+        assert torch.equal(getattr(rows, name), getattr(theirs[1], name)), name
+    assert s.num_prompt.tolist() == [w.prompts[0], 0, w.prompts[2], w.prompts[3]]
+    assert s.is_pruned.tolist() == [1, 0, 1, 0]
+    if num_decodes == n:
+        assert rows.num_keys[:, 1].tolist() == [0] * stages
+        assert (s.active[1:, 2] == int(always)).all(), "without room only marking selects"
+        assert (s.active[1:, 0] == int(always or quota > 0)).all()
+        assert (rows.request[1:, n : n + revive_rows] == -1).all()
+        assert (rows.source[1:, n : n + revive_rows] == -1).all()
+        assert rows.source[2, :n].tolist() == list(range(n))
+    else:
+        assert s.active[1:, 2].tolist() == [1, 0], "a prefill selects where it keeps less"
+        assert torch.equal(rows.position[0, : len(positions)], positions)
+        owner = torch.repeat_interleave(torch.tensor([0, -1, 2, 3]), torch.tensor(w.prompts))
+        assert torch.equal(rows.request[0, : len(positions)].cpu(), owner.int())

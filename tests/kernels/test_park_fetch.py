@@ -1,0 +1,68 @@
+"""Hidden states across a boundary: parked, fetched, and found again as they were."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from harness.world import make_world
+
+from lazyllm_vllm.kernels.park_fetch import (
+    fetch_reference,
+    fetch_triton,
+    park_reference,
+    park_triton,
+)
+
+HIDDEN = 40
+
+
+@pytest.fixture(params=(0, 1))
+def world(request, device, dtype):
+    return make_world(request.param, 1, device=device, dtype=dtype)
+
+
+def test_parked_states_are_fetched(world):
+    """Of all prompts but one that is not pruned, in a shuffled order, after two decodes' rows."""
+    w = world
+    request = torch.repeat_interleave(torch.arange(4), torch.tensor(w.prompts))
+    position = torch.cat([torch.arange(p) for p in w.prompts])
+    order = torch.randperm(len(request), generator=w.random)
+    num_rows = 2 + len(order)
+    before = w.rows(num_rows)
+    before.request[2:] = request[order].int()
+    before.request[5] = -1  # an unused row
+    before.position[2:] = position[order]
+    hidden = w.rand(num_rows, HIDDEN)
+    is_pruned = w.ints([1, 1, 0, 1])
+    empty = w.aux(HIDDEN)
+    results = []
+    for park in (park_triton, park_reference):
+        aux = replace(empty, buffer=empty.buffer.clone())
+        park(hidden, before, range(2, num_rows), is_pruned, aux)
+        results.append(aux)
+    assert torch.equal(results[0].buffer, results[1].buffer)
+    pruned = (before.request[2:] >= 0) & (before.request[2:] != 2)
+    written = int((results[0].buffer.float() < 8e9).sum())
+    assert written == HIDDEN * int(pruned.sum()), "a place for each, and no other was touched"
+
+    # Rows of the stage after: two that go on, one of nobody, then some from the Aux Cache.
+    back = pruned.nonzero()[:20, 0] + 2
+    after = w.rows(3 + len(back))
+    after.source[:] = -1
+    after.source[:2] = w.ints([7, 1])
+    after.request[3:], after.position[3:] = before.request[back], before.position[back]
+    for fetch in (fetch_triton, fetch_reference):
+        out = torch.full((3 + len(back), HIDDEN), 9e9, device=w.device, dtype=w.dtype)
+        fetch(out, hidden, after, results[0])
+        assert torch.equal(out[:2], hidden[[7, 1]])
+        assert (out[2] == 0).all(), "an unused row"
+        assert torch.equal(out[3:], hidden[back])
+
+
+def test_without_an_aux_cache_rows_go_on(world):
+    hidden, after = world.rand(9, HIDDEN), world.rows(4)
+    after.source[:] = world.ints([8, 0, -1, 3])
+    for fetch in (fetch_triton, fetch_reference):
+        out = torch.full((4, HIDDEN), 9e9, device=world.device, dtype=world.dtype)
+        fetch(out, hidden, after, None)
+        assert torch.equal(out[[0, 1, 3]], hidden[[8, 0, 3]]) and (out[2] == 0).all()

@@ -1,0 +1,39 @@
+"""Attention of prefill rows: each prompt by itself, and what scoring starts from."""
+
+import torch
+from harness.world import close
+
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.hooks.stage_attention import StageAttention
+
+
+def test_prefill_attention(device, dtype):
+    random = torch.Generator().manual_seed(0)
+    lens, heads, kv_heads, head_dim, window = [3, 130, 64, 517], 8, 2, 64, 4
+    total = sum(lens)
+    # As the model gives them: views into one projection.
+    qkv = torch.randn(total, (heads + 2 * kv_heads) * head_dim, generator=random).to(device, dtype)
+    q, k, v = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
+    q, k, v = (x.view(total, -1, head_dim) for x in (q, k, v))
+    starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
+    attention = object.__new__(StageAttention)
+    attention.scale = head_dim**-0.5
+    attention.fa_version = fa_utils.get_flash_attn_version(head_size=head_dim)
+    out = torch.full((total, heads, head_dim), 9e9, device=device, dtype=dtype)
+    run = attention.prefill_flash if device == "cuda" else attention.prefill_dense
+    lse = run(q, k, v, out, starts, max(lens), window=window)
+    assert lse.shape == (window, len(lens), heads)
+    for i, n in enumerate(lens):
+        mine = slice(int(starts[i]), int(starts[i]) + n)
+        keys, values = (x[mine].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        logits = torch.einsum("ihd,jhd->hij", q[mine].double(), keys) * attention.scale
+        later = torch.ones(n, n, device=device).triu(1).bool()
+        logits = logits.masked_fill(later, float("-inf"))
+        expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1), values)
+        close(out[mine], expected, dtype)
+        for back in range(min(window, n)):
+            close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)
+    again = torch.empty_like(out)
+    assert run(q, k, v, again, starts, max(lens), window=0) is None
+    close(again, out, dtype)

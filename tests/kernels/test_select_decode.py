@@ -1,0 +1,51 @@
+"""Selection for decodes against its reference: who is revived."""
+
+import pytest
+from harness.world import LONG, kept_share, make_world, same
+
+from lazyllm_vllm.kernels.rank import RankRule, rank_tokens_reference, rank_tokens_triton
+from lazyllm_vllm.kernels.select_decode import select_decode_reference, select_decode_triton
+
+RULE = RankRule(3, first_tokens=1, last_tokens=2)
+
+
+@pytest.mark.parametrize("seed, splits", ((0, None), (1, None), (LONG, 2)))
+@pytest.mark.parametrize("stage", (1, 2))
+@pytest.mark.parametrize("strict", (False, True))
+@pytest.mark.parametrize("quota, ties", ((0, True), (3, True), (40, True), (5, False)))
+def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_splits):
+    if splits:
+        few_splits(splits)
+    w = make_world(seed, stage, quota=quota, device=device)
+    w = w.with_ties() if ties else w
+    n = len(w.prompts)
+    kept = [*kept_share(w, 0.6)[:3], w.prompts[3]]  # the last is not pruned
+    results = []
+    for run, rank_tokens in (
+        (select_decode_triton, rank_tokens_triton),
+        (select_decode_reference, rank_tokens_reference),
+    ):
+        s = w.selection(kept, room=6)
+        s.active[:, 1] = 0
+        if not strict:
+            s.active[:] *= s.limit > 0
+        rank_tokens(s, stage, range(n), 2, strict, RULE)
+        rows = w.rows(n + n * quota)
+        rows.num_revived.zero_()
+        rows.num_keys.copy_(w.ints([40, 7, 90, 3]))
+        rows.slot[:n] = rows.num_keys
+        run(s, stage, n, rows, 2, strict)
+        s.search.thresholds.zero_()
+        s.search.split_counts.zero_()
+        results.append((s, rows))
+    for mine, theirs in zip(*results):
+        same(mine, theirs)
+    _, rows = results[0]
+    assert (rows.num_revived <= min(quota, 6)).all() and rows.num_revived[[1, 3]].sum() == 0
+    for i in (0, 2):
+        first = n + i * quota
+        revived = rows.position[first : first + int(rows.num_revived[i])].cpu()
+        assert (w.level[i][revived] == stage).all(), "only tokens without keys here"
+        assert len(set(revived.tolist())) == len(revived)
+    if quota and seed != 1:
+        assert rows.num_revived.sum() > 0

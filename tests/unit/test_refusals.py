@@ -1,0 +1,241 @@
+"""What cannot work is refused before weights load, in one line that names the flag."""
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from harness.tiny import tiny_model
+
+from vllm import EngineArgs
+
+from lazyllm_vllm.hooks.refusals import check_attention
+from lazyllm_vllm.hooks.requests import RequestChecks, RequestError
+from lazyllm_vllm.observe.stats import request_stats
+from lazyllm_vllm.plan.config import ConfigError
+
+BALANCED = {"lazyllm": {"preset": "balanced"}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def _create(model, config=BALANCED, **flags):
+    flags = {"max_model_len": 1024, "dtype": "float32", "skip_tokenizer_init": True} | flags
+    return EngineArgs(model=str(model), additional_config=config, **flags).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "--speculative-config or --spec-method",
+        ),
+        ({"spec_method": "ngram", "spec_tokens": 2}, "--speculative-config or --spec-method"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"attention_backend": "CPU_ATTN"}, "--attention-backend"),
+        ({"attention_config": {"backend": "CPU_ATTN"}}, "--attention-config.backend"),
+        ({"runner": "pooling"}, "--runner"),
+        ({"scheduler_reserve_full_isl": False}, "--scheduler-reserve-full-isl: leave it on"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
+        ({"model_impl": "transformers"}, "--model-impl"),
+        ({"hf_overrides": {"architectures": ["MambaForCausalLM"]}}, "supported: LlamaForCausalLM"),
+    ],
+)
+def test_flags(tiny, flags, says):
+    with pytest.raises(ConfigError) as error:
+        _create(tiny, **flags)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_page_smaller_than_a_hidden_state(tmp_path):
+    """Before weights load; a page holds block_size tokens of one KV head of 32."""
+    model = tiny_model(tmp_path, hidden_size=1600, num_attention_heads=50, num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="raise --block-size to 32 or more"):
+        _create(model, block_size=16)
+    assert _create(model, block_size=32)
+
+
+def test_a_kv_cache_of_the_models_own_type_is_no_reason(tiny):
+    assert _create(tiny, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"lazyllm": {"prune": [{"layer": 30, "keep": 0.5}]}}, "outside the model"),
+        ({"lazyllm": {"no_such_field": 1}}, "no_such_field: unknown field"),
+        ({"lazy_llm": {"preset": "balanced"}}, "has the key 'lazy_llm'; use 'lazyllm'"),
+        ({"LazyLLM": "balanced"}, "has the key 'LazyLLM'; use 'lazyllm'"),
+        ({"lazylm": "balanced"}, "has the key 'lazylm'; use 'lazyllm'"),
+    ],
+)
+def test_configurations(tiny, config, says):
+    with pytest.raises(ConfigError, match=says):
+        _create(tiny, config)
+
+
+def test_other_keys_of_additional_config_are_left_alone(tiny):
+    config = _create(tiny, {"ascend": {"lazy": True}, "kda_prefill_backend": "auto"})
+    assert config.model_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_model_runner_v1(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        _create(tiny)
+
+
+def test_what_is_switched_off(tiny):
+    """A token budget that holds no whole prompt is replaced, one that does is kept."""
+    small = _create(tiny, max_num_batched_tokens=512)
+    assert small.scheduler_config.max_num_batched_tokens >= 1024
+    off = small.additional_config["lazyllm_switched_off"]
+    assert {"prefix caching", "chunked prefill"} <= set(off)
+    assert any("max_num_batched_tokens=512, less than the 1024 tokens" in what for what in off)
+    assert not small.cache_config.enable_prefix_caching
+    assert not small.scheduler_config.enable_chunked_prefill
+    # Less than a prompt a step would leave it waiting for ever.
+    few = _create(tiny, max_num_scheduled_tokens=512)
+    assert few.scheduler_config.max_num_scheduled_tokens is None
+
+
+@pytest.mark.parametrize("longest", [1024, None, -1])
+def test_a_budget_that_holds_a_prompt_is_kept(tiny, longest):
+    """Also where the greatest length is the model's own, or left to vLLM."""
+    large = _create(tiny, max_num_batched_tokens=8192, max_model_len=longest)
+    assert large.scheduler_config.max_num_batched_tokens == 8192
+    assert not any("batched" in what for what in large.additional_config["lazyllm_switched_off"])
+
+
+def test_the_same_arguments_make_the_same_engine_twice(tiny):
+    args = EngineArgs(
+        model=str(tiny),
+        additional_config=BALANCED,
+        max_model_len=1024,
+        dtype="float32",
+        max_num_batched_tokens=512,
+        skip_tokenizer_init=True,
+    )
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert first.additional_config == second.additional_config
+    assert first.model_config.architectures == second.model_config.architectures
+    assert first.scheduler_config == second.scheduler_config
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "says"),
+    [
+        ("sliding_window", 128, "sliding window"),
+        ("impl", SimpleNamespace(scale=1, logits_soft_cap=30.0), "soft-capped"),
+        ("impl", SimpleNamespace(scale=1, alibi_slopes=[1.0]), "ALiBi"),
+    ],
+)
+def test_attention_that_does_more(attribute, value, says):
+    plain = {
+        "layer_name": "layers.0",
+        "attn_type": "decoder",
+        "sliding_window": None,
+        "impl": SimpleNamespace(scale=1, alibi_slopes=None),
+    }
+    check_attention(SimpleNamespace(**plain))
+    with pytest.raises(ConfigError, match=says):
+        check_attention(SimpleNamespace(**plain | {attribute: value}))
+
+
+def _request(num_prompt, resumable=False, **params):
+    fields = {"prompt_logprobs": None, "prompt_logprob_token_ids": None, "max_tokens": 5}
+    return SimpleNamespace(
+        prompt_token_ids=[1] * num_prompt,
+        sampling_params=SimpleNamespace(**fields | params),
+        resumable=resumable,
+    )
+
+
+def test_requests(tiny):
+    checks = RequestChecks(_create(tiny, max_model_len=2048))
+    checks.check(_request(1500))
+    checks.check(_request(1000, prompt_logprobs=0))
+    with pytest.raises(RequestError, match="prompt_logprobs .* min_prompt_tokens, now 1024"):
+        checks.check(_request(1024, prompt_logprobs=0))
+    with pytest.raises(RequestError, match="prompt_logprob_token_ids"):
+        checks.check(_request(1500, prompt_logprob_token_ids=[[1]]))
+    with pytest.raises(RequestError, match="comes in parts"):
+        checks.check(_request(3, resumable=True))
+    assert issubclass(RequestError, ValueError)
+
+
+def test_requests_that_do_not_fit(tiny):
+    """30 blocks of 16 tokens, one kept back by vLLM; each token takes a slot in each of 3 stages
+    until prompts are pruned."""
+    prune = {"prune": [{"layer": 2, "keep": 0.1}, {"layer": 4, "keep": 0.1}]}
+    config = {"lazyllm": prune | {"min_prompt_tokens": 200}}
+    flags = {"max_model_len": 256, "num_gpu_blocks_override": 30, "block_size": 16}
+    checks = RequestChecks(_create(tiny, config, **flags))
+    fits = 9 * 16
+    checks.check(_request(fits - 4))
+    checks.check(_request(200))
+    for num_prompt, max_tokens in ((fits - 3, 5), (150, 1), (10, 150)):
+        with pytest.raises(RequestError, match="lower max_tokens, lower min_prompt_tokens"):
+            checks.check(_request(num_prompt, max_tokens=max_tokens))
+    enough = _create(tiny, config, **flags | {"num_gpu_blocks_override": 80})
+    RequestChecks(enough).check(_request(150, max_tokens=100))
+
+
+def test_without_a_config_nothing_changes(tiny):
+    config = _create(tiny, {}, enable_prefix_caching=True, enable_chunked_prefill=True)
+    assert config.model_config.architectures == ["LlamaForCausalLM"]
+    assert config.cache_config.enable_prefix_caching
+    assert not config.parallel_config.worker_extension_cls
+
+
+def test_a_worker_extension_is_the_users(tiny):
+    config = _create(tiny, worker_extension_cls="some.Extension")
+    assert config.parallel_config.worker_extension_cls == "some.Extension"
+
+
+def test_stats_of_a_stock_engine_are_refused():
+    stock = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    with pytest.raises(RuntimeError, match="runs without LazyLLM"):
+        request_stats(SimpleNamespace(llm_engine=stock))
+
+
+def test_another_vllm_is_refused(monkeypatch):
+    import vllm
+
+    from lazyllm_vllm.hooks import plugin
+
+    monkeypatch.setattr(vllm, "__version__", "0.34.1")
+    with pytest.raises(RuntimeError, match=r"works with vLLM 0\.32 and 0\.33, this is vLLM 0\.34"):
+        plugin.register()
+
+
+def test_a_changed_vllm_is_noticed(monkeypatch):
+    from lazyllm_vllm.hooks import patches
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda self: None)
+    with pytest.raises(RuntimeError, match="create_engine_config is not the one that LazyLLM"):
+        patches.install()
+
+
+def test_a_patch_says_why_and_when_it_ends():
+    from lazyllm_vllm.hooks import patches
+
+    source = inspect.getsource(patches)
+    wrapped = source.count("_wrap(") - 1  # its definition
+    assert wrapped >= 5 and source.count("Ends\n# when") + source.count("Ends when") >= 5
