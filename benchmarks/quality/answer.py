@@ -35,9 +35,11 @@ def expectations(
 
 def share_computed(llm: LLM) -> float | None:
     """Share of (prompt token, layer) pairs computed so far; None: stock vLLM."""
-    if "lazyllm" not in (llm.llm_engine.vllm_config.additional_config or {}):
-        return None
     from lazyllm_vllm import request_stats
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(llm.llm_engine.vllm_config) is None:
+        return None
 
     return request_stats(llm)["total"]["share_computed"]
 

@@ -61,9 +61,11 @@ def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
 
 def _revived(llm: LLM) -> float | None:
     """Prompt tokens revived so far, a stage."""
-    if "lazyllm" not in (_core(llm).vllm_config.additional_config or {}):
-        return None
     from lazyllm_vllm import request_stats
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(_core(llm).vllm_config) is None:
+        return None
 
     by_stage = request_stats(llm)["total"]["revived"]
     return sum(by_stage) / max(len(by_stage) - 1, 1)
@@ -97,7 +99,7 @@ def room(llm: LLM, tokens: int) -> dict:
             sampling_params=_params(1),
             pooling_params=None,
         )
-        if manager.allocate_slots(request, tokens) is None:
+        if manager.allocate_slots(request, tokens, full_sequence_must_fit=True) is None:
             break
         held.append(request)
     for request in held:

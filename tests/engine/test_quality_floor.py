@@ -29,7 +29,7 @@ def test_balanced_answers_like_the_full_model_and_random_does_not(model):
     methods = {
         "full": FULL,
         "balanced": Method("balanced", LAZYLLM.config | balanced),
-        "random": Method("random", random.config | balanced, random.scores),
+        "random": Method("random", random.config | balanced, random.scorer),
     }
     cell = Cell(TASKS["one needle of four"], TOKENS, evaluate.reporting(SAMPLES))
     share = {}

@@ -64,7 +64,12 @@ def start(
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
     """
     os.environ["LAZYLLM_TRACE"] = str(int(trace))
+    import torch
+
     from vllm import LLM
+
+    if torch.version.cuda is None:
+        _sample_greedily()
 
     if not compiled_ops:
         from lazyllm_vllm.models import staged
@@ -78,6 +83,18 @@ def start(
 
         randomize(_state(llm).model)
     return llm
+
+
+def _sample_greedily() -> None:
+    """In Triton's interpreter vLLM's sampling kernel takes two thirds of an engine's time; all our
+    tests need of it is the likeliest token. ``test_serve`` and the demo use vLLM's own."""
+    from vllm.v1.worker.gpu.sample import sampler
+
+    def greedy(logits, expanded_idx_mapping, temperature, *args, **kwargs):
+        assert (temperature[expanded_idx_mapping] == 0).all()
+        return logits.argmax(-1)
+
+    sampler.gumbel_sample = greedy
 
 
 def _core(llm):

@@ -2,12 +2,10 @@
 
 import pytest
 
-from benchmarks.engine import Engine
 from benchmarks.results import read, write
 from benchmarks.speed import cases, report
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, Pruning, flop_bound, flops
-from benchmarks.speed.start import start
+from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, flop_bound, flops
 
 TINY = SHAPES["Llama-3.1-8B"] | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
@@ -36,30 +34,6 @@ def test_flop_bounds():
     # Attention grows with the square of the length, and is cut by the square of what is kept.
     bounds = [flop_bound(SHAPES["Llama-3.1-8B"], HALVES.prune, n) for n in (4096, 32768, 131072)]
     assert bounds == sorted(bounds) and 32 / 15 < bounds[0] < bounds[2] < 64 / 21.25
-
-
-def test_an_engine_is_measured(tmp_path):
-    pruning = Pruning("half", ((2, 0.5),))
-    options = {
-        "max_model_len": 1024, "max_num_seqs": 4, "enforce_eager": True, "block_size": 128,
-        "num_gpu_blocks_override": 64,
-    }  # fmt: skip
-    config = pruning.config | {"min_prompt_tokens": 512}
-    arguments = {"shape": TINY, "config": config, "options": options}
-    engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
-    try:
-        assert engine.ready()["vllm"].startswith("0.32")
-        assert engine.run("ttft", tokens=600)["value"] > 0
-        decoded = engine.run("decode", tokens=1000, batch=2, steps=6)
-        assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
-        # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage
-        # 1 (500 and a tenth of the rest), and 4 for its states: 128 bytes each, in two pages of
-        # 128 slots * 2 heads * 2 * 16 * 2 bytes.
-        assert engine.run("room", tokens=1000)["value"] == 63 // 17
-        through = engine.run("throughput", requests=3, tokens=600, max_tokens=4)
-        assert through["value"] > 0 and through["peak_running"] == 3
-    finally:
-        engine.close()
 
 
 def test_plans_keep_their_numbers():

@@ -1,0 +1,46 @@
+"""The speed benchmark's measurements, on an engine that is too small to time."""
+
+import pytest
+
+from benchmarks.engine import Engine
+from benchmarks.speed.shapes import SHAPES, Pruning
+from benchmarks.speed.start import start
+
+TINY = SHAPES["Llama-3.1-8B"] | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 30000,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture
+def engine(tmp_path):
+    options = {
+        "max_model_len": 1024,
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        "block_size": 128,
+        "num_gpu_blocks_override": 64,
+    }
+    config = Pruning("half", ((2, 0.5),)).config | {"min_prompt_tokens": 512}
+    arguments = {"shape": TINY, "config": config, "options": options}
+    engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
+    yield engine
+    engine.close()
+
+
+def test_an_engine_is_measured(engine):
+    assert engine.ready()["vllm"].startswith("0.3")
+    assert engine.run("ttft", tokens=600)["value"] > 0
+    decoded = engine.run("decode", tokens=1000, batch=2, steps=6)
+    assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
+    # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage 1
+    # (500 and a tenth of the rest), and 5 of its own: 1,000 hidden states of 128 bytes, and 16
+    # bytes of state a position, in two pages of 128 slots * 2 heads * 2 * 16 * 2 bytes.
+    assert engine.run("room", tokens=1000)["value"] == 63 // 18
+    through = engine.run("throughput", requests=3, tokens=600, max_tokens=4)
+    assert through["value"] > 0 and through["peak_running"] == 3

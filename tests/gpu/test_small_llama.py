@@ -1,0 +1,95 @@
+"""The engine's kept sets and tokens against the reference's, on a small Llama with random weights.
+
+bf16 rounding reorders close scores, so sets are compared by how much they have in common, and
+tokens by how far their logits lie under the best: in standard deviations, on average 0.06 where the
+reference itself runs in bf16, and 1.1 where it pools scores over three tokens instead of one.
+"""
+
+import statistics
+
+import pytest
+import torch
+from harness import reference
+from harness.engine import EngineUnderTest
+
+from lazyllm_vllm.plan.config import parse_config
+
+pytestmark = pytest.mark.gpu
+LENGTHS = (300, 801, 1500, 350, 400, 450, 500, 600, 700, 900)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    shape = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(shape)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            scale = 1.0 if "embed" in name else weight.shape[1] ** -0.5
+            weight.data.normal_(0, scale * (2 if "q_proj" in name or "k_proj" in name else 1))
+    folder = tmp_path_factory.mktemp("small")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("decode", ("resident", "strict"))
+def test_the_engine_agrees_with_the_reference(folder, decode):
+    from transformers import LlamaForCausalLM
+
+    # Loaded anew, since casting a model rounds its rotary frequencies too, and vLLM's are exact.
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    random = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in LENGTHS]
+    config = {
+        "prune": [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}],
+        "decode": decode,
+        "min_prompt_tokens": 256,
+        "first_tokens": 4,
+        "last_tokens": 32,
+        "score_pool": 1,
+    }
+    if decode == "strict":
+        config |= {"score": "mean", "score_window": 1}
+    engine = EngineUnderTest(
+        folder,
+        config | {"revive_budget": 16 * len(prompts)},
+        {"trace": True},
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_num_seqs=len(prompts),
+        max_num_batched_tokens=8192,
+        max_model_len=2048,
+        gpu_memory_utilization=0.2,
+    )
+    result = engine.generate(prompts, 2)
+    engine.close()
+    alone = parse_config(config | {"revive_budget": 16})
+    in_common, under = [], []
+    for i, prompt in enumerate(prompts):
+        ref = reference.generate(model, prompt, alone, 2)
+        for s in (1, 2):
+            mine = set(result["prefills"][i][0][s])
+            assert len(mine) == len(ref.kept[s])
+            in_common.append(len(mine & set(ref.kept[s])) / len(mine))
+            theirs = set(ref.selected[0][s - 1])
+            if ref.tokens[0] == result["tokens"][i][0]:
+                selected = set(result["decodes"][i][0][s]["selected"])
+                in_common.append(len(theirs & selected) / len(theirs))
+        logits = ref.logits[0]
+        gap = logits.max() - logits[result["tokens"][i][0]]
+        under.append(float(gap / logits.std()))
+    print(f"{decode}: sets {statistics.fmean(in_common):.3f}, under {statistics.fmean(under):.3f}")
+    assert statistics.fmean(in_common) > 0.97, in_common
+    assert statistics.fmean(under) < 0.3, under
