@@ -133,9 +133,16 @@ def _attention_kernel(
         if STRICT:
             in_prompt = j_valid & (position < num_prompt)
             at = state_at(
-                state_table, position, in_prompt, page_stride, block_stride,
-                PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
-            )  # fmt: skip
+                state_table,
+                position,
+                in_prompt,
+                page_stride,
+                block_stride,
+                PAGES,
+                PER_PAGE,
+                SLOT_SIZE,
+                PER_SLOT,
+            )
             depth = tl.load(selected_ptr + at, mask=in_prompt, other=127)
             attended = attended & (depth >= stage)[None, :]
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * to_log2
@@ -237,18 +244,47 @@ def paged_attention_triton(out, lse, q, keys, decodes, scale, s):
     partial_lse = torch.empty(num_rows, num_heads, splits, dtype=torch.float32, device=q.device)
     heads = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HEAD_PAD": head_pad}
     _attention_kernel[(n, num_kv_heads * tiles, splits)](
-        partial, partial_lse, q, q.stride(0), *keys.kernel_args(),
-        rows.num_revived, rows.position, s.quota, s.num_prompt,
-        s.state.selected, *s.state.pages.kernel_args(), n, scale, keys.stage, splits,
-        GROUP=group, STRICT=decodes.strict and keys.stage > 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=4, num_stages=3,
-        **heads, **keys.kernel_constants(), **s.state.pages.kernel_constants(),
-    )  # fmt: skip
+        partial,
+        partial_lse,
+        q,
+        q.stride(0),
+        *keys.kernel_args(),
+        rows.num_revived,
+        rows.position,
+        s.quota,
+        s.num_prompt,
+        s.state.selected,
+        *s.state.pages.kernel_args(),
+        n,
+        scale,
+        keys.stage,
+        splits,
+        GROUP=group,
+        STRICT=decodes.strict and keys.stage > 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=3,
+        **heads,
+        **keys.kernel_constants(),
+        **s.state.pages.kernel_constants(),
+    )
     _combine_kernel[(num_rows, num_heads)](
-        out, out.stride(0), lse, partial, partial_lse, keys.length, rows.num_revived, s.quota,
-        n, splits, SPLITS_PAD=triton.next_power_of_2(splits), IDENTITY=keys.stage == 0,
-        num_warps=1, **heads,
-    )  # fmt: skip
+        out,
+        out.stride(0),
+        lse,
+        partial,
+        partial_lse,
+        keys.length,
+        rows.num_revived,
+        s.quota,
+        n,
+        splits,
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        IDENTITY=keys.stage == 0,
+        num_warps=1,
+        **heads,
+    )
 
 
 def paged_attention_reference(out, lse, q, keys, decodes, scale, s):

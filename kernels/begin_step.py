@@ -109,13 +109,35 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, ma
         splits = max(1, min(64, triton.cdiv(len(positions), block * segments.count)))
     counts = s.counts
     _begin_step_kernel[(num_decodes + segments.count, splits)](
-        s.num_prompt, s.is_pruned, s.active, s.limit, s.index,
-        counts.num_prompt, counts.kept, counts.capacity, counts.prompt_keys, counts.stride,
-        positions, s.quota, rows.num_keys, rows.num_revived,
-        rows.position, rows.request, rows.slot, rows.source, segments.start, segments.base,
-        s.active.shape[1], rows.position.shape[1], num_decodes, revive_rows, int(marks_always),
-        s.num_stages, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+        s.num_prompt,
+        s.is_pruned,
+        s.active,
+        s.limit,
+        s.index,
+        counts.num_prompt,
+        counts.kept,
+        counts.capacity,
+        counts.prompt_keys,
+        counts.stride,
+        positions,
+        s.quota,
+        rows.num_keys,
+        rows.num_revived,
+        rows.position,
+        rows.request,
+        rows.slot,
+        rows.source,
+        segments.start,
+        segments.base,
+        s.active.shape[1],
+        rows.position.shape[1],
+        num_decodes,
+        revive_rows,
+        int(marks_always),
+        s.num_stages,
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows, marks_always):

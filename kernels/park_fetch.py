@@ -39,10 +39,16 @@ def _park_kernel(
     if tl.load(is_pruned_ptr + request) == 0:
         return
     at = aux_at(
-        block_table_ptr + request * block_table_stride, tl.load(num_prompt_ptr + request),
-        tl.load(row_position_ptr + row), page_stride, block_stride,
-        PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
-    )  # fmt: skip
+        block_table_ptr + request * block_table_stride,
+        tl.load(num_prompt_ptr + request),
+        tl.load(row_position_ptr + row),
+        page_stride,
+        block_stride,
+        PAGES,
+        PER_PAGE,
+        SLOT_SIZE,
+        PER_SLOT,
+    )
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = i < SLOT_SIZE
     x = tl.load(hidden_ptr + row * SLOT_SIZE + i, mask=valid)
@@ -80,10 +86,16 @@ def _fetch_kernel(
         request = tl.load(row_request_ptr + row)
         if request >= 0:
             at = aux_at(
-                block_table_ptr + request * block_table_stride, tl.load(num_prompt_ptr + request),
-                tl.load(row_position_ptr + row), page_stride, block_stride,
-                PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
-            )  # fmt: skip
+                block_table_ptr + request * block_table_stride,
+                tl.load(num_prompt_ptr + request),
+                tl.load(row_position_ptr + row),
+                page_stride,
+                block_stride,
+                PAGES,
+                PER_PAGE,
+                SLOT_SIZE,
+                PER_SLOT,
+            )
             x = tl.load(aux_ptr + at + i, mask=valid)
     tl.store(out_ptr + row * SLOT_SIZE + i, x, mask=valid)
 
@@ -98,10 +110,17 @@ def park_triton(hidden, rows, batch, is_pruned, aux):
     assert hidden.is_contiguous()
     block, parts = _blocks(hidden.shape[1])
     _park_kernel[(len(batch), parts)](
-        hidden, rows.request, rows.position, is_pruned,
-        aux.buffer, aux.num_prompt, *aux.pages.kernel_args(), batch.start, BLOCK=block,
+        hidden,
+        rows.request,
+        rows.position,
+        is_pruned,
+        aux.buffer,
+        aux.num_prompt,
+        *aux.pages.kernel_args(),
+        batch.start,
+        BLOCK=block,
         **aux.pages.kernel_constants(),
-    )  # fmt: skip
+    )
 
 
 def park_reference(hidden, rows, batch, is_pruned, aux):
@@ -124,9 +143,16 @@ def fetch_triton(out, hidden, rows, aux):
         where = (aux.buffer, aux.num_prompt, *aux.pages.kernel_args())
         constants = aux.pages.kernel_constants()
     _fetch_kernel[(len(out), parts)](
-        out, hidden, rows.source, rows.request, rows.position, *where,
-        HAS_AUX=aux is not None, BLOCK=block, **constants,
-    )  # fmt: skip
+        out,
+        hidden,
+        rows.source,
+        rows.request,
+        rows.position,
+        *where,
+        HAS_AUX=aux is not None,
+        BLOCK=block,
+        **constants,
+    )
 
 
 def fetch_reference(out, hidden, rows, aux):

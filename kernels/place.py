@@ -38,9 +38,17 @@ def _place_kernel(
 
 def place_rows_triton(slot_mapping, slot_position, rows, block_table, num_rows, block_size):
     _place_kernel[(triton.cdiv(num_rows, 256),)](
-        slot_mapping, slot_position, rows.request, rows.slot, rows.position,
-        block_table, block_table.stride(0), num_rows, BLOCK_SIZE=block_size, BLOCK=256,
-    )  # fmt: skip
+        slot_mapping,
+        slot_position,
+        rows.request,
+        rows.slot,
+        rows.position,
+        block_table,
+        block_table.stride(0),
+        num_rows,
+        BLOCK_SIZE=block_size,
+        BLOCK=256,
+    )
 
 
 def place_rows_reference(slot_mapping, slot_position, rows, block_table, num_rows, block_size):

@@ -126,18 +126,30 @@ class AuxCache:
 
 @triton.jit
 def _slot_address(
-    block, slot, page_stride, block_stride,
-    PAGES: tl.constexpr, PER_PAGE: tl.constexpr, SLOT_SIZE: tl.constexpr,
-):  # fmt: skip
+    block,
+    slot,
+    page_stride,
+    block_stride,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+):
     page = (slot // PER_PAGE % PAGES).to(tl.int64)
     return block.to(tl.int64) * block_stride + page * page_stride + slot % PER_PAGE * SLOT_SIZE
 
 
 @triton.jit
 def state_at(
-    block_table_row, position, mask, page_stride, block_stride,
-    PAGES: tl.constexpr, PER_PAGE: tl.constexpr, SLOT_SIZE: tl.constexpr, PER_SLOT: tl.constexpr,
-):  # fmt: skip
+    block_table_row,
+    position,
+    mask,
+    page_stride,
+    block_stride,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
+):
     """Where positions of a request are in each plane of the prompt state."""
     slot = position // PER_SLOT
     block = tl.load(block_table_row + slot // (PAGES * PER_PAGE), mask=mask, other=0)
@@ -147,9 +159,16 @@ def state_at(
 
 @triton.jit
 def aux_at(
-    block_table_row, num_prompt, position, page_stride, block_stride,
-    PAGES: tl.constexpr, PER_PAGE: tl.constexpr, SLOT_SIZE: tl.constexpr, PER_SLOT: tl.constexpr,
-):  # fmt: skip
+    block_table_row,
+    num_prompt,
+    position,
+    page_stride,
+    block_stride,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
+):
     """First element of the hidden state of one position of a request."""
     slot = tl.cdiv(num_prompt, PER_SLOT) + position.to(tl.int32)
     block = tl.load(block_table_row + slot // (PAGES * PER_PAGE))

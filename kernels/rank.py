@@ -120,12 +120,26 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
     splits = num_splits(len(batch))
     state = s.state
     _rank_kernel[(len(batch), splits)](
-        state.score, state.rank, state.level, state.selected, *state.pages.kernel_args(),
-        s.search.histogram, s.num_prompt, s.active[stage],
-        rule.first_tokens, rule.last_tokens, batch.start, splits, stage,
-        FIRST=stage == 1, POOL=rule.pool, STRICT=strict, LISTS=lists, BLOCK=BLOCK,
+        state.score,
+        state.rank,
+        state.level,
+        state.selected,
+        *state.pages.kernel_args(),
+        s.search.histogram,
+        s.num_prompt,
+        s.active[stage],
+        rule.first_tokens,
+        rule.last_tokens,
+        batch.start,
+        splits,
+        stage,
+        FIRST=stage == 1,
+        POOL=rule.pool,
+        STRICT=strict,
+        LISTS=lists,
+        BLOCK=BLOCK,
         **state.pages.kernel_constants(),
-    )  # fmt: skip
+    )
 
 
 def _candidates(state, at, stage, strict):

@@ -11,8 +11,13 @@ from vllm.triton_utils import tl, triton
 
 
 @triton.jit
-def _halves(row_ptr, HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, HALF: tl.constexpr,
-            HALF_PAD: tl.constexpr):  # fmt: skip
+def _halves(
+    row_ptr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
     """Addresses of the first half of each head of a row, and which of them there are."""
     head = tl.arange(0, HEADS_PAD)[:, None]
     i = tl.arange(0, HALF_PAD)[None, :]
@@ -98,12 +103,28 @@ def rotate_and_write_triton(q, k, v, cos_sin, positions, slots, kv_cache):
     # an element that two threads hold may be read by one when the other has rotated it.
     num_warps = min(heads_pad * half_pad // 512, kv_pad * half_pad // 32, 8)
     _rotate_and_write_kernel[(num_rows,)](
-        q, q.stride(0), k, k.stride(0), v, v.stride(0), cos_sin, positions, slots,
-        kv_cache, kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2),
-        HEADS=heads, HEADS_PAD=heads_pad, KV_HEADS=kv_heads, KV_PAD=kv_pad,
-        HALF=head_dim // 2, HALF_PAD=half_pad, BLOCK_SIZE=kv_cache.shape[2],
+        q,
+        q.stride(0),
+        k,
+        k.stride(0),
+        v,
+        v.stride(0),
+        cos_sin,
+        positions,
+        slots,
+        kv_cache,
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        HEADS=heads,
+        HEADS_PAD=heads_pad,
+        KV_HEADS=kv_heads,
+        KV_PAD=kv_pad,
+        HALF=head_dim // 2,
+        HALF_PAD=half_pad,
+        BLOCK_SIZE=kv_cache.shape[2],
         num_warps=max(1, num_warps),
-    )  # fmt: skip
+    )
 
 
 def rotate_and_write_reference(q, k, v, cos_sin, positions, slots, kv_cache):

@@ -150,9 +150,16 @@ def _score_kernel(
                 score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
         in_prompt = j_valid & (position < num_prompt)
         at = score_ptr + state_at(
-            state_table, position, in_prompt, page_stride, block_stride,
-            PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
-        )  # fmt: skip
+            state_table,
+            position,
+            in_prompt,
+            page_stride,
+            block_stride,
+            PAGES,
+            PER_PAGE,
+            SLOT_SIZE,
+            PER_SLOT,
+        )
         if ACCUMULATES:
             # Bits of numbers that are not negative are in their order.
             at = at.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -174,14 +181,33 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         kv_heads = next(n for n in range(max(1, num_kv_heads // 8), 99) if num_kv_heads % n == 0)
     window, pages = queries.window, s.state.pages
     _score_kernel[(len(batch), splits, num_kv_heads // kv_heads)](
-        q, q.stride(0), queries.row, lse, lse.stride(0), queries.scale, *keys.kernel_args(),
-        s.state.score, *pages.kernel_args(), s.num_prompt, active, batch.start, splits,
-        PEAK=rule.peak, ACCUMULATES=rule.accumulates, KV_HEADS=kv_heads, WINDOW=window,
-        NUM_HEADS=num_heads, GROUP=group,
+        q,
+        q.stride(0),
+        queries.row,
+        lse,
+        lse.stride(0),
+        queries.scale,
+        *keys.kernel_args(),
+        s.state.score,
+        *pages.kernel_args(),
+        s.num_prompt,
+        active,
+        batch.start,
+        splits,
+        PEAK=rule.peak,
+        ACCUMULATES=rule.accumulates,
+        KV_HEADS=kv_heads,
+        WINDOW=window,
+        NUM_HEADS=num_heads,
+        GROUP=group,
         QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
-        HEAD_DIM=head_dim, HEAD_PAD=triton.next_power_of_2(head_dim), BLOCK_N=64, num_warps=4,
-        **keys.kernel_constants(), **pages.kernel_constants(),
-    )  # fmt: skip
+        HEAD_DIM=head_dim,
+        HEAD_PAD=triton.next_power_of_2(head_dim),
+        BLOCK_N=64,
+        num_warps=4,
+        **keys.kernel_constants(),
+        **pages.kernel_constants(),
+    )
 
 
 def score_tokens_reference(s, queries, keys, batch, active, rule):

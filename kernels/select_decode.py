@@ -134,13 +134,34 @@ def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
     splits = num_splits(num_decodes)
     state, search = s.state, s.search
     _select_decode_kernel[(num_decodes, splits)](
-        search.histogram, search.thresholds, search.split_counts,
-        state.rank, state.level, state.selected, *state.pages.kernel_args(),
-        s.num_prompt, s.active[stage], s.counts.prompt_keys, s.counts.stride, s.index, s.quota,
-        rows.num_keys, rows.num_revived, rows.position, rows.request, rows.slot,
-        num_decodes, splits, stage, FIRST=stage == 1, LISTS=lists, MARKS=marks,
-        MAX_SPLITS=MAX_SPLITS, BLOCK=BLOCK, **state.pages.kernel_constants(),
-    )  # fmt: skip
+        search.histogram,
+        search.thresholds,
+        search.split_counts,
+        state.rank,
+        state.level,
+        state.selected,
+        *state.pages.kernel_args(),
+        s.num_prompt,
+        s.active[stage],
+        s.counts.prompt_keys,
+        s.counts.stride,
+        s.index,
+        s.quota,
+        rows.num_keys,
+        rows.num_revived,
+        rows.position,
+        rows.request,
+        rows.slot,
+        num_decodes,
+        splits,
+        stage,
+        FIRST=stage == 1,
+        LISTS=lists,
+        MARKS=marks,
+        MAX_SPLITS=MAX_SPLITS,
+        BLOCK=BLOCK,
+        **state.pages.kernel_constants(),
+    )
 
 
 def _least_of_best(rank: torch.Tensor, k: int) -> int:

@@ -87,9 +87,16 @@ def _select_prefill_kernel(
             tl.store(row_source_ptr + after + j, before + j, mask=valid)
             if is_pruned:
                 at = state_at(
-                    table, position.to(tl.int32), valid, page_stride, block_stride,
-                    PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT,
-                )  # fmt: skip
+                    table,
+                    position.to(tl.int32),
+                    valid,
+                    page_stride,
+                    block_stride,
+                    PAGES,
+                    PER_PAGE,
+                    SLOT_SIZE,
+                    PER_SLOT,
+                )
                 tl.store(level_ptr + at, stage + 1, mask=valid)
         return
 
@@ -131,15 +138,32 @@ def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
     splits = num_splits(num_prefills)
     state, search, rows = s.state, s.search, after.rows
     _select_prefill_kernel[(num_prefills, splits)](
-        search.histogram, search.thresholds, search.split_counts,
-        state.rank, state.level, *state.pages.kernel_args(),
-        s.is_pruned, s.active[stage], s.num_prompt, s.index,
-        before.segments.start, before.rows.position, before.segments.base,
-        after.segments.start, after.segments.base,
-        rows.position, rows.request, rows.slot, rows.source,
-        num_decodes, splits, stage, MAX_SPLITS=MAX_SPLITS, BLOCK=BLOCK,
+        search.histogram,
+        search.thresholds,
+        search.split_counts,
+        state.rank,
+        state.level,
+        *state.pages.kernel_args(),
+        s.is_pruned,
+        s.active[stage],
+        s.num_prompt,
+        s.index,
+        before.segments.start,
+        before.rows.position,
+        before.segments.base,
+        after.segments.start,
+        after.segments.base,
+        rows.position,
+        rows.request,
+        rows.slot,
+        rows.source,
+        num_decodes,
+        splits,
+        stage,
+        MAX_SPLITS=MAX_SPLITS,
+        BLOCK=BLOCK,
         **state.pages.kernel_constants(),
-    )  # fmt: skip
+    )
 
 
 def select_prefill_reference(s, stage, num_decodes, before, after, any_active):

@@ -250,10 +250,20 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
     pages, search = s.state.pages, s.search
     splits = num_splits(len(batch))
     common = (
-        search.histogram, s.state.rank, s.state.level, *pages.kernel_args(),
-        s.num_prompt, s.active[stage], s.limit[stage], s.counts.kept, s.counts.stride, s.index,
-        batch.start, splits, stage,
-    )  # fmt: skip
+        search.histogram,
+        s.state.rank,
+        s.state.level,
+        *pages.kernel_args(),
+        s.num_prompt,
+        s.active[stage],
+        s.limit[stage],
+        s.counts.kept,
+        s.counts.stride,
+        s.index,
+        batch.start,
+        splits,
+        stage,
+    )
     constants = {"LISTS": lists, "BLOCK": BLOCK} | pages.kernel_constants()
     for step in (1, 2):
         _refine_kernel[(len(batch), splits)](*common, STEP=step, **constants)

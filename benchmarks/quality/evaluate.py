@@ -89,8 +89,11 @@ class Evaluation:
                 config |= {"prune": prune}
             config, options = as_if_alone(config, options)
         arguments = {
-            "model": str(model.path), "config": config, "scorer": method.scorer, "options": options
-        }  # fmt: skip
+            "model": str(model.path),
+            "config": config,
+            "scorer": method.scorer,
+            "options": options,
+        }
         self.engine = Engine(start, arguments, "benchmarks.quality.answer", log)
         self.versions = self.engine.ready()
 
@@ -98,10 +101,11 @@ class Evaluation:
         """Of each cell, one a seed, 0 to 1."""
         asked = [(cell.task, sample) for cell in cells for sample in self.model.samples(cell)]
         found = self.engine.run(
-            "answers", prompts=[sample.prompt for _, sample in asked],
+            "answers",
+            prompts=[sample.prompt for _, sample in asked],
             max_tokens=[task.max_tokens for task, _ in asked],
             stop=list(self.model.tokenizer.all_special_ids),
-        )  # fmt: skip
+        )
         scores = iter(
             METRICS[task.metric](self.model.tokenizer.decode(tokens), sample.answers)
             for tokens, (task, sample) in zip(found, asked)
@@ -113,10 +117,12 @@ class Evaluation:
         prompts = [self.model.texts(*of) for of in texts]
         found = iter(
             self.engine.run(
-                "expectations", prompts=[p for some in prompts for p in some],
-                likeliest=LIKELIEST, continued=CONTINUED,
+                "expectations",
+                prompts=[p for some in prompts for p in some],
+                likeliest=LIKELIEST,
+                continued=CONTINUED,
             )
-        )  # fmt: skip
+        )
         return [[next(found) for _ in some] for some in prompts]
 
     def share_computed(self) -> float | None:

@@ -57,18 +57,23 @@ class Jobs:
     """Run once, by ``run``. A job with agreement needs one of the full model's before it."""
 
     def __init__(
-        self, jobs: list[Job], setting: Setting,
+        self,
+        jobs: list[Job],
+        setting: Setting,
         open_evaluation: Callable[..., Evaluation] = evaluate.open_evaluation,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.jobs, self.setting, self.open_evaluation = jobs, setting, open_evaluation
         self._before: list[Row] = results.read(setting.out, Row)
         self._found: list[list[Row]] = [[] for _ in jobs]
         self._lock = threading.Lock()
         self._expected: Future = Future()  # the full model's, by half and length
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), console=Console(width=160),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(width=160),
+        )
 
     def run(self, at_once: int) -> dict[str, Exception]:
         """Errors by label, of the jobs that failed; the others' rows are kept all the same."""
@@ -131,9 +136,14 @@ class Jobs:
                 self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, half, values)
 
     def _add(
-        self, index: int, evaluation: Evaluation, task: str, tokens: int, half: str,
+        self,
+        index: int,
+        evaluation: Evaluation,
+        task: str,
+        tokens: int,
+        half: str,
         values: list[float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         job, setting = self.jobs[index], self.setting
         schedule = job.schedule
         is_count = task == COMPUTED  # not a sample: no error
@@ -142,11 +152,19 @@ class Jobs:
         if schedule and not is_count:
             bound = schedule.flop_bound(setting.model.path, tokens)
         row = Row(
-            part=job.part, method=job.method.name, schedule=schedule.name if schedule else "",
-            task=task, tokens=tokens, half=half, mean=mean, error=error,
-            samples=len(values), values=[round(value, 4) for value in values], flop_bound=bound,
+            part=job.part,
+            method=job.method.name,
+            schedule=schedule.name if schedule else "",
+            task=task,
+            tokens=tokens,
+            half=half,
+            mean=mean,
+            error=error,
+            samples=len(values),
+            values=[round(value, 4) for value in values],
+            flop_bound=bound,
             environment=results.environment(evaluation.versions, setting.commit),
-        )  # fmt: skip
+        )
         with self._lock:
             self._found[index].append(row)
         self._progress.console.print(

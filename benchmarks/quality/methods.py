@@ -9,9 +9,16 @@ from dataclasses import dataclass
 NO_REVIVAL = {"revive_budget": 0}
 UNLIMITED = {"revive_budget": 1 << 20, "revive_per_request": 1 << 20, "revive_reserve": 1.0}
 PAPER_SCORE = {"score": "mean", "score_window": 1}
-PAPER = PAPER_SCORE | UNLIMITED | {
-    "score_pool": 1, "first_tokens": 0, "last_tokens": 1, "decode": "strict",
-}  # fmt: skip
+PAPER = (
+    PAPER_SCORE
+    | UNLIMITED
+    | {
+        "score_pool": 1,
+        "first_tokens": 0,
+        "last_tokens": 1,
+        "decode": "strict",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="these alone")
     parser.add_argument(
-        "--schedules", type=int, nargs="+", choices=range(len(SWEEP)), default=[], metavar="INDEX",
+        "--schedules",
+        type=int,
+        nargs="+",
+        choices=range(len(SWEEP)),
+        default=[],
+        metavar="INDEX",
         help=f"of the sweep's, these alone: 0 to {len(SWEEP) - 1}",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--half", nargs="+", choices=HALVES, default=list(HALVES), help="of the seeds; both if none"
     )
@@ -127,12 +132,16 @@ def _model(args: argparse.Namespace) -> Model:
     on_gpu = torch.cuda.is_available()
     options = {
         "dtype": args.dtype or ("bfloat16" if on_gpu else "float32"),
-        "max_model_len": min(longest, config.max_position_embeddings), "max_num_seqs": 16,
-        "enforce_eager": True, "max_logprobs": evaluate.LIKELIEST,
-    }  # fmt: skip
+        "max_model_len": min(longest, config.max_position_embeddings),
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+        "max_logprobs": evaluate.LIKELIEST,
+    }
     if on_gpu:
         # Engines side by side: each takes so much, rather than a share of what is free.
         options |= {
-            "kv_cache_memory_bytes": 8 << 30, "gpu_memory_utilization": 0.1, "max_num_seqs": 256
-        }  # fmt: skip
+            "kv_cache_memory_bytes": 8 << 30,
+            "gpu_memory_utilization": 0.1,
+            "max_num_seqs": 256,
+        }
     return Model(path, AutoTokenizer.from_pretrained(path), config.num_hidden_layers, options)

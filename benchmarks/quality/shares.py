@@ -28,9 +28,11 @@ class Full:
         pairs = [
             (row.values, full.values[: row.samples])
             for row in mine
-            if row.half == half and kind in row.task and AGREEMENT not in row.task
+            if row.half == half
+            and kind in row.task
+            and AGREEMENT not in row.task
             and (full := self._rows.get((row.task, row.tokens, row.half)))
-        ]  # fmt: skip
+        ]
         if not pairs:
             return math.nan, math.nan
         best = statistics.fmean(statistics.fmean(full) for _, full in pairs)

@@ -61,7 +61,10 @@ def _decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Ca
 
 _ALL = (
     Plan(
-        "Llama-3.1-8B", (HALVES, WHOLE), max_len=33280, one_piece=False,
+        "Llama-3.1-8B",
+        (HALVES, WHOLE),
+        max_len=33280,
+        one_piece=False,
         cases=(
             _ttft(384, 11, engines=(HALVES,)),
             _ttft(600, 11, engines=(HALVES,)),
@@ -75,8 +78,13 @@ _ALL = (
             _decode(8192, 64, 1, engines=(HALVES,)),
             Case("memory", "room", {"tokens": 32768}, 1, "requests", 0, (HALVES,)),
             Case(
-                "throughput", "throughput", {"requests": 64, "tokens": 16384, "max_tokens": 128},
-                1, "tokens/s", 0, (HALVES,),
+                "throughput",
+                "throughput",
+                {"requests": 64, "tokens": 16384, "max_tokens": 128},
+                1,
+                "tokens/s",
+                0,
+                (HALVES,),
             ),
             Case(
                 "profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, (HALVES,)
@@ -84,7 +92,10 @@ _ALL = (
         ),
     ),
     Plan(
-        "Llama-3.1-8B", (HALVES,), max_len=131072, one_piece=True,
+        "Llama-3.1-8B",
+        (HALVES,),
+        max_len=131072,
+        one_piece=True,
         cases=(
             _ttft(32768, 5),
             _ttft(65536, 3),
@@ -93,10 +104,13 @@ _ALL = (
         ),
     ),
     Plan(
-        "Llama-2-7B", (TENTH, TWENTIETH), max_len=16640, one_piece=True,
+        "Llama-2-7B",
+        (TENTH, TWENTIETH),
+        max_len=16640,
+        one_piece=True,
         cases=(_ttft(4000, 11), _ttft(16384, 7)),
     ),
-)  # fmt: skip
+)
 BENCHMARKS = tuple(dict.fromkeys(case.benchmark for plan in _ALL for case in plan.cases))
 
 
@@ -154,10 +168,11 @@ def run(plan: Plan, report: Callable[[Row], None], told: Callable[[str], None]) 
 
 def _options(plan: Plan) -> dict:
     options = {
-        "max_model_len": plan.max_len, "max_num_seqs": 128,
+        "max_model_len": plan.max_len,
+        "max_num_seqs": 128,
         # Stock vLLM's prefills of up to 512 tokens run in CUDA graphs too, as they do by default.
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512],
-    }  # fmt: skip
+    }
     if plan.one_piece:
         options["max_num_batched_tokens"] = plan.max_len
     return options
@@ -166,10 +181,14 @@ def _options(plan: Plan) -> dict:
 def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -> Row:
     tokens = case.arguments["tokens"]
     row = Row.of(
-        results, benchmark=case.benchmark, shape=plan.shape, engine=name_of(pruning),
-        tokens=tokens, batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
+        results,
+        benchmark=case.benchmark,
+        shape=plan.shape,
+        engine=name_of(pruning),
+        tokens=tokens,
+        batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
         unit=case.unit,
-    )  # fmt: skip
+    )
     if case.benchmark == "ttft" and pruning and tokens >= PRUNED_FROM:
         row.flop_bound = flop_bound(SHAPES[plan.shape], pruning.prune, tokens)
     return row

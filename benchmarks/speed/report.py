@@ -38,23 +38,46 @@ def section(rows: list[Row]) -> str:
         table(
             ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
             [
-                (r.shape, r.engine, f"{r.tokens:,}", _ms(_stock(rows, r)), _ms(r),
-                 f"{r.ratio:.2f}x", f"{r.flop_bound:.2f}x" if r.flop_bound else "not pruned")
-                for r in rows if r.benchmark == "ttft" and r.engine != "stock"
+                (
+                    r.shape,
+                    r.engine,
+                    f"{r.tokens:,}",
+                    _ms(_stock(rows, r)),
+                    _ms(r),
+                    f"{r.ratio:.2f}x",
+                    f"{r.flop_bound:.2f}x" if r.flop_bound else "not pruned",
+                )
+                for r in rows
+                if r.benchmark == "ttft" and r.engine != "stock"
             ],
         ),
         "Time per output token, with revival. A prompt too short to be pruned, and a schedule that "
         "keeps every token, run as in stock vLLM.",
         table(
-            ("layers and keep", "prompt", "requests", "stock ms", "LazyLLM ms", "LazyLLM / stock",
-             "revived a step"),
+            (
+                "layers and keep",
+                "prompt",
+                "requests",
+                "stock ms",
+                "LazyLLM ms",
+                "LazyLLM / stock",
+                "revived a step",
+            ),
             [
-                (r.engine, f"{r.tokens:,}", str(r.batch), _ms(_stock(rows, r)), _ms(r),
-                 f"{1 / r.ratio:.3f}", f"{r.details.get('revived', 0):.1f}")
-                for r in rows if r.benchmark == "decode" and r.engine != "stock"
+                (
+                    r.engine,
+                    f"{r.tokens:,}",
+                    str(r.batch),
+                    _ms(_stock(rows, r)),
+                    _ms(r),
+                    f"{1 / r.ratio:.3f}",
+                    f"{r.details.get('revived', 0):.1f}",
+                )
+                for r in rows
+                if r.benchmark == "decode" and r.engine != "stock"
             ],
         ),
-    ]  # fmt: skip
+    ]
     if _pick(rows, "memory"):
         parts.append("![Requests that fit](benchmarks/speed/results/room.svg)")
     more = []
@@ -65,9 +88,13 @@ def section(rows: list[Row]) -> str:
         for row in _pick(rows, benchmark, engine=HALVES.name):
             stock = _stock(rows, row)
             more.append(
-                (what.format(batch=row.batch, tokens=row.tokens), f"{stock.median:,.0f}",
-                 f"{row.median:,.0f}", f"{row.ratio:.2f}x")
-            )  # fmt: skip
+                (
+                    what.format(batch=row.batch, tokens=row.tokens),
+                    f"{stock.median:,.0f}",
+                    f"{row.median:,.0f}",
+                    f"{row.ratio:.2f}x",
+                )
+            )
     if more:
         parts.append(table(("", "stock", "LazyLLM", "ratio"), more))
     return "\n\n".join(parts)
@@ -93,14 +120,22 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
     axes.plot(tokens, [r.median for r in stock], "o-", color="#888888", label="stock vLLM")
     axes.plot(tokens, [r.median for r in lazy], "o-", color="#0a6ebd", label="LazyLLM")
     axes.plot(
-        tokens, [s.median / r.flop_bound for s, r in zip(stock, lazy)], "--", color="#d1495b",
+        tokens,
+        [s.median / r.flop_bound for s, r in zip(stock, lazy)],
+        "--",
+        color="#d1495b",
         label="stock / FLOP bound",
-    )  # fmt: skip
+    )
     for s, r in zip(stock, lazy):
         axes.annotate(
-            f"{s.median / r.median:.2f}x", (r.tokens, r.median), textcoords="offset points",
-            xytext=(0, -14), ha="center", fontsize=8, color="#0a6ebd",
-        )  # fmt: skip
+            f"{s.median / r.median:.2f}x",
+            (r.tokens, r.median),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="center",
+            fontsize=8,
+            color="#0a6ebd",
+        )
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="ms")
     axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
     axes.minorticks_off()

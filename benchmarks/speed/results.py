@@ -51,6 +51,10 @@ class Row:
             if name != "value"
         }
         return cls(
-            median=statistics.median(values), least=min(values), most=max(values),
-            runs=len(values), details=details, **fields,
-        )  # fmt: skip
+            median=statistics.median(values),
+            least=min(values),
+            most=max(values),
+            runs=len(values),
+            details=details,
+            **fields,
+        )

@@ -15,9 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = "|".join(cases.BENCHMARKS)
     parser.add_argument("benchmarks", nargs="*", metavar=names, help="which to run; all if none")
     parser.add_argument(
-        "--plan", type=int, action="append", metavar="N",
+        "--plan",
+        type=int,
+        action="append",
+        metavar="N",
         help="only these of the plans in cases.py (from 0); rows of others stay in the file",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, default=FILE, help="the results file")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
 

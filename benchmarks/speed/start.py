@@ -20,10 +20,15 @@ def start(shape: dict, config: dict | None, options: dict):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         llm = LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            seed=0,
             enable_prefix_caching=False,
-            additional_config={"lazyllm": config} if config else {}, **options,
-        )  # fmt: skip
+            additional_config={"lazyllm": config} if config else {},
+            **options,
+        )
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     randomize(worker.model_runner.model_state.model)
     return llm

@@ -68,28 +68,47 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         most = min(LARGEST_PIECES, self.vllm_config.scheduler_config.max_num_batched_tokens)
         self.compilation_config = copy(self.compilation_config)
         self.compilation_config.cudagraph_capture_sizes = [
-            *sizes, *range(first, most + 1, PIECES_APART)
-        ]  # fmt: skip
+            *sizes,
+            *range(first, most + 1, PIECES_APART),
+        ]
 
     def capture(
-        self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups,
-        kv_cache_config, **kwargs,
-    ) -> None:  # fmt: skip
+        self,
+        model,
+        model_state,
+        input_buffers,
+        intermediate_tensors,
+        block_tables,
+        attn_groups,
+        kv_cache_config,
+        **kwargs,
+    ) -> None:
         self.model_state = model_state
         if model_state.schedule.prunes:
             warm_up(
-                model, model_state, self.vllm_config, input_buffers, block_tables, attn_groups,
+                model,
+                model_state,
+                self.vllm_config,
+                input_buffers,
+                block_tables,
+                attn_groups,
                 kv_cache_config,
-            )  # fmt: skip
+            )
 
         def choose(case: int, num_reqs: int, num_tokens: int) -> None:
             selecting = case == SELECTING
             model_state.capture_kind = StepKind.CAPTURE_SELECTING if selecting else StepKind.CAPTURE
 
         super().capture(
-            model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups,
-            kv_cache_config, **{**kwargs, "lora_capture_hook": choose},
-        )  # fmt: skip
+            model,
+            model_state,
+            input_buffers,
+            intermediate_tensors,
+            block_tables,
+            attn_groups,
+            kv_cache_config,
+            **{**kwargs, "lora_capture_hook": choose},
+        )
 
     def dispatch(
         self, num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs

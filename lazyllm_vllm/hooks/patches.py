@@ -26,10 +26,21 @@ def install() -> None:
     _wrap(EngineArgs, "from_cli_args", ["cls", "args"], _from_cli_args)
     _wrap(EngineArgs, "create_engine_config", ["self", "usage_context", "headless"], _create_config)
     parameters = [
-        "self", "request_id", "prompt", "params", "supported_tasks", "arrival_time",
-        "lora_request", "tokenization_kwargs", "trace_headers", "priority", "data_parallel_rank",
-        "resumable", "session_id", "kv_hints",
-    ]  # fmt: skip
+        "self",
+        "request_id",
+        "prompt",
+        "params",
+        "supported_tasks",
+        "arrival_time",
+        "lora_request",
+        "tokenization_kwargs",
+        "trace_headers",
+        "priority",
+        "data_parallel_rank",
+        "resumable",
+        "session_id",
+        "kv_hints",
+    ]
     _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
 
 
@@ -39,9 +50,14 @@ def install_in_worker() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     parameters = [
-        "vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases",
-        "varlen_decode", "ubatch_runner",
-    ]  # fmt: skip
+        "vllm_config",
+        "device",
+        "cudagraph_mode",
+        "decode_query_len",
+        "lora_capture_cases",
+        "varlen_decode",
+        "ubatch_runner",
+    ]
     _wrap(model_runner, "ModelCudaGraphManager", parameters, _cuda_graph_manager)
     for name, method in _WORKER_METHODS.items():
         setattr(WorkerBase, name, method)

@@ -93,9 +93,14 @@ class StageAttention(AttentionImpl[StageMetadata]):
             self._prefill(query, key, value, output, attn_metadata, prefills_score)
         if prefills_score or decodes_score:
             boundary.score(
-                step, query, keys, self.scale, prefills=prefills_score and step.num_prefills > 0,
-                decodes=decodes_score and step.num_decodes > 0, is_first_layer=self.is_first_layer,
-            )  # fmt: skip
+                step,
+                query,
+                keys,
+                self.scale,
+                prefills=prefills_score and step.num_prefills > 0,
+                decodes=decodes_score and step.num_decodes > 0,
+                is_first_layer=self.is_first_layer,
+            )
         return output
 
     def _stage_keys(self, kv_cache: torch.Tensor, metadata: StageMetadata) -> StageKeys:
@@ -174,9 +179,11 @@ class StageAttention(AttentionImpl[StageMetadata]):
         buffers = boundary.buffers
         rows = slice(0, step.num_decode_rows(keys.stage))
         decodes = DecodeRows(
-            buffers.rows[keys.stage], step.num_decodes, step.max_revived if keys.stage else 0,
+            buffers.rows[keys.stage],
+            step.num_decodes,
+            step.max_revived if keys.stage else 0,
             boundary.strict,
-        )  # fmt: skip
+        )
         paged_attention(
             output[rows], buffers.lse[0], query[rows], keys, decodes, self.scale, buffers.selection
         )
@@ -187,9 +194,14 @@ class StageAttention(AttentionImpl[StageMetadata]):
         mine = slice(segments.base, None)
         attend = self.prefill_flash if query.is_cuda else self.prefill_dense
         lse = attend(
-            query[mine], key[mine], value[mine], output[mine], segments.start, longest,
+            query[mine],
+            key[mine],
+            value[mine],
+            output[mine],
+            segments.start,
+            longest,
             window=len(buffers.lse) if scores else 0,
-        )  # fmt: skip
+        )
         if scores:
             buffers.lse[:, step.num_decodes : step.num_requests] = lse
 

@@ -51,9 +51,14 @@ class Boundary:
     def begin(self, step: Step) -> None:
         """Start a step: its rows in stage 0, and what each boundary will do."""
         begin_step(
-            self.buffers.selection, self.buffers.all_rows, step.batch.positions, step.segments[0],
-            step.num_decodes, step.revive_rows, step.decodes_select and self._marks,
-        )  # fmt: skip
+            self.buffers.selection,
+            self.buffers.all_rows,
+            step.batch.positions,
+            step.segments[0],
+            step.num_decodes,
+            step.revive_rows,
+            step.decodes_select and self._marks,
+        )
         if self.trace and step.kind.has_requests:
             self.trace.begin(step)
 
@@ -69,9 +74,16 @@ class Boundary:
         return step.decodes_select and before_a_boundary and is_last_layer
 
     def score(
-        self, step: Step, q: torch.Tensor, keys: StageKeys, scale: float, *,
-        prefills: bool, decodes: bool, is_first_layer: bool,
-    ) -> None:  # fmt: skip
+        self,
+        step: Step,
+        q: torch.Tensor,
+        keys: StageKeys,
+        scale: float,
+        *,
+        prefills: bool,
+        decodes: bool,
+        is_first_layer: bool,
+    ) -> None:
         """Score tokens by a layer's attention, whose log-denominators are in ``buffers.lse``."""
         b, s = self.buffers, self.buffers.selection
         row = step.query_row(keys.stage)
@@ -126,9 +138,13 @@ class Boundary:
         b = self.buffers
         for group, block_table in self.stage_tables[stage]:
             place_rows(
-                b.slot_mappings[group], b.slot_position, b.rows[stage], block_table,
-                step.num_rows(stage), self.block_size,
-            )  # fmt: skip
+                b.slot_mappings[group],
+                b.slot_position,
+                b.rows[stage],
+                block_table,
+                step.num_rows(stage),
+                self.block_size,
+            )
 
     def _park(self, step: Step, stage: int, hidden: torch.Tensor) -> None:
         """Every row's input to the stage, but the decodes' own, to the Aux Cache: what goes on

@@ -32,9 +32,13 @@ def test_preempted_requests_finish_right(smollm2, tokenizer, open_engine):
     # one each for their state, of the 30 that there are besides vLLM's null block; each needs one
     # or two more within 24 tokens.
     engine = open_engine(
-        smollm2, config, {"trace": True},
-        num_gpu_blocks_override=31, max_model_len=640, block_size=128,
-    )  # fmt: skip
+        smollm2,
+        config,
+        {"trace": True},
+        num_gpu_blocks_override=31,
+        max_model_len=640,
+        block_size=128,
+    )
     result = engine.generate(prompts, NEW_TOKENS)
     assert result["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert result["free_blocks"][0] == result["free_blocks"][1]
@@ -81,14 +85,20 @@ def test_a_request_that_outgrows_the_cache_goes_on(tmp_path, open_engine):
     it are served."""
     config = {
         "prune": [{"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.1}],
-        "min_prompt_tokens": 100, "revive_budget": 0,
-    }  # fmt: skip
+        "min_prompt_tokens": 100,
+        "revive_budget": 0,
+    }
     # Blocks of 16 tokens of two layers. 256 tokens take 16 in stage 0, 5 and 2 pruned, 1 of their
     # own; 99 that are not pruned take 21, 128 take 24 and more than there are.
     engine = open_engine(
-        tiny_model(tmp_path), config, load_format="dummy", skip_tokenizer_init=True,
-        max_model_len=256, block_size=16, num_gpu_blocks_override=25,
-    )  # fmt: skip
+        tiny_model(tmp_path),
+        config,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        block_size=16,
+        num_gpu_blocks_override=25,
+    )
     result = engine.generate([[7 + i % 900 for i in range(n)] for n in (90, 3, 200)], 50)
     assert [len(tokens) for tokens in result["tokens"]] == [50] * 3
     alone = engine.generate([[7 + i % 900 for i in range(90)]], 160)

@@ -16,9 +16,7 @@ SAMPLES, TOKENS = 12, 700
 
 @pytest.fixture(scope="module")
 def model(smollm2):
-    options = {
-        "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True
-    }  # fmt: skip
+    options = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True}
     layers = AutoConfig.from_pretrained(smollm2).num_hidden_layers
     return Model(smollm2, AutoTokenizer.from_pretrained(smollm2), layers, options)
 

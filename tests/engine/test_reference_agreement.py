@@ -23,9 +23,12 @@ CONFIGS = {
     # The paper's scores. The last stage is three groups; no reserve to round up to.
     "strict": {
         "prune": [{"layer": 6, "keep": 0.6}, {"layer": 12, "keep": 0.2}],
-        "decode": "strict", "score": "mean", "score_window": 1, "score_pool": 1,
+        "decode": "strict",
+        "score": "mean",
+        "score_window": 1,
+        "score_pool": 1,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +91,11 @@ def test_engine_agrees_with_reference(decode, smollm2, prompts, hf_model, open_e
     common = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
     config = CONFIGS[decode] | common
     engine = open_engine(
-        smollm2, config | {"revive_budget": QUOTA * len(prompts)}, {"trace": True},
+        smollm2,
+        config | {"revive_budget": QUOTA * len(prompts)},
+        {"trace": True},
         max_num_batched_tokens=8192,
-    )  # fmt: skip
+    )
     result = engine.generate(prompts, NEW_TOKENS)
     # All decode together from the first step to the last, so each has an equal quota throughout.
     alone = parse_config(config | {"revive_budget": QUOTA})

@@ -29,11 +29,25 @@ def server(smollm2, tmp_path_factory):
         port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2),
-        "--lazyllm-config", json.dumps(CONFIG), "--max-model-len", "1536",
-        "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4",
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(smollm2),
+        "--lazyllm-config",
+        json.dumps(CONFIG),
+        "--max-model-len",
+        "1536",
+        "--served-model-name",
+        "smollm2",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-num-seqs",
+        "4",
+    ]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=os.environ.copy()
@@ -88,9 +102,11 @@ def test_serve(server, smollm2):
 
     # A client that goes away in the middle.
     with httpx.stream(
-        "POST", f"{address}/v1/completions", timeout=300,
+        "POST",
+        f"{address}/v1/completions",
+        timeout=300,
         json=body | {"stream": True, "max_tokens": 400, "ignore_eos": True},
-    ) as response:  # fmt: skip
+    ) as response:
         next(response.iter_lines())
 
     # The server is as good as before.

@@ -188,9 +188,15 @@ class World:
 
 
 def make_world(
-    seed: int, stage: int, *, strict: bool = False, decoded=(3, 1, 9, 40), quota: int = 4,
-    device: str = "cpu", dtype: torch.dtype = torch.float32,
-) -> World:  # fmt: skip
+    seed: int,
+    stage: int,
+    *,
+    strict: bool = False,
+    decoded=(3, 1, 9, 40),
+    quota: int = 4,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> World:
     """Four requests, in stage ``stage`` of three."""
     prompts = [37, 100, 261, 5] if seed % 2 == 0 else [300, 16, 64, 129]
     if seed == LONG:

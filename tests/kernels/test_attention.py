@@ -69,9 +69,7 @@ def test_strict_leaves_out_what_was_not_selected(device):
             j = int((depth == touched).nonzero()[0, 0])
             block = int(w.block_table[2][j // w.block_size])
             kv[block, :, j % w.block_size] += 5.0
-        out, _ = attend(
-            paged_attention_triton, q, replace(keys, kv_cache=kv), decodes, selection
-        )  # fmt: skip
+        out, _ = attend(paged_attention_triton, q, replace(keys, kv_cache=kv), decodes, selection)
         outputs.append(out[2])
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.allclose(outputs[0], outputs[2])

@@ -25,36 +25,66 @@ def _variants(kernels):
     """Each kernel, with constants that an engine gives it."""
     for stage in (0, 2):
         keys = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
-        yield kernels.attention._attention_kernel, LLAMA | keys | STATE | {
-            "GROUP": 4, "STRICT": stage > 0, "BLOCK_M": 64, "BLOCK_N": 128,
-        }  # fmt: skip
+        yield (
+            kernels.attention._attention_kernel,
+            LLAMA
+            | keys
+            | STATE
+            | {
+                "GROUP": 4,
+                "STRICT": stage > 0,
+                "BLOCK_M": 64,
+                "BLOCK_N": 128,
+            },
+        )
         yield kernels.attention._combine_kernel, LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0}
         for window in (1, 16):
-            yield kernels.score._score_kernel, LLAMA | keys | STATE | {
-                "PEAK": window > 1, "ACCUMULATES": window > 1, "KV_HEADS": 1, "WINDOW": window,
-                "GROUP": 4, "QUERIES_PAD": max(16, 4 * window), "BLOCK_N": 64,
-            }  # fmt: skip
+            yield (
+                kernels.score._score_kernel,
+                LLAMA
+                | keys
+                | STATE
+                | {
+                    "PEAK": window > 1,
+                    "ACCUMULATES": window > 1,
+                    "KV_HEADS": 1,
+                    "WINDOW": window,
+                    "GROUP": 4,
+                    "QUERIES_PAD": max(16, 4 * window),
+                    "BLOCK_N": 64,
+                },
+            )
     blocks = STATE | {"BLOCK": 1024}
     splits = {"MAX_SPLITS": kernels.top_k.MAX_SPLITS}
     for first, strict in ((True, False), (False, True)):
         for lists in (1, 2):
-            yield kernels.rank._rank_kernel, blocks | {
-                "FIRST": first, "POOL": 13, "STRICT": strict, "LISTS": lists
-            }  # fmt: skip
+            yield (
+                kernels.rank._rank_kernel,
+                blocks | {"FIRST": first, "POOL": 13, "STRICT": strict, "LISTS": lists},
+            )
             for step in (1, 2):
                 yield kernels.top_k._refine_kernel, blocks | {"STEP": step, "LISTS": lists}
             yield kernels.top_k._count_kernel, blocks | splits | {"LISTS": lists}
-            yield kernels.select_decode._select_decode_kernel, blocks | splits | {
-                "FIRST": first, "LISTS": lists, "MARKS": strict
-            }  # fmt: skip
+            yield (
+                kernels.select_decode._select_decode_kernel,
+                blocks | splits | {"FIRST": first, "LISTS": lists, "MARKS": strict},
+            )
         yield kernels.select_prefill._select_prefill_kernel, blocks | splits
     yield kernels.begin_step._begin_step_kernel, {"BLOCK": 1024}
     yield kernels.place._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
     for heads, pad, kv_heads, kv_pad, half in ((9, 16, 3, 4, 32), (32, 32, 8, 8, 64)):
-        yield kernels.rotary._rotate_and_write_kernel, {
-            "HEADS": heads, "HEADS_PAD": pad, "KV_HEADS": kv_heads, "KV_PAD": kv_pad,
-            "HALF": half, "HALF_PAD": half, "BLOCK_SIZE": 16,
-        }  # fmt: skip
+        yield (
+            kernels.rotary._rotate_and_write_kernel,
+            {
+                "HEADS": heads,
+                "HEADS_PAD": pad,
+                "KV_HEADS": kv_heads,
+                "KV_PAD": kv_pad,
+                "HALF": half,
+                "HALF_PAD": half,
+                "BLOCK_SIZE": 16,
+            },
+        )
     yield kernels.park_fetch._park_kernel, AUX
     for has_aux in (False, True):
         yield kernels.park_fetch._fetch_kernel, AUX | {"HAS_AUX": has_aux}

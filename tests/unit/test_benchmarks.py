@@ -8,10 +8,14 @@ from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, flop_bound, flops
 
 TINY = SHAPES["Llama-3.1-8B"] | {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 30000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 30000,
     "max_position_embeddings": 4096,
-}  # fmt: skip
+}
 
 
 def test_flops_by_hand():
@@ -59,9 +63,14 @@ def _rows() -> list[Row]:
     ):
         for engine, value in (("stock", stock), (HALVES.name, lazy)):
             row = Row.of(
-                [{"value": value}], benchmark=benchmark, shape="Llama-3.1-8B", engine=engine,
-                tokens=tokens, batch=batch, unit=unit,
-            )  # fmt: skip
+                [{"value": value}],
+                benchmark=benchmark,
+                shape="Llama-3.1-8B",
+                engine=engine,
+                tokens=tokens,
+                batch=batch,
+                unit=unit,
+            )
             row.ratio = stock / value if unit == "ms" else value / stock
             row.flop_bound = 2.1 if benchmark == "ttft" and engine != "stock" else None
             row.environment = place

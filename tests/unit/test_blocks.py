@@ -83,8 +83,9 @@ def manager_of(needs: BlockNeeds, longest: int, num_blocks: int) -> KVCacheManag
 
 def request_of(name: str, num_prompt: int) -> Request:
     params = SamplingParams(max_tokens=10**6)
-    return Request(name, prompt_token_ids=[1] * num_prompt, sampling_params=params,
-                   pooling_params=None)  # fmt: skip
+    return Request(
+        name, prompt_token_ids=[1] * num_prompt, sampling_params=params, pooling_params=None
+    )
 
 
 def admit(manager: KVCacheManager, request: Request) -> bool:
@@ -213,7 +214,7 @@ def test_a_request_is_planned_once_for_all_groups():
         (0, 11, 20, 30),
         (0, 1, 2, 9),
         (0, 4),
-    ],  # fmt: skip
+    ],
 )
 def test_groups_are_as_large_as_we_say(starts):
     """``layers_per_group`` is vLLM's rule, and no group mixes stages."""

@@ -104,9 +104,13 @@ def test_shares_are_exact_decimals():
 
 def test_kept_counts():
     config = parse_config(
-        {"prune": [{"layer": 1, "keep": 0.5}, {"layer": 2, "keep": 0.1}],
-         "min_prompt_tokens": 100, "first_tokens": 4, "last_tokens": 30}
-    )  # fmt: skip
+        {
+            "prune": [{"layer": 1, "keep": 0.5}, {"layer": 2, "keep": 0.1}],
+            "min_prompt_tokens": 100,
+            "first_tokens": 4,
+            "last_tokens": 30,
+        }
+    )
     schedule = Schedule.build(config, 3)
     assert schedule.plan(99).kept == (99, 99, 99) and not schedule.plan(99).is_pruned
     assert schedule.plan(101).kept == (101, 51, 34)  # never fewer than the always-kept 34

@@ -21,11 +21,14 @@ def manager():
     manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
     descriptors = {
         case: BatchExecutionDescriptor(
-            CUDAGraphMode.FULL, num_tokens=4, num_reqs=4, uniform_token_count=1,
+            CUDAGraphMode.FULL,
+            num_tokens=4,
+            num_reqs=4,
+            uniform_token_count=1,
             num_active_loras=case,
         )
         for case in (PLAIN, SELECTING)
-    }  # fmt: skip
+    }
     manager._candidates = {(n, c): [d] for n in range(5) for c, d in descriptors.items()}
     return manager
 
@@ -83,14 +86,13 @@ def test_nothing_selects_in_pieces(monkeypatch):
 def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, expected):
     """vLLM's own candidates, of sizes that it is given."""
     manager = object.__new__(LazyCudaGraphManager)
-    given = SimpleNamespace(
-        cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)
-    )  # fmt: skip
+    given = SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes))
     manager.compilation_config = given
     manager.vllm_config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=most), speculative_config=None,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=most),
+        speculative_config=None,
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
-    )  # fmt: skip
+    )
     manager.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
     manager.max_num_reqs, manager.decode_query_len = 2048, 1
     manager.varlen_decode, manager.ubatch_runner = False, None

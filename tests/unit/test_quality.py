@@ -189,8 +189,9 @@ def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):
     # LazyLLM also tells how much it computed.
     assert parts == ["full"] * 8 + ["sweep"] * 9 + ["abilities"] * 2, "in the order of the jobs"
     assert {row.task for row in rows if AGREEMENT in row.task and row.mean == 1} == {
-        f"{AGREEMENT}: top 1", f"{AGREEMENT}: continuation"
-    }  # fmt: skip
+        f"{AGREEMENT}: top 1",
+        f"{AGREEMENT}: continuation",
+    }
     assert all(row.mean == 1 for row in rows[1:] if row.task == "counted")
     (computed,) = (row for row in rows if row.task == COMPUTED)
     assert computed.mean == 0.5 and computed.part == "sweep"
@@ -224,9 +225,12 @@ def test_parts_methods_and_schedules_are_chosen():
     assert [job.part for job in jobs("abilities --lengths 500 8000")] == ["abilities"]
     chosen = jobs("sweep options --methods random static --schedules 0 3")
     assert [(job.part, job.method.name, job.schedule) for job in chosen] == [
-        ("full", FULL.name, None), ("sweep", "static", SWEEP[0]), ("sweep", "static", SWEEP[3]),
-        ("sweep", "random", SWEEP[0]), ("sweep", "random", SWEEP[3]),
-    ]  # fmt: skip
+        ("full", FULL.name, None),
+        ("sweep", "static", SWEEP[0]),
+        ("sweep", "static", SWEEP[3]),
+        ("sweep", "random", SWEEP[0]),
+        ("sweep", "random", SWEEP[3]),
+    ]
     swept = Counter(job.method.name for job in jobs("sweep"))
     assert swept.pop(FULL.name) == 1 and swept.pop(LAZYLLM.name) == len(SWEEP)
     assert set(swept.values()) == {len(CURVE)} and len(swept) == 6, "every other method"

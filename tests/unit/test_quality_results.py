@@ -18,14 +18,24 @@ def test_shares_of_the_full_model_by_hand():
 
     def row(part, values, task="easy", tokens=10):
         return Row(
-            part, FULL.name if part == "full" else "LazyLLM", "", task, tokens, "choosing",
-            sum(values) / len(values), 0.0, len(values), values,
-        )  # fmt: skip
+            part,
+            FULL.name if part == "full" else "LazyLLM",
+            "",
+            task,
+            tokens,
+            "choosing",
+            sum(values) / len(values),
+            0.0,
+            len(values),
+            values,
+        )
 
     rows = [
-        row("full", [1, 1, 1, 0]), row("full", [0, 0, 0, 0], "hard"),
-        row("sweep", [1, 1, 1, 0]), row("sweep", [1, 1, 1, 1], "hard"),
-    ]  # fmt: skip
+        row("full", [1, 1, 1, 0]),
+        row("full", [0, 0, 0, 0], "hard"),
+        row("sweep", [1, 1, 1, 0]),
+        row("sweep", [1, 1, 1, 1], "hard"),
+    ]
     full = Full(rows)
     assert full.share(rows[2:], "choosing") == (1, 0), "what the full model cannot do is left out"
     assert all(math.isnan(x) for x in full.share(rows[2:], "choosing", "hard"))

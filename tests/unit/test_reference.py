@@ -61,9 +61,13 @@ def make_prompt(length: int, seed: int = 0) -> list[int]:
 
 def make_config(*prune: tuple[int, float], **fields) -> LazyLLMConfig:
     fields = {
-        "min_prompt_tokens": 1, "first_tokens": 2, "last_tokens": 3, "score": "mean",
-        "score_window": 1, "score_pool": 1,
-    } | fields  # fmt: skip
+        "min_prompt_tokens": 1,
+        "first_tokens": 2,
+        "last_tokens": 3,
+        "score": "mean",
+        "score_window": 1,
+        "score_pool": 1,
+    } | fields
     return LazyLLMConfig(prune=[{"layer": layer, "keep": keep} for layer, keep in prune], **fields)
 
 
@@ -304,9 +308,20 @@ def schedules(draw) -> tuple[tuple[int, float], ...]:
     max_new_tokens=st.sampled_from([6, 4, 2, 1]),
 )
 def test_any_run_obeys_the_rules(
-    length, seed, schedule, budget, reserve, decode, pool, window, score, first, last, shortest,
+    length,
+    seed,
+    schedule,
+    budget,
+    reserve,
+    decode,
+    pool,
+    window,
+    score,
+    first,
+    last,
+    shortest,
     max_new_tokens,
-):  # fmt: skip
+):
     config = make_config(
         *schedule,
         min_prompt_tokens=shortest,

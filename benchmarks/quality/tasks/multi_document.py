@@ -8,14 +8,41 @@ from benchmarks.quality import text
 from benchmarks.quality.sample import Sample, Task, Writer
 
 _NAMES = (
-    "Anna", "David", "Elena", "Frank", "Henry", "Irene", "Louis", "Maria", "Oscar", "Paula",
-    "Robert", "Thomas",
-)  # fmt: skip
+    "Anna",
+    "David",
+    "Elena",
+    "Frank",
+    "Henry",
+    "Irene",
+    "Louis",
+    "Maria",
+    "Oscar",
+    "Paula",
+    "Robert",
+    "Thomas",
+)
 _CITIES = (
-    "Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Havana", "Kyoto", "Lisbon", "London",
-    "Madrid", "Moscow", "Oslo", "Paris", "Prague", "Rome", "Seoul", "Sydney", "Tokyo", "Vienna",
+    "Athens",
+    "Berlin",
+    "Cairo",
+    "Dublin",
+    "Geneva",
+    "Havana",
+    "Kyoto",
+    "Lisbon",
+    "London",
+    "Madrid",
+    "Moscow",
+    "Oslo",
+    "Paris",
+    "Prague",
+    "Rome",
+    "Seoul",
+    "Sydney",
+    "Tokyo",
+    "Vienna",
     "Warsaw",
-)  # fmt: skip
+)
 _PEOPLE = 3
 
 

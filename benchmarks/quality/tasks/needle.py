@@ -14,10 +14,33 @@ from benchmarks.quality.sample import Sample, Task, Writer
 
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back."
 _NAMES = (
-    "apple", "anchor", "basket", "candle", "dragon", "engine", "falcon", "garden", "hammer",
-    "island", "jacket", "kettle", "ladder", "mirror", "needle", "orchard", "pepper", "quartz",
-    "ribbon", "saddle", "temple", "umbrella", "violin", "window", "yogurt", "zebra",
-)  # fmt: skip
+    "apple",
+    "anchor",
+    "basket",
+    "candle",
+    "dragon",
+    "engine",
+    "falcon",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+    "orchard",
+    "pepper",
+    "quartz",
+    "ribbon",
+    "saddle",
+    "temple",
+    "umbrella",
+    "violin",
+    "window",
+    "yogurt",
+    "zebra",
+)
 
 
 def _haystack(kind: str, random: random.Random, writer: Writer, num_tokens: int) -> list[str]:

@@ -21,16 +21,23 @@ _COUNT = "How many different paragraphs are above, leaving out repeated ones? An
 # Of each of LongBench's English tasks: its metric and longest answer (its dataset2maxlen.json and
 # eval.py), and what we ask before ``input``. None: the prompt ends where the answer begins.
 _LONGBENCH = {
-    "narrativeqa": ("f1", 128, _BRIEFLY), "qasper": ("f1", 128, _BRIEFLY),
-    "multifieldqa_en": ("f1", 64, _BRIEFLY), "hotpotqa": ("f1", 32, _BRIEFLY),
-    "2wikimqa": ("f1", 32, _BRIEFLY), "musique": ("f1", 32, _BRIEFLY),
-    "gov_report": ("rouge_l", 512, _SUMMARY), "multi_news": ("rouge_l", 512, _SUMMARY),
+    "narrativeqa": ("f1", 128, _BRIEFLY),
+    "qasper": ("f1", 128, _BRIEFLY),
+    "multifieldqa_en": ("f1", 64, _BRIEFLY),
+    "hotpotqa": ("f1", 32, _BRIEFLY),
+    "2wikimqa": ("f1", 32, _BRIEFLY),
+    "musique": ("f1", 32, _BRIEFLY),
+    "gov_report": ("rouge_l", 512, _SUMMARY),
+    "multi_news": ("rouge_l", 512, _SUMMARY),
     "qmsum": ("rouge_l", 512, "Answer from the text above.\nQuestion: "),
-    "samsum": ("first_line_rouge_l", 128, None), "trec": ("first_line_any_found", 64, None),
+    "samsum": ("first_line_rouge_l", 128, None),
+    "trec": ("first_line_any_found", 64, None),
     "triviaqa": ("first_line_f1", 32, None),
-    "passage_retrieval_en": ("numbers", 32, _PARAGRAPH), "passage_count": ("numbers", 32, _COUNT),
-    "lcc": ("edit_similarity", 64, None), "repobench-p": ("edit_similarity", 64, None),
-}  # fmt: skip
+    "passage_retrieval_en": ("numbers", 32, _PARAGRAPH),
+    "passage_count": ("numbers", 32, _COUNT),
+    "lcc": ("edit_similarity", 64, None),
+    "repobench-p": ("edit_similarity", 64, None),
+}
 _CODE = ("lcc", "repobench-p")
 
 
