@@ -4,6 +4,7 @@ physical slot of slot j = block_table[j // block_size] * block_size + j % block_
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,6 +37,7 @@ class StageKeys:
     def block_size(self) -> int:
         return self.kv_cache.shape[2]
 
+    @cached_property
     def kernel_args(self) -> tuple:
         """``kv, kv_stride_block, kv_stride_head, kv_stride_slot, block_table, block_table_stride,
         length, slot_position``, as kernels take them."""
@@ -44,6 +46,7 @@ class StageKeys:
         table = self.block_table
         return self.kv_cache, *strides, table, table.stride(0), self.length, self.position
 
+    @cached_property
     def kernel_constants(self) -> dict:
         return {"BLOCK_SIZE": self.block_size, "IDENTITY": self.stage == 0}
 

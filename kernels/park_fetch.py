@@ -116,10 +116,10 @@ def park_triton(hidden, rows, batch, is_pruned, aux):
         is_pruned,
         aux.buffer,
         aux.num_prompt,
-        *aux.pages.kernel_args(),
+        *aux.pages.kernel_args,
         batch.start,
         BLOCK=block,
-        **aux.pages.kernel_constants(),
+        **aux.pages.kernel_constants,
     )
 
 
@@ -140,8 +140,8 @@ def fetch_triton(out, hidden, rows, aux):
         constants = dict.fromkeys(("PAGES", "PER_PAGE", "PER_SLOT"), 1)
         constants["SLOT_SIZE"] = hidden.shape[1]
     else:
-        where = (aux.buffer, aux.num_prompt, *aux.pages.kernel_args())
-        constants = aux.pages.kernel_constants()
+        where = (aux.buffer, aux.num_prompt, *aux.pages.kernel_args)
+        constants = aux.pages.kernel_constants
     _fetch_kernel[(len(out), parts)](
         out,
         hidden,

@@ -12,6 +12,7 @@ slot after them holds the hidden state of position p.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -46,10 +47,12 @@ class Pages:
         place = slot % self.per_page * self.slot_size
         return block * self.block_stride + page * self.page_stride + place
 
+    @cached_property
     def kernel_args(self) -> tuple:
         """``block_table, block_table_stride, page_stride, block_stride``, as kernels take them."""
         return self.block_table, self.block_table.stride(0), self.page_stride, self.block_stride
 
+    @cached_property
     def kernel_constants(self) -> dict:
         return {
             "PAGES": self.pages,

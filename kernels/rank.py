@@ -124,7 +124,7 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
         state.rank,
         state.level,
         state.selected,
-        *state.pages.kernel_args(),
+        *state.pages.kernel_args,
         s.search.histogram,
         s.num_prompt,
         s.active[stage],
@@ -138,7 +138,7 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
         STRICT=strict,
         LISTS=lists,
         BLOCK=BLOCK,
-        **state.pages.kernel_constants(),
+        **state.pages.kernel_constants,
     )
 
 

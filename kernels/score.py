@@ -187,9 +187,9 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         lse,
         lse.stride(0),
         queries.scale,
-        *keys.kernel_args(),
+        *keys.kernel_args,
         s.state.score,
-        *pages.kernel_args(),
+        *pages.kernel_args,
         s.num_prompt,
         active,
         batch.start,
@@ -205,8 +205,8 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         HEAD_PAD=triton.next_power_of_2(head_dim),
         BLOCK_N=64,
         num_warps=4,
-        **keys.kernel_constants(),
-        **pages.kernel_constants(),
+        **keys.kernel_constants,
+        **pages.kernel_constants,
     )
 
 

@@ -140,7 +140,7 @@ def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
         state.rank,
         state.level,
         state.selected,
-        *state.pages.kernel_args(),
+        *state.pages.kernel_args,
         s.num_prompt,
         s.active[stage],
         s.counts.prompt_keys,
@@ -160,7 +160,7 @@ def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
         MARKS=marks,
         MAX_SPLITS=MAX_SPLITS,
         BLOCK=BLOCK,
-        **state.pages.kernel_constants(),
+        **state.pages.kernel_constants,
     )
 
 

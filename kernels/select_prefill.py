@@ -143,7 +143,7 @@ def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
         search.split_counts,
         state.rank,
         state.level,
-        *state.pages.kernel_args(),
+        *state.pages.kernel_args,
         s.is_pruned,
         s.active[stage],
         s.num_prompt,
@@ -162,7 +162,7 @@ def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
         stage,
         MAX_SPLITS=MAX_SPLITS,
         BLOCK=BLOCK,
-        **state.pages.kernel_constants(),
+        **state.pages.kernel_constants,
     )
 
 

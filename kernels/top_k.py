@@ -253,7 +253,7 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
         search.histogram,
         s.state.rank,
         s.state.level,
-        *pages.kernel_args(),
+        *pages.kernel_args,
         s.num_prompt,
         s.active[stage],
         s.limit[stage],
@@ -264,7 +264,7 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
         splits,
         stage,
     )
-    constants = {"LISTS": lists, "BLOCK": BLOCK} | pages.kernel_constants()
+    constants = {"LISTS": lists, "BLOCK": BLOCK} | pages.kernel_constants
     for step in (1, 2):
         _refine_kernel[(len(batch), splits)](*common, STEP=step, **constants)
     _count_kernel[(len(batch), splits)](

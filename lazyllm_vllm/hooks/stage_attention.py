@@ -79,10 +79,10 @@ class StageAttention(AttentionImpl[StageMetadata]):
         is_last_layer = attn_metadata.last_layer == layer.layer_name
         prefills_score = boundary.scores_prefills(step, stage, is_last_layer)
         decodes_score = boundary.scores_decodes(step, stage, is_last_layer)
-        keys = self._stage_keys(kv_cache, attn_metadata)
-
-        rows = slice(0, step.num_rows(stage))
-        query, key, value, output = (x[rows] for x in (query, key, value, output))
+        keys = boundary.keys_of(layer.layer_name, kv_cache, stage, attn_metadata.group)
+        rows = step.num_rows(stage)
+        if len(query) > rows:  # padded for a CUDA graph
+            query, key, value, output = (x[:rows] for x in (query, key, value, output))
         self._write(layer, query, key, value, kv_cache, attn_metadata)
         if step.num_decodes:
             if query.is_cuda and (stage == 0 or not step.decodes_select):
@@ -102,13 +102,6 @@ class StageAttention(AttentionImpl[StageMetadata]):
                 is_first_layer=self.is_first_layer,
             )
         return output
-
-    def _stage_keys(self, kv_cache: torch.Tensor, metadata: StageMetadata) -> StageKeys:
-        boundary, stage = metadata.boundary, metadata.stage
-        table = next(table for g, table in boundary.stage_tables[stage] if g == metadata.group)
-        buffers = boundary.buffers
-        length = buffers.rows[stage].num_keys
-        return StageKeys(kv_cache, table, length, buffers.slot_position, stage)
 
     def _write(self, layer, query, key, value, kv_cache, metadata: StageMetadata) -> None:
         """Rotate queries and keys, if that is left to us, and write keys and values."""
@@ -189,34 +182,37 @@ class StageAttention(AttentionImpl[StageMetadata]):
         )
 
     def _prefill(self, query, key, value, output, metadata: StageMetadata, scores: bool) -> None:
-        step, buffers = metadata.step, metadata.boundary.buffers
-        segments, longest = step.segments[metadata.stage], step.longest_prefill[metadata.stage]
-        mine = slice(segments.base, None)
+        """Causal attention of each prompt's kept tokens; if they score, the log-denominators of
+        its last rows, the last one first, go to ``buffers.lse``."""
+        step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
+        segments, longest = step.segments[stage], step.longest_prefill[stage]
+        if segments.base:
+            query, key, value, output = (x[segments.base :] for x in (query, key, value, output))
         attend = self.prefill_flash if query.is_cuda else self.prefill_dense
-        lse = attend(
-            query[mine],
-            key[mine],
-            value[mine],
-            output[mine],
-            segments.start,
-            longest,
-            window=len(buffers.lse) if scores else 0,
-        )
+        window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
+        lse = attend(query, key, value, output, segments.start, longest, window_rows)
         if scores:
             buffers.lse[:, step.num_decodes : step.num_requests] = lse
 
     def prefill_flash(
-        self, query, key, value, output, starts: torch.Tensor, longest: int, *, window: int
+        self,
+        query,
+        key,
+        value,
+        output,
+        starts: torch.Tensor,
+        longest: int,
+        window_rows: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Causal attention of each prompt's kept tokens.
 
         Args:
             starts: ``[prefills + 1]`` int32, first row of each.
             longest: most rows of a prefill.
-            window: last rows of each whose log-denominators are wanted.
+            window_rows: ``[window, prefills]``, rows whose log-denominators are wanted.
 
         Returns:
-            ``[window, prefills, heads]`` fp32, the last row first; None for a window of 0.
+            ``[window, prefills, heads]`` fp32; None if none are wanted.
         """
         result = fa_utils.flash_attn_varlen_func(
             query,
@@ -229,17 +225,13 @@ class StageAttention(AttentionImpl[StageMetadata]):
             softmax_scale=self.scale,
             causal=True,
             out=output,
-            return_softmax_lse=window > 0,
+            return_softmax_lse=window_rows is not None,
             fa_version=self.fa_version,
         )
-        if not window:
-            return None
-        back = torch.arange(1, window + 1, device=starts.device)
-        rows = (starts[1:] - back[:, None]).clamp(min=0)  # shorter prompts are not scored
-        return result[1].T[rows]
+        return None if window_rows is None else result[1].T[window_rows]
 
     def prefill_dense(
-        self, query, key, value, output, starts: torch.Tensor, longest: int, *, window: int
+        self, query, key, value, output, starts, longest, window_rows
     ) -> torch.Tensor | None:
         """The same on the CPU."""
         bounds = starts.tolist()
@@ -249,6 +241,6 @@ class StageAttention(AttentionImpl[StageMetadata]):
             output[mine] = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
             )[0].transpose(0, 1)
-            if window:
-                lse.append(last_rows_lse(query[mine], key[mine], self.scale, window))
-        return torch.stack(lse, dim=1) if window else None
+            if window_rows is not None:
+                lse.append(last_rows_lse(query[mine], key[mine], self.scale, len(window_rows)))
+        return torch.stack(lse, dim=1) if lse else None

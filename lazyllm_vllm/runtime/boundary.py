@@ -42,6 +42,7 @@ class Boundary:
         self.scorer = SCORERS[config.score]()
         self.rule = RankRule(config.score_pool, config.first_tokens, config.last_tokens)
         self.strict = schedule.is_strict and schedule.prunes
+        self._keys: dict[str, StageKeys] = {}
 
     @property
     def _marks(self) -> bool:
@@ -61,6 +62,15 @@ class Boundary:
         )
         if self.trace and step.kind.has_requests:
             self.trace.begin(step)
+
+    def keys_of(self, layer: str, kv_cache: torch.Tensor, stage: int, group: int) -> StageKeys:
+        """The keys of a layer, by its name; the same in every step."""
+        if layer not in self._keys:
+            table = next(table for at, table in self.stage_tables[stage] if at == group)
+            b = self.buffers
+            keys = StageKeys(kv_cache, table, b.rows[stage].num_keys, b.slot_position, stage)
+            self._keys[layer] = keys
+        return self._keys[layer]
 
     def scores_prefills(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores the prompts being prefilled."""

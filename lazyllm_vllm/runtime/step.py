@@ -91,6 +91,7 @@ class Step:
         self.max_revived = schedule.largest_quota(n) if self.revives else 0
         self.lists = 2 if self.revives else 1
         self.decode_schedules: dict[int, torch.Tensor] = {}
+        self._window_rows: dict[int, torch.Tensor] = {}
         self._prefill_rows = [int(count) for count in rows.sum(1)]
         if self.num_prefills:
             self.longest_prefill = [int(count) for count in rows.max(1)]
@@ -142,3 +143,12 @@ class Step:
     def query_row(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32, each request's current row."""
         return self._query_rows[stage]
+
+    def window_rows(self, stage: int, window: int) -> torch.Tensor:
+        """``[window, prefills]`` int64, each prefill's last rows in the stage, the last one first,
+        counted from the first prefill's. Prompts that are shorter are not scored."""
+        if stage not in self._window_rows:
+            start = self.segments[stage].start
+            back = torch.arange(1, window + 1, device=start.device)
+            self._window_rows[stage] = (start[1:] - back[:, None]).clamp(min=0)
+        return self._window_rows[stage]

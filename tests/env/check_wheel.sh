@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+rm -rf build # else what was deleted since would be in the wheel
 "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work" .
 "$python" -m pip install --quiet --no-deps --target "$work/site" "$work"/*.whl
 cd "$work"

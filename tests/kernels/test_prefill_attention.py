@@ -22,7 +22,9 @@ def test_prefill_attention(device, dtype):
     attention.fa_version = fa_utils.get_flash_attn_version(head_size=head_dim)
     out = torch.full((total, heads, head_dim), 9e9, device=device, dtype=dtype)
     run = attention.prefill_flash if device == "cuda" else attention.prefill_dense
-    lse = run(q, k, v, out, starts, max(lens), window=window)
+    back = torch.arange(1, window + 1, device=device)
+    window_rows = (starts[1:] - back[:, None]).clamp(min=0)
+    lse = run(q, k, v, out, starts, max(lens), window_rows)
     assert lse.shape == (window, len(lens), heads)
     for i, n in enumerate(lens):
         mine = slice(int(starts[i]), int(starts[i]) + n)
@@ -35,5 +37,5 @@ def test_prefill_attention(device, dtype):
         for back in range(min(window, n)):
             close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)
     again = torch.empty_like(out)
-    assert run(q, k, v, again, starts, max(lens), window=0) is None
+    assert run(q, k, v, again, starts, max(lens), None) is None
     close(again, out, dtype)
