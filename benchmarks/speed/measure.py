@@ -1,15 +1,19 @@
 """What is measured on a running engine. Times are wall-clock, in milliseconds, of the whole engine:
-scheduling, the model, sampling."""
+scheduling, the model, sampling. No prompt is asked twice: stock vLLM would have it cached."""
 
+import itertools
 import time
 
 import torch
 
 from vllm import LLM, SamplingParams
 
+_SEEDS = itertools.count()
 
-def _prompts(count: int, tokens: int, seed: int) -> list[dict]:
-    random = torch.Generator().manual_seed(seed)
+
+def _prompts(count: int, tokens: int) -> list[dict]:
+    """New random ones."""
+    random = torch.Generator().manual_seed(next(_SEEDS))
     ids = torch.randint(3, 30000, (count, tokens), generator=random).tolist()
     return [{"prompt_token_ids": prompt} for prompt in ids]
 
@@ -24,7 +28,7 @@ def _core(llm: LLM):
 
 def ttft(llm: LLM, tokens: int) -> dict:
     """Time to the first token of one request."""
-    prompt = _prompts(1, tokens, 0)
+    prompt = _prompts(1, tokens)
     start = time.monotonic()
     llm.generate(prompt, _params(1), use_tqdm=False)
     return {"value": 1000 * (time.monotonic() - start)}
@@ -36,7 +40,7 @@ def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
     request revived in one step, in one stage, on average."""
     engine = llm.llm_engine
     ids = [f"decode-{i}" for i in range(batch)]
-    for name, prompt in zip(ids, _prompts(batch, tokens, 1)):
+    for name, prompt in zip(ids, _prompts(batch, tokens)):
         engine.add_request(name, prompt, _params(steps + 4 * batch + 8))
     count = {}
     start = end = None
@@ -75,7 +79,7 @@ def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int) -> dict:
     """Output tokens a second with all requests there from the start; most that ran at once."""
     engine, scheduler = llm.llm_engine, _core(llm).scheduler
     peak = 0
-    prompts = _prompts(requests, tokens, 2)
+    prompts = _prompts(requests, tokens)
     start = time.monotonic()
     for i, prompt in enumerate(prompts):
         engine.add_request(f"throughput-{i}", prompt, _params(max_tokens))
@@ -99,7 +103,10 @@ def room(llm: LLM, tokens: int) -> dict:
             sampling_params=_params(1),
             pooling_params=None,
         )
-        if manager.allocate_slots(request, tokens, full_sequence_must_fit=True) is None:
+        blocks = manager.allocate_slots(
+            request, tokens, full_sequence_must_fit=True, delay_cache_blocks=True
+        )
+        if blocks is None:
             break
         held.append(request)
     for request in held:
@@ -109,14 +116,16 @@ def room(llm: LLM, tokens: int) -> dict:
 
 def profile(llm: LLM, tokens: int, decode_tokens: int) -> dict:
     """Kernels of one prefill, and of one decode step, as text."""
-    prefill = _prompts(1, tokens, 3)
-    decode = _prompts(1, decode_tokens, 3)
     steps = 16
-    for prompt, count in ((prefill, 1), (decode, 1 + steps)):
-        llm.generate(prompt, _params(count), use_tqdm=False)
-    one = _kernels(lambda: llm.generate(prefill, _params(1), use_tqdm=False))
-    first = _kernels(lambda: llm.generate(decode, _params(1), use_tqdm=False))
-    many = _kernels(lambda: llm.generate(decode, _params(1 + steps), use_tqdm=False))
+
+    def run(tokens: int, count: int) -> None:
+        llm.generate(_prompts(1, tokens), _params(count), use_tqdm=False)
+
+    run(tokens, 1)
+    run(decode_tokens, 1 + steps)
+    one = _kernels(lambda: run(tokens, 1))
+    first = _kernels(lambda: run(decode_tokens, 1))
+    many = _kernels(lambda: run(decode_tokens, 1 + steps))
     for name, (us, count) in first.items():
         before = many.get(name, (0, 0))
         many[name] = (before[0] - us, before[1] - count)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def start(shape: dict, config: dict | None, options: dict):
-    """A ``vllm.LLM``.
+    """A ``vllm.LLM``, at vLLM's defaults but for ``options``.
 
     Args:
         shape: the model's config.json.
@@ -25,7 +25,6 @@ def start(shape: dict, config: dict | None, options: dict):
             skip_tokenizer_init=True,
             dtype="bfloat16",
             seed=0,
-            enable_prefix_caching=False,
             additional_config={"lazyllm": config} if config else {},
             **options,
         )

@@ -97,8 +97,8 @@ class StageAttention(AttentionImpl[StageMetadata]):
                 query,
                 keys,
                 self.scale,
-                prefills=prefills_score and step.num_prefills > 0,
-                decodes=decodes_score and step.num_decodes > 0,
+                prefills=prefills_score,
+                decodes=decodes_score,
                 is_first_layer=self.is_first_layer,
             )
         return output

@@ -74,14 +74,16 @@ class Boundary:
 
     def scores_prefills(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores the prompts being prefilled."""
-        before_a_boundary = stage < self.schedule.num_stages - 1
         scores = is_last_layer or self.scorer.every_layer
-        return step.prefills_select and before_a_boundary and scores
+        return scores and step.prefills_select and bool(step.prefills) and self._ends(stage)
 
     def scores_decodes(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores for the decodes."""
-        before_a_boundary = stage < self.schedule.num_stages - 1
-        return step.decodes_select and before_a_boundary and is_last_layer
+        return is_last_layer and step.decodes_select and bool(step.decodes) and self._ends(stage)
+
+    def _ends(self, stage: int) -> bool:
+        """Whether the stage ends at a boundary."""
+        return stage < self.schedule.num_stages - 1
 
     def score(
         self,
