@@ -8,7 +8,15 @@ from pathlib import Path
 
 from benchmarks.engine import Engine
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, TWENTIETH, WHOLE, Pruning, flop_bound
+from benchmarks.speed.shapes import (
+    AGGRESSIVE,
+    BALANCED,
+    CONSERVATIVE,
+    SHAPES,
+    WHOLE,
+    Pruning,
+    flop_bound,
+)
 from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
@@ -36,17 +44,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shape, the engines that serve it, one after the other, and what is measured on each.
-
-    Attributes:
-        one_piece: prompts are prefilled in one piece in stock vLLM too, which LazyLLM always does;
-            else stock vLLM's own budget of tokens a step holds.
-    """
+    """A shape, the engines that serve it, one after the other, and what is measured on each."""
 
     shape: str
     engines: tuple[Pruning, ...]
     max_len: int
-    one_piece: bool
     cases: tuple[Case, ...]
 
 
@@ -59,24 +61,25 @@ def _decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Ca
     return Case("decode", "decode", arguments, runs, **fields)
 
 
+_DEFAULT = (BALANCED,)  # the default preset
 _ALL = (
     Plan(
         "Llama-3.1-8B",
-        (HALVES, WHOLE),
+        (BALANCED, CONSERVATIVE, AGGRESSIVE, WHOLE),
         max_len=33280,
-        one_piece=False,
         cases=(
-            _ttft(384, 11, engines=(HALVES,)),
-            _ttft(600, 11, engines=(HALVES,)),
-            _ttft(PRUNED_FROM - 1, 11, engines=(HALVES,)),
-            _ttft(PRUNED_FROM, 11, engines=(HALVES,)),
+            *(_ttft(n, 11, engines=_DEFAULT) for n in (384, PRUNED_FROM - 1, PRUNED_FROM, 2048)),
             _ttft(4096, 11),
-            _ttft(16384, 7),
-            _decode(384, 1, 5, steps=64, engines=(HALVES,)),
-            _decode(8192, 1, 5),
-            _decode(8192, 16, 2, engines=(HALVES,)),
-            _decode(8192, 64, 1, engines=(HALVES,)),
-            Case("memory", "room", {"tokens": 32768}, 1, "requests", 0, (HALVES,)),
+            _ttft(8192, 7, engines=_DEFAULT),
+            _ttft(16384, 5),
+            _ttft(32768, 3),
+            Case("follow-up", "follow_up", {"tokens": 16384, "more": 64}, 5, engines=_DEFAULT),
+            Case("follow-up", "follow_up", {"tokens": 32768, "more": 64}, 3, engines=_DEFAULT),
+            _decode(384, 1, 3, steps=64, engines=_DEFAULT),
+            _decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
+            _decode(8192, 16, 2, engines=_DEFAULT),
+            _decode(8192, 64, 1, engines=_DEFAULT),
+            Case("memory", "room", {"tokens": 32768}, 1, "requests", 0),
             Case(
                 "throughput",
                 "throughput",
@@ -84,20 +87,18 @@ _ALL = (
                 1,
                 "tokens/s",
                 0,
-                (HALVES,),
+                _DEFAULT,
             ),
             Case(
-                "profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, (HALVES,)
+                "profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, _DEFAULT
             ),
         ),
     ),
     Plan(
         "Llama-3.1-8B",
-        (HALVES,),
+        (BALANCED,),
         max_len=131072,
-        one_piece=True,
         cases=(
-            _ttft(32768, 5),
             _ttft(65536, 3),
             _ttft(131000, 2, warm=0),
             _decode(130000, 1, 1),
@@ -105,9 +106,8 @@ _ALL = (
     ),
     Plan(
         "Llama-2-7B",
-        (TENTH, TWENTIETH),
+        (BALANCED,),
         max_len=16640,
-        one_piece=True,
         cases=(_ttft(4000, 11), _ttft(16384, 7)),
     ),
 )
@@ -167,15 +167,12 @@ def run(plan: Plan, report: Callable[[Row], None], told: Callable[[str], None]) 
 
 
 def _options(plan: Plan) -> dict:
-    options = {
+    return {
         "max_model_len": plan.max_len,
         "max_num_seqs": 128,
         # Stock vLLM's prefills of up to 512 tokens run in CUDA graphs too, as they do by default.
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512],
     }
-    if plan.one_piece:
-        options["max_num_batched_tokens"] = plan.max_len
-    return options
 
 
 def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -> Row:
@@ -190,7 +187,8 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
         unit=case.unit,
     )
     if case.benchmark == "ttft" and pruning and tokens >= PRUNED_FROM:
-        row.flop_bound = flop_bound(SHAPES[plan.shape], pruning.prune, tokens)
+        shape = SHAPES[plan.shape]
+        row.flop_bound = flop_bound(shape, pruning.cuts(shape["num_hidden_layers"]), tokens)
     return row
 
 

@@ -34,6 +34,17 @@ def ttft(llm: LLM, tokens: int) -> dict:
     return {"value": 1000 * (time.monotonic() - start)}
 
 
+def follow_up(llm: LLM, tokens: int, more: int) -> dict:
+    """Time to the first token of a second request that begins with all of the first one's prompt:
+    a conversation's next turn, or another question about one document."""
+    first, rest = _prompts(1, tokens), _prompts(1, more)
+    llm.generate(first, _params(1), use_tqdm=False)
+    second = {"prompt_token_ids": first[0]["prompt_token_ids"] + rest[0]["prompt_token_ids"]}
+    start = time.monotonic()
+    llm.generate(second, _params(1), use_tqdm=False)
+    return {"value": 1000 * (time.monotonic() - start)}
+
+
 def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
     """Time per output token while ``batch`` requests of ``tokens`` tokens decode together, over
     ``steps`` steps that begin when the last of them has its third token; how many tokens each

@@ -1,19 +1,19 @@
-"""Plots and the README's section, from the results file alone."""
+"""Plots and the tables of docs/benchmarks.md, from the results file alone."""
 
 from pathlib import Path
 
 from benchmarks.results import figure, read, replace_section, table
 from benchmarks.speed.results import FILE, Row
-from benchmarks.speed.shapes import HALVES
+from benchmarks.speed.shapes import BALANCED
 
 
-def main(readme: Path, file: Path = FILE) -> None:
-    """Draw the plots beside the results file and rewrite the README's section on speed."""
+def main(page: Path, file: Path = FILE) -> None:
+    """Draw the plots beside the results file and rewrite the page's section on speed."""
     rows = read(file, Row)
     draw_ttft(rows, file.with_name("ttft.svg"))
     if _pick(rows, "memory"):
         draw_room(rows, file.with_name("room.svg"))
-    replace_section(readme, "speed", section(rows))
+    replace_section(page, "speed", section(rows))
 
 
 def _pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
@@ -30,13 +30,14 @@ def section(rows: list[Row]) -> str:
     parts = [
         f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
         f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
-        "the shapes named, prefix caching off, CUDA graphs and FlashAttention on in both engines. "
-        "Medians, with the fastest and slowest run where there were several.",
-        "![Time to first token](benchmarks/speed/results/ttft.svg)",
+        "the shapes named. Stock vLLM is at its defaults: prefix caching, chunked prefill, "
+        "FlashAttention and CUDA graphs. No prompt was asked twice. Medians, with the fastest and "
+        "slowest run where there were several.",
+        "![Time to first token](../benchmarks/speed/results/ttft.svg)",
         "Time to first token, one request. The bound is how many times fewer floating-point "
         "operations the schedule takes. Shorter prompts than `min_prompt_tokens` are not pruned.",
         table(
-            ("shape", "layers and keep", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
+            ("shape", "configuration", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
             [
                 (
                     r.shape,
@@ -55,7 +56,7 @@ def section(rows: list[Row]) -> str:
         "keeps every token, run as in stock vLLM.",
         table(
             (
-                "layers and keep",
+                "configuration",
                 "prompt",
                 "requests",
                 "stock ms",
@@ -78,17 +79,33 @@ def section(rows: list[Row]) -> str:
             ],
         ),
     ]
+    if again := _pick(rows, "follow-up", engine=BALANCED.name):
+        parts += [
+            "Time to first token of a second prompt that begins with all of the first: a "
+            "conversation's next turn, or another question about one document. Stock vLLM has the "
+            "prefix cached; LazyLLM computes it again.",
+            table(
+                ("configuration", "prefix", "stock ms", "LazyLLM ms", "LazyLLM / stock"),
+                [
+                    (r.engine, f"{r.tokens:,}", _ms(_stock(rows, r)), _ms(r), f"{1 / r.ratio:.1f}")
+                    for r in again
+                ],
+            ),
+        ]
     if _pick(rows, "memory"):
-        parts.append("![Requests that fit](benchmarks/speed/results/room.svg)")
+        parts.append("![Requests that fit](../benchmarks/speed/results/room.svg)")
     more = []
     for benchmark, what in (
         ("memory", "requests of {tokens:,} tokens that fit in the KV cache at once"),
         ("throughput", "output tokens a second, {batch} requests of {tokens:,} tokens at once"),
     ):
-        for row in _pick(rows, benchmark, engine=HALVES.name):
+        for row in _pick(rows, benchmark):
+            if row.engine == "stock":
+                continue
             stock = _stock(rows, row)
             more.append(
                 (
+                    row.engine,
                     what.format(batch=row.batch, tokens=row.tokens),
                     f"{stock.median:,.0f}",
                     f"{row.median:,.0f}",
@@ -96,7 +113,7 @@ def section(rows: list[Row]) -> str:
                 )
             )
     if more:
-        parts.append(table(("", "stock", "LazyLLM", "ratio"), more))
+        parts.append(table(("configuration", "", "stock", "LazyLLM", "ratio"), more))
     return "\n\n".join(parts)
 
 
@@ -113,7 +130,7 @@ def _ms(row: Row) -> str:
 
 def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
-    lazy = [r for r in _pick(rows, "ttft", engine=HALVES.name) if r.flop_bound]
+    lazy = [r for r in _pick(rows, "ttft", engine=BALANCED.name) if r.flop_bound]
     stock = [_stock(rows, r) for r in lazy]
     drawn, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
@@ -146,7 +163,7 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
-    lazy = _pick(rows, "memory", engine=HALVES.name)[0]
+    lazy = _pick(rows, "memory", engine=BALANCED.name)[0]
     stock = _stock(rows, lazy)
     drawn, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(

@@ -1,6 +1,8 @@
-"""Model shapes and schedules that are measured. Timing needs no more of a model than its shape."""
+"""What is measured: model shapes, since timing needs no more of a model, and configurations."""
 
 from dataclasses import dataclass
+
+from lazyllm_vllm.plan.config import LazyLLMConfig
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,22 +42,21 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Pruning:
-    """A schedule, named for tables: ``(layer, keep)`` after which, and how much."""
+    """A configuration, named for tables."""
 
     name: str
-    prune: tuple[tuple[int, float], ...]
+    config: dict
 
-    @property
-    def config(self) -> dict:
-        return {"prune": [{"layer": layer, "keep": keep} for layer, keep in self.prune]}
+    def cuts(self, num_layers: int) -> tuple[tuple[int, float], ...]:
+        """``(layer, keep)`` in a model of so many decoder layers."""
+        boundaries = LazyLLMConfig(**self.config).boundaries(num_layers)
+        return tuple((b.layer, b.keep) for b in boundaries)
 
 
-HALVES = Pruning("8/8/8/8 at 1, 1/2, 1/4, 1/8", ((8, 0.5), (16, 0.25), (24, 0.125)))
-WHOLE = Pruning("keep 1", ((8, 1.0), (16, 1.0), (24, 1.0)))
-TENTH = Pruning("4/12/16 at 1, 0.3, 0.1", ((4, 0.3), (16, 0.1)))
-# Steeper than TENTH: the same early cut, and the deep layers, which the paper finds to need the
-# fewest tokens (figure 4 there), begin four layers sooner and keep half as many.
-TWENTIETH = Pruning("4/8/20 at 1, 0.25, 0.05", ((4, 0.25), (12, 0.05)))
+BALANCED, CONSERVATIVE, AGGRESSIVE = (
+    Pruning(preset, {"preset": preset}) for preset in ("balanced", "conservative", "aggressive")
+)
+WHOLE = Pruning("keep 1", {"prune": [{"layer": layer, "keep": 1.0} for layer in (8, 16, 24)]})
 
 
 def flops(shape: dict, prune: tuple[tuple[int, float], ...], num_tokens: int) -> float:

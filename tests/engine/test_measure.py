@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.engine import Engine
-from benchmarks.speed.shapes import SHAPES, Pruning
+from benchmarks.speed.shapes import SHAPES
 from benchmarks.speed.start import start
 
 TINY = SHAPES["Llama-3.1-8B"] | {
@@ -26,7 +26,7 @@ def engine(tmp_path):
         "block_size": 128,
         "num_gpu_blocks_override": 64,
     }
-    config = Pruning("half", ((2, 0.5),)).config | {"min_prompt_tokens": 512}
+    config = {"prune": [{"layer": 2, "keep": 0.5}], "min_prompt_tokens": 512}
     arguments = {"shape": TINY, "config": config, "options": options}
     engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
     yield engine
@@ -36,6 +36,7 @@ def engine(tmp_path):
 def test_an_engine_is_measured(engine):
     assert engine.ready()["vllm"].startswith("0.3")
     assert engine.run("ttft", tokens=600)["value"] > 0
+    assert engine.run("follow_up", tokens=600, more=8)["value"] > 0
     decoded = engine.run("decode", tokens=1000, batch=2, steps=6)
     assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
     # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage 1

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.results import read, write
 from benchmarks.speed import cases, report
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import HALVES, SHAPES, TENTH, flop_bound, flops
+from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops
 
 TINY = SHAPES["Llama-3.1-8B"] | {
     "hidden_size": 64,
@@ -33,10 +33,12 @@ def test_flops_by_hand():
 
 def test_flop_bounds():
     llama_2 = SHAPES["Llama-2-7B"]
-    assert flop_bound(llama_2, TENTH.prune, 4000) == pytest.approx(3.6, abs=0.05)
+    tenth = (4, 0.3), (16, 0.1)
+    assert flop_bound(llama_2, tenth, 4000) == pytest.approx(3.6, abs=0.05)
     assert flop_bound(llama_2, (), 4000) == 1
     # Attention grows with the square of the length, and is cut by the square of what is kept.
-    bounds = [flop_bound(SHAPES["Llama-3.1-8B"], HALVES.prune, n) for n in (4096, 32768, 131072)]
+    halves = (8, 0.5), (16, 0.25), (24, 0.125)
+    bounds = [flop_bound(SHAPES["Llama-3.1-8B"], halves, n) for n in (4096, 32768, 131072)]
     assert bounds == sorted(bounds) and 32 / 15 < bounds[0] < bounds[2] < 64 / 21.25
 
 
@@ -61,7 +63,7 @@ def _rows() -> list[Row]:
         ("memory", "requests", 32768, 1, 26.0, 45.0),
         ("throughput", "tokens/s", 16384, 64, 100.0, 250.0),
     ):
-        for engine, value in (("stock", stock), (HALVES.name, lazy)):
+        for engine, value in (("stock", stock), (BALANCED.name, lazy)):
             row = Row.of(
                 [{"value": value}],
                 benchmark=benchmark,
