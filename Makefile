@@ -2,8 +2,12 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 # Tests of a file share engines, so a file is not spread over processes.
 PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+# The newest vLLM that works, and the part of the tests that every `make test` runs on it.
+NEWEST := 0.33.0
+ON_NEWEST := tests/unit tests/engine/test_admission.py tests/engine/test_decoding.py
+VLLM ?= $(NEWEST)
 
-.PHONY: env demo test check wheel lint format
+.PHONY: env demo test check wheel check-vllm lint format
 
 # Made once, and again when what it is made from changes.
 env:
@@ -14,6 +18,7 @@ demo: env
 
 test: env lint wheel
 	$(PYTEST)
+	tests/env/check_vllm.sh $(PYTHON) $(NEWEST) $(ON_NEWEST)
 
 # For every edit: no engine, under two minutes.
 check: env lint
@@ -22,6 +27,10 @@ check: env lint
 # What a user installs, imported far from this checkout.
 wheel: env
 	tests/env/check_wheel.sh $(PYTHON)
+
+# All tests on another vLLM:  make check-vllm VLLM=0.33.0
+check-vllm: env
+	tests/env/check_vllm.sh $(PYTHON) $(VLLM)
 
 lint: env
 	$(PYTHON) -m ruff check .

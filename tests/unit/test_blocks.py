@@ -22,10 +22,12 @@ from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.grouping import layers_per_group
 from lazyllm_vllm.plan.schedule import Schedule
 
-try:  # vLLM 0.33
-    from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+try:  # vLLM 0.33 asks for the groups first
+    from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
 except ImportError:
     from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    get_global_kv_cache_groups = None
 
 BLOCK = 16
 HEADS, SIZE = 2, 8
@@ -74,7 +76,9 @@ def manager_of(needs: BlockNeeds, longest: int, num_blocks: int) -> KVCacheManag
     vllm_config = stock_config()
     vllm_config.model_config.max_model_len = longest
     memory = num_blocks * needs.pages * PAGE
-    (config,) = get_kv_cache_configs(vllm_config, [specs_of(needs)], [memory])
+    specs = [specs_of(needs)]
+    groups = [get_global_kv_cache_groups(vllm_config, specs)] if get_global_kv_cache_groups else []
+    (config,) = get_kv_cache_configs(vllm_config, specs, [memory], *groups)
     assert config.num_blocks == num_blocks
     return KVCacheManager(
         config, longest, scheduler_block_size=BLOCK, hash_block_size=BLOCK, enable_caching=False
