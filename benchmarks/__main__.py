@@ -3,17 +3,20 @@
 import argparse
 from pathlib import Path
 
+from benchmarks import headline
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import run as speed
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def report() -> None:
-    for written in (speed_report, quality_report):
-        written.main(README)
+    """Plots and tables wherever they are shown."""
+    speed_report.main(ROOT / "docs/benchmarks.md")
+    quality_report.main(ROOT / "docs/quality.md")
+    headline.main(ROOT / "README.md")
 
 
 def main() -> None:
@@ -25,7 +28,9 @@ def main() -> None:
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)
-    drawn = commands.add_parser("report", help="plots and the README's tables from the results")
+    drawn = commands.add_parser(
+        "report", help="plots and tables of README and docs, from the results files"
+    )
     drawn.set_defaults(run=lambda args: report())
     args = parser.parse_args()
     args.run(args)

@@ -35,12 +35,12 @@ def read(path: Path, kind: type) -> list:
     return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def replace_section(readme: Path, name: str, text: str) -> None:
-    """Put the text between the README's marks for ``name``."""
+def replace_section(page: Path, name: str, text: str) -> None:
+    """Put the text between the page's marks for ``name``."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = readme.read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     after = rest.split(end)[1]
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Plot and README section of the quality results, from the results file alone."""
+"""Plot and tables of docs/quality.md, from the results file alone."""
 
 import statistics
 from collections import defaultdict
@@ -22,14 +22,14 @@ _KINDS = ("needle", "multi-document", "few-shot", "code completion")
 _AGREEMENT = {"top 1": "next token equal", "KL": "KL, nats", "continuation": "continuation equal"}
 
 
-def main(readme: Path, file: Path = FILE) -> None:
-    """Draw the plot beside the results file and rewrite the README's section on quality."""
+def main(page: Path, file: Path = FILE) -> None:
+    """Draw the plot beside the results file and rewrite the page's section on quality."""
     rows = read(file, Row)
     if not rows:
         return
     full = Full(rows)
     draw_sweep(rows, full, file.with_name("sweep.svg"))
-    replace_section(readme, "quality", section(rows, full))
+    replace_section(page, "quality", section(rows, full))
 
 
 def section(rows: list[Row], full: Full) -> str:
@@ -48,7 +48,7 @@ def section(rows: list[Row], full: Full) -> str:
         "tasks, ± its standard error over samples that both answer; the bound is how many times "
         "fewer operations a prefill takes. Requests run in batches, and each may revive what it "
         "could alone.",
-        "![Quality against speed](benchmarks/quality/results/sweep.svg)",
+        "![Quality against speed](../benchmarks/quality/results/sweep.svg)",
         "The presets, by the samples they were chosen by and by the others "
         f"({_samples(parts['full'])}):",
         _presets(swept, full),
@@ -96,16 +96,21 @@ def _plain(mean: tuple[float, float]) -> str:
     return f"{mean[0]:.3f} ± {mean[1]:.3f}"
 
 
+def preset_rows(swept: list[Row], preset: str) -> list[Row]:
+    """Of the sweep, those of a preset's schedule."""
+    prune = [b.model_dump() for b in LazyLLMConfig(preset=preset).boundaries(_MODEL_LAYERS)]
+    name = next(s.name for s in SWEEP if s.prune(_MODEL_LAYERS) == prune)
+    return groups(swept)[LAZYLLM.name, name]
+
+
 def _presets(swept: list[Row], full: Full) -> str:
     lines = []
     for preset in PRESETS:
-        prune = [b.model_dump() for b in LazyLLMConfig(preset=preset).boundaries(_MODEL_LAYERS)]
-        name = next(s.name for s in SWEEP if s.prune(_MODEL_LAYERS) == prune)
-        mine = groups(swept)[LAZYLLM.name, name]
+        mine = preset_rows(swept, preset)
         bound = statistics.fmean(row.flop_bound for row in mine)
         shares = [_percent(full.share(mine, half)) for half in ("choosing", "reporting")]
         kinds = [f"{full.share(mine, 'reporting', kind)[0]:.0%}" for kind in _KINDS]
-        lines.append((f"`{preset}`", name, f"{bound:.2f}x", *shares, *kinds))
+        lines.append((f"`{preset}`", mine[0].schedule, f"{bound:.2f}x", *shares, *kinds))
     return table(("", "keeps", "bound", "chosen by", "reported", *_KINDS), lines)
 
 

@@ -78,7 +78,7 @@ _ALL = (
             _decode(384, 1, 3, steps=64, engines=_DEFAULT),
             _decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
             _decode(8192, 16, 2, engines=_DEFAULT),
-            _decode(8192, 64, 1, engines=_DEFAULT),
+            _decode(8192, 32, 1, engines=_DEFAULT),
             Case("memory", "room", {"tokens": 32768}, 1, "requests", 0),
             Case(
                 "throughput",

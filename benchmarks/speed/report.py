@@ -11,12 +11,13 @@ def main(page: Path, file: Path = FILE) -> None:
     """Draw the plots beside the results file and rewrite the page's section on speed."""
     rows = read(file, Row)
     draw_ttft(rows, file.with_name("ttft.svg"))
-    if _pick(rows, "memory"):
+    if pick(rows, "memory"):
         draw_room(rows, file.with_name("room.svg"))
     replace_section(page, "speed", section(rows))
 
 
-def _pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
+def pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
+    """Rows of a benchmark with these fields."""
     return [
         row
         for row in rows
@@ -43,7 +44,7 @@ def section(rows: list[Row]) -> str:
                     r.shape,
                     r.engine,
                     f"{r.tokens:,}",
-                    _ms(_stock(rows, r)),
+                    _ms(stock_row(rows, r)),
                     _ms(r),
                     f"{r.ratio:.2f}x",
                     f"{r.flop_bound:.2f}x" if r.flop_bound else "not pruned",
@@ -69,7 +70,7 @@ def section(rows: list[Row]) -> str:
                     r.engine,
                     f"{r.tokens:,}",
                     str(r.batch),
-                    _ms(_stock(rows, r)),
+                    _ms(stock_row(rows, r)),
                     _ms(r),
                     f"{1 / r.ratio:.3f}",
                     f"{r.details.get('revived', 0):.1f}",
@@ -79,7 +80,7 @@ def section(rows: list[Row]) -> str:
             ],
         ),
     ]
-    if again := _pick(rows, "follow-up", engine=BALANCED.name):
+    if again := pick(rows, "follow-up", engine=BALANCED.name):
         parts += [
             "Time to first token of a second prompt that begins with all of the first: a "
             "conversation's next turn, or another question about one document. Stock vLLM has the "
@@ -87,22 +88,28 @@ def section(rows: list[Row]) -> str:
             table(
                 ("configuration", "prefix", "stock ms", "LazyLLM ms", "LazyLLM / stock"),
                 [
-                    (r.engine, f"{r.tokens:,}", _ms(_stock(rows, r)), _ms(r), f"{1 / r.ratio:.1f}")
+                    (
+                        r.engine,
+                        f"{r.tokens:,}",
+                        _ms(stock_row(rows, r)),
+                        _ms(r),
+                        f"{1 / r.ratio:.1f}",
+                    )
                     for r in again
                 ],
             ),
         ]
-    if _pick(rows, "memory"):
+    if pick(rows, "memory"):
         parts.append("![Requests that fit](../benchmarks/speed/results/room.svg)")
     more = []
     for benchmark, what in (
         ("memory", "requests of {tokens:,} tokens that fit in the KV cache at once"),
         ("throughput", "output tokens a second, {batch} requests of {tokens:,} tokens at once"),
     ):
-        for row in _pick(rows, benchmark):
+        for row in pick(rows, benchmark):
             if row.engine == "stock":
                 continue
-            stock = _stock(rows, row)
+            stock = stock_row(rows, row)
             more.append(
                 (
                     row.engine,
@@ -117,9 +124,10 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _stock(rows: list[Row], row: Row) -> Row:
+def stock_row(rows: list[Row], row: Row) -> Row:
+    """Stock vLLM's, beside another engine's."""
     fields = {"shape": row.shape, "tokens": row.tokens, "batch": row.batch}
-    return _pick(rows, row.benchmark, engine="stock", **fields)[0]
+    return pick(rows, row.benchmark, engine="stock", **fields)[0]
 
 
 def _ms(row: Row) -> str:
@@ -130,8 +138,8 @@ def _ms(row: Row) -> str:
 
 def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
-    lazy = [r for r in _pick(rows, "ttft", engine=BALANCED.name) if r.flop_bound]
-    stock = [_stock(rows, r) for r in lazy]
+    lazy = [r for r in pick(rows, "ttft", engine=BALANCED.name) if r.flop_bound]
+    stock = [stock_row(rows, r) for r in lazy]
     drawn, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
     axes.plot(tokens, [r.median for r in stock], "o-", color="#888888", label="stock vLLM")
@@ -163,8 +171,8 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
-    lazy = _pick(rows, "memory", engine=BALANCED.name)[0]
-    stock = _stock(rows, lazy)
+    lazy = pick(rows, "memory", engine=BALANCED.name)[0]
+    stock = stock_row(rows, lazy)
     drawn, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(
         ["LazyLLM", "stock vLLM"], [lazy.median, stock.median], color=["#0a6ebd", "#888888"]

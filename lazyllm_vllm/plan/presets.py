@@ -7,7 +7,7 @@ from functools import cache
 
 from lazyllm_vllm.plan.grouping import layers_per_group
 
-# With these SmolLM2-135M keeps 99%, 97% and 90% of its score (README, "Quality").
+# With these SmolLM2-135M keeps 99%, 97% and 90% of its score (docs/quality.md).
 PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
     "conservative": ((1 / 3, 0.3), (2 / 3, 0.1)),
     "balanced": ((1 / 6, 0.7), (1 / 3, 0.2), (2 / 3, 0.1)),

@@ -97,8 +97,16 @@ def test_serve(server, smollm2):
 
     # A request that asks for what pruning cannot give: a 400 for it alone.
     body, answer = _chat(smollm2, 900)
-    bad = httpx.post(f"{address}/v1/completions", json=body | {"prompt_logprobs": 1}, timeout=60)
-    assert bad.status_code == 400 and "prompt_logprobs" in bad.text
+    for asked in ({"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}):
+        bad = httpx.post(f"{address}/v1/completions", json=body | asked, timeout=60)
+        assert bad.status_code == 400 and "prompt_logprobs" in bad.text
+
+    # A prompt that is not pruned has them.
+    short = body | {"prompt": "The sky is blue", "max_tokens": 1, "echo": True, "logprobs": 1}
+    good = httpx.post(f"{address}/v1/completions", json=short, timeout=60)
+    assert good.status_code == 200
+    first, *rest = good.json()["choices"][0]["logprobs"]["token_logprobs"]
+    assert first is None and len(rest) == 4 and all(logprob < 0 for logprob in rest)
 
     # A client that goes away in the middle.
     with httpx.stream(

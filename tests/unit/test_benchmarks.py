@@ -84,10 +84,10 @@ def test_the_report_is_made_from_the_results_alone(tmp_path):
     file = tmp_path / "speed.jsonl"
     write(file, _rows())
     assert read(file, Row) == _rows()
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
-    report.main(readme, file)
-    text = readme.read_text()
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n")
+    report.main(page, file)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| 16,384 | 500.0 | 200.0 | 2.50x | 2.10x |" in text
     assert "| 8,192 | 1 | 5.00 | 5.50 | 1.100 |" in text

@@ -76,13 +76,13 @@ def test_presets_are_the_fastest_that_keep_what_they_promise():
 
 
 def test_the_report_is_made_from_the_committed_results(tmp_path):
-    """All parts that the README shows are in the results file, with a row for each preset."""
+    """All parts that docs/quality.md shows are in the results file, with a row for each preset."""
     file = tmp_path / "quality.jsonl"
     file.write_text(FILE.read_text())
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
-    report.main(readme, file)
-    text = readme.read_text()
+    page = tmp_path / "quality.md"
+    page.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
+    report.main(page, file)
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert all(f"| `{preset}` |" in text for preset in PRESETS) and "nan" not in text
     assert "<svg" in (tmp_path / "sweep.svg").read_text()

@@ -1,0 +1,73 @@
+"""Documentation that is true to the day."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.quality.results import FILE as QUALITY
+from benchmarks.speed.results import FILE as SPEED
+from lazyllm_vllm import __version__
+from lazyllm_vllm.hooks.versions import SUPPORTED
+from lazyllm_vllm.models.families import FAMILIES
+from lazyllm_vllm.plan.config import LazyLLMConfig, parse_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_every_field_of_the_configuration_is_explained():
+    rows = re.findall(r"^\| (`.+?) \| .+ \| (.+) \|$", _read("docs/configuration.md"), flags=re.M)
+    shown = {}
+    for names, defaults in rows:
+        names = re.findall(r"`(\w+)`", names)
+        shown |= dict(zip(names, defaults.replace(",", "").replace("`", "").split(" ")))
+    fields = LazyLLMConfig.model_fields
+    assert shown.keys() == fields.keys()
+    for name in fields.keys() - {"prune", "preset"}:  # whose default is told in words
+        assert shown[name] == str(fields[name].default), name
+
+
+def test_what_works_is_said():
+    readme, versions = _read("README.md"), _read("docs/vllm-versions.md")
+    assert f"| vLLM | {', '.join(SUPPORTED)} " in readme
+    assert re.findall(r"^\| (\d\S+) \|", versions, flags=re.M) == list(SUPPORTED)
+    (models,) = re.findall(r"^\| models \| (.+?) \|", readme, flags=re.M)
+    assert re.findall(r"`(\w+)`", models) == [family.architecture for family in FAMILIES]
+    assert _read("CHANGELOG.md").split("## ")[1].startswith(__version__)
+
+
+def test_configurations_that_are_shown_are_valid():
+    shown = [text for page in PAGES for text in re.findall(r"'(\{.+?\})'", page.read_text())]
+    assert shown
+    for text in shown:
+        assert parse_config(json.loads(text)).prune
+
+
+def test_figures_are_those_of_the_results_files(tmp_path, monkeypatch):
+    """``python -m benchmarks report`` would change no page."""
+    for page in ("README.md", "docs/benchmarks.md", "docs/quality.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    plots = {p: p.read_bytes() for file in (SPEED, QUALITY) for p in file.parent.glob("*.svg")}
+    try:
+        monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
+        benchmarks.report()
+        for page in tmp_path.rglob("*.md"):
+            assert page.read_text() == _read(page.relative_to(tmp_path)), page.name
+    finally:
+        for path, content in plots.items():
+            path.write_bytes(content)
+
+
+def _read(page: str | Path) -> str:
+    return (ROOT / page).read_text()
