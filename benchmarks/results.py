@@ -57,8 +57,8 @@ def figure(title: str):
     matplotlib.rcParams["svg.hashsalt"] = title
     from matplotlib import pyplot
 
-    made, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    plot, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     axes.set_title(title, fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return made, axes
+    return plot, axes

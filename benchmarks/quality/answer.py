@@ -10,9 +10,9 @@ def answers(
     params = [
         SamplingParams(temperature=0, max_tokens=most, detokenize=False) for most in max_tokens
     ]
-    found = [list(output.token_ids) for output in _generate(llm, prompts, params)]
+    answers = [list(output.token_ids) for output in _generate(llm, prompts, params)]
     return [
-        tokens[: next((i for i, t in enumerate(tokens) if t in stop), None)] for tokens in found
+        tokens[: next((i for i, t in enumerate(tokens) if t in stop), None)] for tokens in answers
     ]
 
 

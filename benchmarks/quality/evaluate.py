@@ -100,7 +100,7 @@ class Evaluation:
     def scores(self, cells: list[Cell]) -> list[list[float]]:
         """Of each cell, one a seed, 0 to 1."""
         asked = [(cell.task, sample) for cell in cells for sample in self.model.samples(cell)]
-        found = self.engine.run(
+        answers = self.engine.run(
             "answers",
             prompts=[sample.prompt for _, sample in asked],
             max_tokens=[task.max_tokens for task, _ in asked],
@@ -108,14 +108,14 @@ class Evaluation:
         )
         scores = iter(
             METRICS[task.metric](self.model.tokenizer.decode(tokens), sample.answers)
-            for tokens, (task, sample) in zip(found, asked)
+            for tokens, (task, sample) in zip(answers, asked)
         )
         return [[next(scores) for _ in self.model.samples(cell)] for cell in cells]
 
     def expectations(self, texts: list[tuple[int, range]]) -> list[list[Expected]]:
         """What it expects after real text, by (length, seeds)."""
         prompts = [self.model.texts(*of) for of in texts]
-        found = iter(
+        results = iter(
             self.engine.run(
                 "expectations",
                 prompts=[p for some in prompts for p in some],
@@ -123,7 +123,7 @@ class Evaluation:
                 continued=CONTINUED,
             )
         )
-        return [[next(found) for _ in some] for some in prompts]
+        return [[next(results) for _ in some] for some in prompts]
 
     def share_computed(self) -> float | None:
         """Of all prompts so far; None for the full model."""
@@ -149,10 +149,10 @@ def texts(writer: Writer, tokens: int, seeds: Iterable[int]) -> list[list[int]]:
     for seed in seeds:
         source = random.Random(f"text {seed} {tokens}")
         if seed // 2 % 2:
-            found = text.code(source, 6 * tokens)
+            passage = text.code(source, 6 * tokens)
         else:
-            found = "\n\n".join(text.prose(source, 8 * tokens))
-        prompts.append(writer.plain(found)[:tokens])
+            passage = "\n\n".join(text.prose(source, 8 * tokens))
+        prompts.append(writer.plain(passage)[:tokens])
     return prompts
 
 

@@ -121,8 +121,8 @@ class Jobs:
             return {}
         halves = self.setting.halves
         places = [(half, tokens) for half in halves for tokens in self.setting.lengths]
-        found = evaluation.expectations([(tokens, halves[half]) for half, tokens in places])
-        mine = dict(zip(places, found))
+        answers = evaluation.expectations([(tokens, halves[half]) for half, tokens in places])
+        mine = dict(zip(places, answers))
         if _expects(job):
             self._expected.set_result(mine)
         return mine
@@ -130,9 +130,9 @@ class Jobs:
     def _agreement(
         self, index: int, evaluation: Evaluation, mine: dict[tuple[str, int], list[Expected]]
     ) -> None:
-        for (half, tokens), found in mine.items():
+        for (half, tokens), answers in mine.items():
             full = self._expected.result()[half, tokens]
-            for name, values in evaluate.agreement(full, found).items():
+            for name, values in evaluate.agreement(full, answers).items():
                 self._add(index, evaluation, f"{AGREEMENT}: {name}", tokens, half, values)
 
     def _add(

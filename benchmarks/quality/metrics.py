@@ -59,8 +59,8 @@ def any_found(output: str, answers: list[str]) -> float:
 
 def first_word(output: str, answers: list[str]) -> float:
     """Whether the first word is the answer."""
-    found = re.search(r"\w+", output)
-    return float(found is not None and found[0].lower() in (a.lower() for a in answers))
+    word = re.search(r"\w+", output)
+    return float(word is not None and word[0].lower() in (a.lower() for a in answers))
 
 
 def edit_similarity(output: str, answers: list[str]) -> float:
@@ -77,8 +77,10 @@ def _is_fence(line: str) -> bool:
 def numbers(output: str, answers: list[str]) -> float:
     """Share of the numbers in the output that are the answer's first."""
     wanted = re.search(r"\d+", answers[0])
-    found = re.findall(r"\d+", output)
-    return sum(number == wanted[0] for number in found) / len(found) if wanted and found else 0.0
+    numbers = re.findall(r"\d+", output)
+    if not (wanted and numbers):
+        return 0.0
+    return numbers.count(wanted[0]) / len(numbers)
 
 
 def _of_first_line(metric: Metric) -> Metric:

@@ -81,11 +81,11 @@ def _samples(rows: list[Row]) -> str:
 
 def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows of tasks by method and schedule."""
-    found = defaultdict(list)
+    rows_of = defaultdict(list)
     for row in rows:
         if row.task != COMPUTED:
-            found[row.method, row.schedule].append(row)
-    return found
+            rows_of[row.method, row.schedule].append(row)
+    return rows_of
 
 
 def _percent(share: tuple[float, float]) -> str:
@@ -144,7 +144,7 @@ def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
     for (method, _), mine in groups(reported).items():
         speed = statistics.fmean(row.flop_bound for row in mine)
         curves[method].append((speed, *full.share(mine, "reporting")))
-    drawn, axes = figure("Answers kept, against how much less a prefill computes")
+    plot, axes = figure("Answers kept, against how much less a prefill computes")
     axes.axhline(1, color="#888888", label=FULL.name)
     for index, (method, points) in enumerate(curves.items()):
         style = {"color": f"C{index}", "linewidth": 0.8}
@@ -158,4 +158,4 @@ def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
         xlabel="times fewer operations", ylabel="share of the full model's score", ylim=(0, 1.1)
     )
     axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
-    drawn.savefig(path, metadata={"Date": None})
+    plot.savefig(path, metadata={"Date": None})

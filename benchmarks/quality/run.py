@@ -94,16 +94,16 @@ def main(args: argparse.Namespace) -> None:
 
 def tasks(args: argparse.Namespace) -> list[Task | Published]:
     """Ours and those of the folders."""
-    found = dict(TASKS)
+    tasks = dict(TASKS)
     for read, folder in ((longbench, args.longbench), (ruler, args.ruler)):
         if folder is not None:
             there = {task.name: task for task in read(folder)}
             if not there:
                 raise SystemExit(f"--{read.__name__}: {folder} has none of its files")
-            found |= there
-    if unknown := set(args.tasks or ()) - set(found):
-        raise SystemExit(f"no such task: {', '.join(unknown)}; there are {', '.join(found)}")
-    return [found[name] for name in args.tasks or found]
+            tasks |= there
+    if unknown := set(args.tasks or ()) - set(tasks):
+        raise SystemExit(f"no such task: {', '.join(unknown)}; there are {', '.join(tasks)}")
+    return [tasks[name] for name in args.tasks or tasks]
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:

@@ -58,6 +58,6 @@ def same_samples(rows: list[Row]) -> list[Row]:
 
 def mean_of(rows: list[Row], half: str, task: str) -> tuple[float, float]:
     """A task's mean over lengths, and its standard error."""
-    found = [r for r in rows if r.half == half and r.task == task]
-    error = math.sqrt(sum(r.error**2 for r in found)) / len(found)
-    return statistics.fmean(r.mean for r in found), error
+    of_task = [r for r in rows if r.half == half and r.task == task]
+    error = math.sqrt(sum(r.error**2 for r in of_task)) / len(of_task)
+    return statistics.fmean(r.mean for r in of_task), error

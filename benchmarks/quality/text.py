@@ -90,7 +90,7 @@ def code_files() -> tuple[str, ...]:
 @cache
 def paragraphs() -> tuple[str, ...]:
     """Paragraphs of running text from the docstrings: sentences, no tables, prompts or lists."""
-    found = []
+    texts = []
     for source in code_files():
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -98,8 +98,8 @@ def paragraphs() -> tuple[str, ...]:
             for part in (ast.get_docstring(node) or "").split("\n\n"):
                 text = " ".join(part.split())
                 if 80 <= len(text) <= 900 and text.endswith(".") and _is_prose(text):
-                    found.append(text)
-    return tuple(dict.fromkeys(found))
+                    texts.append(text)
+    return tuple(dict.fromkeys(texts))
 
 
 def _is_prose(text: str) -> bool:

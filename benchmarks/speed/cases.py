@@ -129,12 +129,12 @@ def name_of(pruning: Pruning | None) -> str:
     return pruning.name if pruning else "stock"
 
 
-def run(plan: Plan, report: Callable[[Row], None], told: Callable[[str], None]) -> None:
+def run(plan: Plan, report: Callable[[Row], None], show: Callable[[str], None]) -> None:
     """Measure every engine of a plan.
 
     Args:
         report: given each row as soon as it is there.
-        told: given what is text, not a figure: profiles.
+        show: given what is text, not a figure: profiles.
     """
     stock: dict[tuple, Row] = {}
     for pruning in (None, *plan.engines):
@@ -156,7 +156,7 @@ def run(plan: Plan, report: Callable[[Row], None], told: Callable[[str], None]) 
                         for _ in range(case.warm + case.runs)
                     ]
                     if "text" in results[-1]:
-                        told(f"{plan.shape}, {name_of(pruning)}\n\n{results[-1]['text']}")
+                        show(f"{plan.shape}, {name_of(pruning)}\n\n{results[-1]['text']}")
                         continue
                     row = _row(plan, case, pruning, results[case.warm :])
                     row.environment = versions

@@ -140,7 +140,7 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
     lazy = [r for r in pick(rows, "ttft", engine=BALANCED.name) if r.flop_bound]
     stock = [stock_row(rows, r) for r in lazy]
-    drawn, axes = figure("Time to first token, " + lazy[0].shape)
+    plot, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
     axes.plot(tokens, [r.median for r in stock], "o-", color="#888888", label="stock vLLM")
     axes.plot(tokens, [r.median for r in lazy], "o-", color="#0a6ebd", label="LazyLLM")
@@ -166,17 +166,17 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.margins(y=0.12)
     axes.legend()
-    drawn.savefig(path, metadata={"Date": None})
+    plot.savefig(path, metadata={"Date": None})
 
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
     lazy = pick(rows, "memory", engine=BALANCED.name)[0]
     stock = stock_row(rows, lazy)
-    drawn, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
+    plot, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(
         ["LazyLLM", "stock vLLM"], [lazy.median, stock.median], color=["#0a6ebd", "#888888"]
     )
     axes.bar_label(bars, fmt="%d", padding=4)
     axes.set(xlabel="requests", xlim=(0, 1.15 * lazy.median))
-    drawn.savefig(path, metadata={"Date": None})
+    plot.savefig(path, metadata={"Date": None})

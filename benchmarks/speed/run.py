@@ -46,14 +46,14 @@ def main(args: argparse.Namespace) -> None:
 
     texts: list[str] = []
 
-    def told(text: str) -> None:
+    def show(text: str) -> None:
         texts.append(text)
         args.out.with_name("profile.txt").write_text("\n".join(texts))
 
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bar:
         for plan in bar.track(plans, description="plans"):
-            cases.run(plan, report, told)
+            cases.run(plan, report, show)
 
 
 def _line(row: Row) -> str:

@@ -51,12 +51,12 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         self._add_sizes()
         super()._init_candidates()
 
-        def wanted(found: BatchExecutionDescriptor) -> bool:
-            return found.cg_mode == CUDAGraphMode.FULL or found.num_active_loras == PLAIN
+        def wanted(descriptor: BatchExecutionDescriptor) -> bool:
+            return descriptor.cg_mode == CUDAGraphMode.FULL or descriptor.num_active_loras == PLAIN
 
         for by_key in (self._capture_descs, self._candidates):
-            for key, found in by_key.items():
-                by_key[key] = [each for each in found if wanted(each)]
+            for key, descriptors in by_key.items():
+                by_key[key] = [each for each in descriptors if wanted(each)]
 
     def _add_sizes(self) -> None:
         """Sizes beyond vLLM's, in a copy of its configuration, whose own largest size still bounds
@@ -115,12 +115,13 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
     ) -> BatchExecutionDescriptor:
         state = self.model_state
         case = SELECTING if state and state.selecting else PLAIN
-        found = super().dispatch(num_reqs, num_tokens, uniform_token_count, case, *args, **kwargs)
-        if found.cg_mode == CUDAGraphMode.PIECEWISE and state.to_prune:
-            found = BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
-        if found.cg_mode == CUDAGraphMode.FULL:
-            return found
-        return replace(found, num_active_loras=0)
+        given = num_reqs, num_tokens, uniform_token_count, case, *args
+        descriptor = super().dispatch(*given, **kwargs)
+        if descriptor.cg_mode == CUDAGraphMode.PIECEWISE and state.to_prune:
+            descriptor = BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+        if descriptor.cg_mode == CUDAGraphMode.FULL:
+            return descriptor
+        return replace(descriptor, num_active_loras=0)
 
 
 def between_graphs(function: Callable[..., None], *tensors: torch.Tensor) -> None:

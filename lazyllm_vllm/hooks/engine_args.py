@@ -4,7 +4,7 @@ One that is in no list here nor in ``refusals.REFUSALS`` came with a newer vLLM 
 ``tests/unit/test_engine_args.py`` fails until somebody has looked at it.
 """
 
-# What LazyLLM sets itself; the log at start says so where the user had set it otherwise.
+# LazyLLM sets these itself. If the user set another value, the log at start says so.
 SWITCHED_OFF = frozenset(
     """
     enable_chunked_prefill enable_prefix_caching long_prefill_token_threshold
@@ -13,7 +13,7 @@ SWITCHED_OFF = frozenset(
     """.split()
 )
 
-# Of features that the models in ``models.families`` do not have, or of features that are refused.
+# These belong to features that no model in ``models.families`` has, or that are refused.
 WITHOUT_EFFECT = frozenset(
     """
     all2all_backend cp_kv_cache_interleave_size cpu_offload_params dbo_decode_token_threshold
@@ -43,7 +43,7 @@ WITHOUT_EFFECT = frozenset(
     """.split()
 )
 
-# What vLLM does elsewhere than where LazyLLM changes it, or what LazyLLM was made to follow.
+# LazyLLM changes nothing where vLLM uses these, or follows them.
 WORKS = frozenset(
     """
     _api_process_count _api_process_rank additional_config aggregate_engine_logging

@@ -33,16 +33,15 @@ class LazyLLMConfig(BaseModel):
             it from the number of layers.
         preset: ``conservative``, ``balanced`` or ``aggressive``.
         min_prompt_tokens: prompts shorter than this many tokens are not pruned.
-        first_tokens, last_tokens: this many tokens at either end of the prompt are always kept
+        first_tokens, last_tokens: so many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
-        score: what a token's score is: ``peak``, the highest attention that any head pays to it,
-            in prefill in any layer so far, where tokens of the window before the last four count
-            for a quarter; ``mean``, the mean over the heads in the last layer before a boundary
-            (the paper).
-        score_window: tokens at the end of the prompt whose attention scores the prompt in prefill;
-            at most ``last_tokens``. 1 is the paper: the last token's. Decoding has one.
-        score_pool: odd window; a token's score becomes the highest in the window around it.
-            1 is the paper.
+        score: how a token is scored. ``peak``: the highest attention that any head pays to it, in
+            prefill in any layer so far; queries before the last four count a quarter. ``mean``:
+            the mean over the heads in the last layer before a boundary (the paper).
+        score_window: how many tokens at the prompt's end score it in prefill, at most
+            ``last_tokens``; 1 is the paper. In decoding the current token scores.
+        score_pool: odd; a token's score becomes the highest in the window around it; 1 is the
+            paper.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from

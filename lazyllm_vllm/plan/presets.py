@@ -27,8 +27,8 @@ def preset_cuts(preset: str, num_layers: int) -> tuple[tuple[int, float], ...]:
 
     def near(depth: float) -> list[int]:
         inside = range(1, num_layers)
-        found = [n for n in inside if abs(n / num_layers - depth) <= _FARTHEST]
-        return found or sorted(inside, key=lambda n: abs(n / num_layers - depth))[:1]
+        layers = [n for n in inside if abs(n / num_layers - depth) <= _FARTHEST]
+        return layers or sorted(inside, key=lambda n: abs(n / num_layers - depth))[:1]
 
     def cost(layers: tuple[int, ...]) -> float:
         moved = max(abs(n / num_layers - depth) for n, depth in zip(layers, depths))

@@ -159,8 +159,8 @@ class Boundary:
             )
 
     def _park(self, step: Step, stage: int, hidden: torch.Tensor) -> None:
-        """Every row's input to the stage, but the decodes' own, to the Aux Cache: what goes on
-        will be there newer, what does not is found there when it is revived."""
+        """Write the hidden states of all rows but the decodes' own to the Aux Cache. One that goes
+        on is written again at the next boundary; one that does not waits there to be revived."""
         b = self.buffers
         which = range(step.num_decodes, step.num_rows(stage - 1))
         if b.aux is not None and len(which):

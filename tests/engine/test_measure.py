@@ -1,20 +1,10 @@
 """The speed benchmark's measurements, on an engine that is too small to time."""
 
 import pytest
+from harness.tiny import TINY_SHAPE
 
 from benchmarks.engine import Engine
-from benchmarks.speed.shapes import SHAPES
 from benchmarks.speed.start import start
-
-TINY = SHAPES["Llama-3.1-8B"] | {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 30000,
-    "max_position_embeddings": 4096,
-}
 
 
 @pytest.fixture
@@ -27,7 +17,7 @@ def engine(tmp_path):
         "num_gpu_blocks_override": 64,
     }
     config = {"prune": [{"layer": 2, "keep": 0.5}], "min_prompt_tokens": 512}
-    arguments = {"shape": TINY, "config": config, "options": options}
+    arguments = {"shape": TINY_SHAPE, "config": config, "options": options}
     engine = Engine(start, arguments, "benchmarks.speed.measure", tmp_path / "log")
     yield engine
     engine.close()

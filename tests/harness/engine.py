@@ -175,7 +175,7 @@ def _by_prompt(llm, names: list[str]) -> dict:
         return {}
 
     def in_order(by_id: dict) -> list:
-        by_name = {req_id.split("-")[0]: found for req_id, found in by_id.items()}
+        by_name = {req_id.split("-")[0]: stats for req_id, stats in by_id.items()}
         return [by_name.get(name) for name in names]
 
     requests = request_stats(llm)["requests"]

@@ -20,6 +20,8 @@ LLAMA = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+# For the speed benchmark, whose prompts have token ids up to 30,000.
+TINY_SHAPE = LLAMA | {"num_hidden_layers": 4, "head_dim": 16, "vocab_size": 30000}
 
 
 def tiny_model(folder: Path, **changes) -> Path:

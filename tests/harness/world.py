@@ -110,10 +110,10 @@ class World:
         page_stride = per_page * slot_size + 5
         block_stride = pages * page_stride + 3
         table = self.shuffled(len(self.prompts), width)
-        found = Pages(
+        pages = Pages(
             table, pages, per_page, slot_size, self.positions_per_slot, page_stride, block_stride
         )
-        return found, table.numel() * block_stride + slot_size
+        return pages, table.numel() * block_stride + slot_size
 
     @property
     def positions_per_slot(self) -> int:

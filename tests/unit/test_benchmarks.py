@@ -1,21 +1,12 @@
 """The benchmarks' own arithmetic and machinery, which run without a GPU."""
 
 import pytest
+from harness.tiny import TINY_SHAPE
 
 from benchmarks.results import read, write
 from benchmarks.speed import cases, report
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops
-
-TINY = SHAPES["Llama-3.1-8B"] | {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 30000,
-    "max_position_embeddings": 4096,
-}
 
 
 def test_flops_by_hand():
@@ -25,10 +16,10 @@ def test_flops_by_hand():
     attention = pairs * 4 * (2 * 16 + 2 * 16)  # 4 heads of 16, logits and values
     head = 2 * 64 * 30000
     exact = 4 * (2 * 1000 * weights + attention) + head
-    assert flops(TINY, (), 1000) == pytest.approx(exact, rel=2e-3)
+    assert flops(TINY_SHAPE, (), 1000) == pytest.approx(exact, rel=2e-3)
     halved = 2 * (2 * 500 * weights + sum(i + 1 for i in range(500)) * 256)
     exact_pruned = 2 * (2 * 1000 * weights + attention) + halved + head
-    assert flops(TINY, ((2, 0.5),), 1000) == pytest.approx(exact_pruned, rel=2e-3)
+    assert flops(TINY_SHAPE, ((2, 0.5),), 1000) == pytest.approx(exact_pruned, rel=2e-3)
 
 
 def test_flop_bounds():

@@ -36,8 +36,8 @@ def manager():
 def test_a_batch_that_may_select_replays_the_selecting_graph(manager):
     assert manager.dispatch(3, 3, 1, 0).num_active_loras == PLAIN
     manager.model_state.selecting["a"] = 0
-    found = manager.dispatch(3, 3, 1, 0)
-    assert found.num_active_loras == SELECTING and found.cg_mode == CUDAGraphMode.FULL
+    descriptor = manager.dispatch(3, 3, 1, 0)
+    assert descriptor.num_active_loras == SELECTING and descriptor.cg_mode == CUDAGraphMode.FULL
 
 
 def test_short_prompts_run_in_pieces_unless_something_is_dropped(manager):
@@ -45,8 +45,8 @@ def test_short_prompts_run_in_pieces_unless_something_is_dropped(manager):
     manager._candidates |= {(n, PLAIN): [piecewise] for n in range(5, 385)}
     assert manager.dispatch(2, 300, None, 0) == piecewise
     manager.model_state.to_prune.add("a")
-    found = manager.dispatch(2, 300, None, 0)
-    assert found.cg_mode == CUDAGraphMode.NONE and found.num_tokens == 300
+    descriptor = manager.dispatch(2, 300, None, 0)
+    assert descriptor.cg_mode == CUDAGraphMode.NONE and descriptor.num_tokens == 300
     manager.model_state.to_prune.clear()
     manager.model_state.selecting["a"] = 0
     assert manager.dispatch(2, 300, None, 0).cg_mode == CUDAGraphMode.NONE
@@ -86,8 +86,8 @@ def test_nothing_selects_in_pieces(monkeypatch):
 def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, expected):
     """vLLM's own candidates, of sizes that it is given."""
     manager = object.__new__(LazyCudaGraphManager)
-    given = SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes))
-    manager.compilation_config = given
+    config = SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes))
+    manager.compilation_config = config
     manager.vllm_config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=most),
         speculative_config=None,
@@ -100,18 +100,18 @@ def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, exp
     manager._capture_descs, manager._candidates = {}, {}
     manager._init_candidates()
     of = {
-        mode: sorted({found.num_tokens for found in manager._capture_descs[mode]})
+        mode: sorted({descriptor.num_tokens for descriptor in manager._capture_descs[mode]})
         for mode in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE)
     }
     assert of[CUDAGraphMode.PIECEWISE] == sizes + expected
     assert of[CUDAGraphMode.FULL] == [size for size in sizes if size <= 2048]
-    assert given.cudagraph_capture_sizes == sizes, "vLLM's own are as they were"
+    assert config.cudagraph_capture_sizes == sizes, "vLLM's own are as they were"
 
 
 def test_a_batch_without_a_graph_runs_eagerly_with_no_adapter(manager):
     manager.model_state.selecting["a"] = 0
-    found = manager.dispatch(3, 900, None, 0)
-    assert found.cg_mode == CUDAGraphMode.NONE and found.num_active_loras == 0
+    descriptor = manager.dispatch(3, 900, None, 0)
+    assert descriptor.cg_mode == CUDAGraphMode.NONE and descriptor.num_active_loras == 0
 
 
 def test_full_requests_are_found_and_no_others():
@@ -123,9 +123,9 @@ def test_full_requests_are_found_and_no_others():
         # num_prompt, kept[2], capacity[2], prompt_keys[2]
         table.gpu[at] = torch.tensor([100, 100, 68, 100, 72, 100, 72 if at != 1 else 71])
     watch = RoomWatch(table)
-    found = []
+    full = []
     for _ in range(INTERVAL):
-        found += watch.step(index_of, plans)
+        full += watch.step(index_of, plans)
     del index_of["gone"]
-    assert found == []
+    assert full == []
     assert watch.step(index_of, plans) == ["full"], "'back' was prefilled anew since"

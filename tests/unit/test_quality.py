@@ -62,7 +62,7 @@ def test_tasks_are_as_long_as_asked_and_can_be_answered(name, writer):
         assert metric("zzzz", sample.answers) < 0.3
         if task.metric != "edit_similarity":
             prompt = writer.tokenizer.decode(sample.prompt)
-            assert all(found in prompt for found in sample.answers), "the answer is in the prompt"
+            assert all(answer in prompt for answer in sample.answers), "the answer is in the prompt"
 
 
 def test_real_text_is_there():
@@ -88,9 +88,9 @@ def test_divergence_is_that_of_the_distributions():
 def test_agreement_by_hand():
     full = [({1: -0.1, 2: -3.0}, [1, 2, 3, 4]), ({1: -0.1, 2: -3.0}, [5, 6])]
     other = [({1: -0.1, 2: -3.0}, [1, 2, 9, 4]), ({1: -3.0, 2: -0.1}, [5, 6])]
-    found = evaluate.agreement(full, other)
-    assert found["top 1"] == [1, 0] and found["continuation"] == [0.5, 1]
-    assert found["KL"][0] == pytest.approx(0, abs=1e-9) and found["KL"][1] > 1
+    agreement = evaluate.agreement(full, other)
+    assert agreement["top 1"] == [1, 0] and agreement["continuation"] == [0.5, 1]
+    assert agreement["KL"][0] == pytest.approx(0, abs=1e-9) and agreement["KL"][1] > 1
 
 
 def test_mean_and_error_by_hand():
@@ -119,8 +119,8 @@ def test_published_files_are_read(tmp_path, writer):
     (tmp_path / "niah_single_1/validation.jsonl").write_text(json.dumps(lines[0]) + "\n")
     (task,) = ruler(tmp_path)
     assert task.name == "RULER niah_single_1" and task.metric == "all_found"
-    (found,) = task.samples(range(1), writer, 500)
-    assert found.answers == ["77"] and writer.tokenizer.decode(found.prompt) == "Find 77."
+    (sample,) = task.samples(range(1), writer, 500)
+    assert sample.answers == ["77"] and writer.tokenizer.decode(sample.prompt) == "Find 77."
 
     (tmp_path / "hotpotqa.jsonl").write_text(json.dumps({"input": "?"}) + "\n")
     with pytest.raises(ValueError, match="hotpotqa.jsonl, line 1: no field context, answers"):
@@ -155,21 +155,21 @@ class FakeEvaluation:
 
 @pytest.fixture
 def setting(smollm2, tmp_path):
-    made = []
+    lengths = []
 
     def make(source, writer, num_tokens):
-        made.append(num_tokens)
+        lengths.append(num_tokens)
         return Sample([1], ["1"])
 
     seeds = evaluate.choosing(3)
     cells = [Cell(Task("counted", make, "f1", 1), tokens, seeds) for tokens in (10, 20)]
     model = Model(smollm2, None, 30, {})
     halves = {"choosing": seeds}
-    return Setting(model, cells, [10, 20], halves, tmp_path / "rows", "abc"), made
+    return Setting(model, cells, [10, 20], halves, tmp_path / "rows", "abc"), lengths
 
 
 def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):
-    setting, made = setting
+    setting, lengths = setting
     other = Row("sweep", "other", "", "counted", 10, "choosing", 0.5, 0.1, 3)
     stale = Row("full", FULL.name, "", "counted", 10, "choosing", 0.5, 0.1, 3)
     setting.out.write_text("".join(json.dumps(vars(row)) + "\n" for row in (other, stale)))
@@ -197,7 +197,7 @@ def test_jobs_at_once_keep_all_rows_and_tell_of_those_that_fail(setting):
     assert computed.mean == 0.5 and computed.part == "sweep"
     for row in rows[1:]:
         assert bool(row.flop_bound) == (row.part == "sweep" and row is not computed)
-    assert made == [10] * 3 + [20] * 3, "a cell's samples are made once"
+    assert lengths == [10] * 3 + [20] * 3, "a cell's samples are made once"
 
 
 def test_a_full_model_that_fails_costs_the_agreement_alone(setting):

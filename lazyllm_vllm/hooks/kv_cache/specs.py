@@ -16,7 +16,7 @@ def _neediest_plan(needs: BlockNeeds, vllm_config: VllmConfig) -> RequestPlan:
 
     A request that outgrows the cache is preempted and prefilled anew with what it has, so that to
     hold a prompt of every length is enough. Who sets the number of blocks gets it if the longest
-    prompt fits: a prompt that does not is refused by itself (``requests.check_request``).
+    prompt fits: a prompt that does not is refused by itself (``requests.RequestChecks``).
     """
     longest = vllm_config.model_config.max_model_len
     if vllm_config.cache_config.num_gpu_blocks_override is not None:
