@@ -8,12 +8,12 @@ class Family:
     """Attributes:
     architecture: vLLM's class, as a checkpoint's config.json names it.
     staged: where ours is, ``module:class``.
-    last_module: what a decoder layer ends with, given rows one by one.
+    after_attention: the module that a decoder layer calls next, with ``(hidden, residual)``.
     """
 
     architecture: str
     staged: str
-    last_module: str = "mlp"
+    after_attention: str = "post_attention_layernorm"
 
     @property
     def staged_architecture(self) -> str:

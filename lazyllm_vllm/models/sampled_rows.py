@@ -1,7 +1,7 @@
 """After the last attention only the rows that are sampled from matter.
 
-The last layer's MLP and the final norm are given those alone, unless the caller reads the hidden
-state of every prompt token. Their results go back to where vLLM looks for them.
+All that comes after it runs on those alone, unless the caller reads the hidden state of every
+prompt token. The results go back to where vLLM looks for them.
 """
 
 import torch

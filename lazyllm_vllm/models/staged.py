@@ -37,8 +37,8 @@ class StagedDecoder:
         ]
         for index, (layer, module) in enumerate(zip(layers, attention)):
             StagedAttention.adopt(module, take_rotary(layer), self.schedule, index, vllm_config)
-        last_module = family_of([type(self).__name__]).last_module
-        layers[-1].get_submodule(last_module).register_forward_pre_hook(_cut_to_sampled_rows)
+        after_attention = family_of([type(self).__name__]).after_attention
+        layers[-1].get_submodule(after_attention).register_forward_pre_hook(_cut_to_sampled_rows)
         self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.small_ops = SmallOps(self.model)
@@ -84,11 +84,10 @@ class StagedDecoder:
                 hidden, residual, positions = _cross(stage, hidden, residual, positions)
             for index in self.schedule.stage_layers(stage):
                 hidden, residual = self.model.layers[index](positions, hidden, residual)
+        hidden, _ = self.model.norm(hidden, residual)
         if every_row:
-            return self.model.norm(hidden, residual)[0]
-        step, boundary = metadata.step, metadata.boundary
-        hidden, _ = self.model.norm(hidden, residual[sampled_rows(step, boundary)])
-        return to_token_layout(hidden, step, boundary, num_tokens)
+            return hidden
+        return to_token_layout(hidden, metadata.step, metadata.boundary, num_tokens)
 
 
 def _stage_metadata() -> StageMetadata | None:
@@ -120,7 +119,9 @@ def _cross_without_drops(stage: int) -> None:
 
 
 def _cut_to_sampled_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
+    """After the last attention: ``(hidden, residual)`` of the rows that are sampled from."""
     metadata = _stage_metadata()
     if metadata is None or captures_pieces():
         return None
-    return (args[0][sampled_rows(metadata.step, metadata.boundary)], *args[1:])
+    rows = sampled_rows(metadata.step, metadata.boundary)
+    return tuple(states[rows] for states in args)
