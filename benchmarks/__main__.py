@@ -1,4 +1,4 @@
-"""One entry point: ``python -m benchmarks speed``, ``quality`` or ``report``."""
+"""One entry point: ``python -m benchmarks speed``, ``families``, ``quality`` or ``report``."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks import headline
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
+from benchmarks.speed import families_report, run_families
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import run as speed
 
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 def report() -> None:
     """Plots and tables wherever they are shown."""
     speed_report.main(ROOT / "docs/benchmarks.md")
+    families_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
 
@@ -25,6 +27,9 @@ def main() -> None:
     measured = commands.add_parser("speed", help="LazyLLM beside stock vLLM, on a GPU")
     speed.add_arguments(measured)
     measured.set_defaults(run=speed.main)
+    others = commands.add_parser("families", help="the same for other model families, in short")
+    run_families.add_arguments(others)
+    others.set_defaults(run=run_families.main)
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)

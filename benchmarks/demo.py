@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.checkpoints import smollm2
 from benchmarks.cpu import use_cpu_settings
 from benchmarks.engine import Engine
 from benchmarks.passkey import passkey_prompt
-from benchmarks.smollm2 import checkpoint
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PROMPT_TOKENS, SEED = 1500, 0
@@ -30,7 +30,7 @@ def main() -> None:
 
     console = Console(highlight=False)
     with step(console, "SmolLM2-135M checkpoint"):
-        model = str(checkpoint())
+        model = str(smollm2())
     prompt, key = passkey_prompt(AutoTokenizer.from_pretrained(model), PROMPT_TOKENS, SEED)
     results = {}
     for label, config in (("stock vLLM", None), ("LazyLLM", CONFIG.model_dump())):

@@ -10,17 +10,21 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
+FP8 = torch.float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class StageKeys:
     """What one layer of a stage has of every request in the batch.
 
     Attributes:
-        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, keys then values.
+        kv_cache: ``[blocks, kv_heads, block_size, 2 * head_dim]``, keys then values; of the
+            model's dtype or FP8 (e4m3).
         block_table: ``[batch, width]`` int32, of the layer's KV cache group.
         length: ``[batch]`` int32, keys of each request; 0: no request.
         position: ``[physical slots]`` int32, position of the key in each slot; not read in stage
             0, where slot j holds position j.
+        k_scale, v_scale: what the numbers in an FP8 cache are to be multiplied by; else 1.
     """
 
     kv_cache: torch.Tensor
@@ -28,6 +32,8 @@ class StageKeys:
     length: torch.Tensor
     position: torch.Tensor
     stage: int
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     @property
     def num_heads(self) -> int:
@@ -51,10 +57,14 @@ class StageKeys:
         return {"BLOCK_SIZE": self.block_size, "IDENTITY": self.stage == 0}
 
     def gather(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's keys and values, two ``[length, kv_heads, head_dim]``."""
+        """A request's keys and values, two ``[length, kv_heads, head_dim]``; those of an FP8 cache
+        in fp32, multiplied by their scales."""
         slots = torch.arange(int(self.length[request]), device=self.kv_cache.device)
         block = self.block_table[request][slots // self.block_size].long()
-        return self.kv_cache[block, :, slots % self.block_size].chunk(2, dim=-1)
+        k, v = self.kv_cache[block, :, slots % self.block_size].chunk(2, dim=-1)
+        if self.kv_cache.dtype == FP8:
+            k, v = k.float() * self.k_scale, v.float() * self.v_scale
+        return k, v
 
     def positions(self, request: int) -> torch.Tensor:
         """``[length]`` int64: the position of each of a request's keys."""

@@ -139,7 +139,7 @@ def _score_kernel(
                 k_at[:, None] + kv_head * kv_stride_head + d[None, :],
                 mask=j_valid[:, None] & d_valid[None, :],
                 other=0.0,
-            )
+            ).to(q.dtype)
             logits = tl.dot(k, q, input_precision="ieee") * scale
             seen = c_valid[None, :] & (j[:, None] < (num_keys - back)[None, :])
             p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
@@ -186,7 +186,7 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         queries.row,
         lse,
         lse.stride(0),
-        queries.scale,
+        queries.scale * keys.k_scale,
         *keys.kernel_args,
         s.state.score,
         *pages.kernel_args,
@@ -254,11 +254,18 @@ def score_tokens(
     run(s, queries, keys, batch, active, rule)
 
 
-def last_rows_lse(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+def last_rows_lse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    window: int,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Log-denominators of a prompt's last tokens in causal attention, the last one first.
 
     Args:
         q, k: ``[n, heads, head_dim]`` and ``[n, kv_heads, head_dim]``.
+        sinks: ``[heads]``, a logit more in each head's denominator.
 
     Returns:
         ``[window, heads]`` fp32, zeros where the prompt is shorter.
@@ -269,6 +276,7 @@ def last_rows_lse(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -
     logits = torch.einsum("rkgd,jkd->rkgj", grouped, k.float()) * scale
     row, key = torch.arange(n - window_rows, n), torch.arange(n)
     logits = logits.masked_fill((key > row[:, None])[:, None, None], -torch.inf)
+    last = logits.logsumexp(-1).flatten(1).flip(0)
     lse = torch.zeros(window, num_heads)
-    lse[:window_rows] = logits.logsumexp(-1).flatten(1).flip(0)
+    lse[:window_rows] = last if sinks is None else torch.logaddexp(last, sinks.float())
     return lse

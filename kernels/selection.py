@@ -121,6 +121,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class DecodeRows:
+    """Rows ``0 .. num_decodes - 1`` are the current ones; request i's revived rows start at
+    ``num_decodes + i * quota``.
+
+    Attributes:
+        rows: of the stage.
+        max_revived: most that a request may have, whatever the quota.
+        strict: prompt tokens are attended to only if this step selected them for the stage.
+    """
+
+    rows: Rows
+    num_decodes: int
+    max_revived: int
+    strict: bool
+
+
+@dataclass(frozen=True)
 class Segments:
     """The prefill rows of a stage: prefill n has ``base + start[n] .. base + start[n + 1] - 1``.
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import checkpoints
 from benchmarks.cpu import use_cpu_settings
-from benchmarks.smollm2 import checkpoint
 
 use_cpu_settings()
 # Several engines side by side, each with one thread, wherever there is a core for it.
@@ -17,7 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct's checkpoint."""
-    return checkpoint()
+    return checkpoints.smollm2()
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """The folder of Gemma 3 270M's checkpoint."""
+    return checkpoints.gemma3()
 
 
 @pytest.fixture(scope="module")

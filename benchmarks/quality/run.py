@@ -124,9 +124,9 @@ def _model(args: argparse.Namespace) -> Model:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from benchmarks.smollm2 import checkpoint
+    from benchmarks.checkpoints import smollm2
 
-    path = args.model or checkpoint()
+    path = args.model or smollm2()
     config = AutoConfig.from_pretrained(path)
     longest = int(1.2 * max(args.lengths)) + 512  # LongBench's summaries are as long as that
     on_gpu = torch.cuda.is_available()

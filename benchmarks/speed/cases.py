@@ -3,7 +3,7 @@ the GPU, in one run of one command."""
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.engine import Engine
@@ -44,19 +44,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shape, the engines that serve it, one after the other, and what is measured on each."""
+    """A shape, the engines that serve it, one after the other, and what is measured on each.
+
+    Attributes:
+        name: what rows call it; the shape's name if empty.
+        options: further arguments of ``LLM``, for all of its engines.
+    """
 
     shape: str
     engines: tuple[Pruning, ...]
     max_len: int
     cases: tuple[Case, ...]
+    name: str = ""
+    options: dict = field(default_factory=dict)
 
 
-def _ttft(tokens: int, runs: int, **fields) -> Case:
+def ttft(tokens: int, runs: int, **fields) -> Case:
     return Case("ttft", "ttft", {"tokens": tokens}, runs, **fields)
 
 
-def _decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Case:
+def decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Case:
     arguments = {"tokens": tokens, "batch": batch, "steps": steps}
     return Case("decode", "decode", arguments, runs, **fields)
 
@@ -68,17 +75,17 @@ _ALL = (
         (BALANCED, CONSERVATIVE, AGGRESSIVE, WHOLE),
         max_len=33280,
         cases=(
-            *(_ttft(n, 11, engines=_DEFAULT) for n in (384, PRUNED_FROM - 1, PRUNED_FROM, 2048)),
-            _ttft(4096, 11),
-            _ttft(8192, 7, engines=_DEFAULT),
-            _ttft(16384, 5),
-            _ttft(32768, 3),
+            *(ttft(n, 11, engines=_DEFAULT) for n in (384, PRUNED_FROM - 1, PRUNED_FROM, 2048)),
+            ttft(4096, 11),
+            ttft(8192, 7, engines=_DEFAULT),
+            ttft(16384, 5),
+            ttft(32768, 3),
             Case("follow-up", "follow_up", {"tokens": 16384, "more": 64}, 5, engines=_DEFAULT),
             Case("follow-up", "follow_up", {"tokens": 32768, "more": 64}, 3, engines=_DEFAULT),
-            _decode(384, 1, 3, steps=64, engines=_DEFAULT),
-            _decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
-            _decode(8192, 16, 2, engines=_DEFAULT),
-            _decode(8192, 32, 1, engines=_DEFAULT),
+            decode(384, 1, 3, steps=64, engines=_DEFAULT),
+            decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
+            decode(8192, 16, 2, engines=_DEFAULT),
+            decode(8192, 32, 1, engines=_DEFAULT),
             Case("memory", "room", {"tokens": 32768}, 1, "requests", 0),
             Case(
                 "throughput",
@@ -99,16 +106,16 @@ _ALL = (
         (BALANCED,),
         max_len=131072,
         cases=(
-            _ttft(65536, 3),
-            _ttft(131000, 2, warm=0),
-            _decode(130000, 1, 1),
+            ttft(65536, 3),
+            ttft(131000, 2, warm=0),
+            decode(130000, 1, 1),
         ),
     ),
     Plan(
         "Llama-2-7B",
         (BALANCED,),
         max_len=16640,
-        cases=(_ttft(4000, 11), _ttft(16384, 7)),
+        cases=(ttft(4000, 11), ttft(16384, 7)),
     ),
 )
 BENCHMARKS = tuple(dict.fromkeys(case.benchmark for plan in _ALL for case in plan.cases))
@@ -155,6 +162,8 @@ def run(plan: Plan, report: Callable[[Row], None], show: Callable[[str], None]) 
                         engine.run(case.function, **case.arguments)
                         for _ in range(case.warm + case.runs)
                     ]
+                    if case.function == "ttft" and pruning:
+                        engine.run("check", tokens=case.arguments["tokens"])
                     if "text" in results[-1]:
                         show(f"{plan.shape}, {name_of(pruning)}\n\n{results[-1]['text']}")
                         continue
@@ -172,7 +181,7 @@ def _options(plan: Plan) -> dict:
         "max_num_seqs": 128,
         # Stock vLLM's prefills of up to 512 tokens run in CUDA graphs too, as they do by default.
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512],
-    }
+    } | plan.options
 
 
 def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -> Row:
@@ -180,7 +189,7 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
     row = Row.of(
         results,
         benchmark=case.benchmark,
-        shape=plan.shape,
+        shape=plan.name or plan.shape,
         engine=name_of(pruning),
         tokens=tokens,
         batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
@@ -188,7 +197,7 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
     )
     if case.benchmark == "ttft" and pruning and tokens >= PRUNED_FROM:
         shape = SHAPES[plan.shape]
-        row.flop_bound = flop_bound(shape, pruning.cuts(shape["num_hidden_layers"]), tokens)
+        row.flop_bound = flop_bound(shape, pruning.cuts(shape), tokens)
     return row
 
 

@@ -2,6 +2,7 @@
 scheduling, the model, sampling. No prompt is asked twice: stock vLLM would have it cached."""
 
 import itertools
+import math
 import time
 
 import torch
@@ -32,6 +33,24 @@ def ttft(llm: LLM, tokens: int) -> dict:
     start = time.monotonic()
     llm.generate(prompt, _params(1), use_tqdm=False)
     return {"value": 1000 * (time.monotonic() - start)}
+
+
+def check(llm: LLM, tokens: int) -> None:
+    """One prompt on an engine with LazyLLM. Raises RuntimeError if a log-probability is not finite,
+    or what was kept is not what the schedule says."""
+    from lazyllm_vllm import request_stats
+    from lazyllm_vllm.hooks.engine_config import schedule_of
+
+    params = _params(2)
+    params.logprobs = 1
+    (output,) = llm.generate(_prompts(1, tokens), params, use_tqdm=False)
+    logprobs = [x.logprob for step in output.outputs[0].logprobs for x in step.values()]
+    if not all(map(math.isfinite, logprobs)):
+        raise RuntimeError(f"{tokens} tokens: log-probabilities {logprobs}")
+    kept = list(request_stats(llm)["requests"][-1]["kept"])
+    right = list(schedule_of(_core(llm).vllm_config).plan(tokens).kept)
+    if kept != right:
+        raise RuntimeError(f"{tokens} tokens: {kept} were kept, not {right}")
 
 
 def follow_up(llm: LLM, tokens: int, more: int) -> dict:
@@ -102,11 +121,12 @@ def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int) -> dict:
 
 def room(llm: LLM, tokens: int) -> dict:
     """Requests of ``tokens`` tokens whose caches fit at once: allocated, in the engine's own KV
-    cache manager, until it has no more."""
+    cache manager, until it has no more. Each is prefilled by as many tokens as a step has, so that
+    layers with a sliding window give back what lies behind it, as they do for the scheduler."""
     from vllm.v1.request import Request
 
-    manager = _core(llm).scheduler.kv_cache_manager
-    held = []
+    scheduler = _core(llm).scheduler
+    manager, held = scheduler.kv_cache_manager, []
     while True:
         request = Request(
             request_id=f"room-{len(held)}",
@@ -114,15 +134,26 @@ def room(llm: LLM, tokens: int) -> dict:
             sampling_params=_params(1),
             pooling_params=None,
         )
-        blocks = manager.allocate_slots(
-            request, tokens, full_sequence_must_fit=True, delay_cache_blocks=True
-        )
-        if blocks is None:
-            break
         held.append(request)
+        if not _allocate(manager, request, scheduler.max_num_scheduled_tokens):
+            break
     for request in held:
         manager.free(request)
-    return {"value": len(held)}
+    return {"value": len(held) - 1}
+
+
+def _allocate(manager, request, most: int) -> bool:
+    """Whether all of a request's tokens got slots, at most ``most`` at a time."""
+    while new := min(most, request.num_tokens - request.num_computed_tokens):
+        is_first = request.num_computed_tokens == 0
+        blocks = manager.allocate_slots(
+            request, new, full_sequence_must_fit=is_first, delay_cache_blocks=True
+        )
+        if blocks is None:
+            return False
+        request.num_computed_tokens += new
+    manager.remove_skipped_blocks(request.request_id, request.num_tokens, request.num_tokens)
+    return True
 
 
 def profile(llm: LLM, tokens: int, decode_tokens: int) -> dict:

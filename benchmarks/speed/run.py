@@ -1,6 +1,7 @@
 """Run the speed benchmarks and write the results file; needs a GPU."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -35,15 +36,8 @@ def main(args: argparse.Namespace) -> None:
     except IndexError:
         raise SystemExit(f"--plan: no such plan in {cases.__file__}") from None
     partly = args.plan or args.benchmarks
-    rows = results.read(args.out, Row) if partly else []
     console = Console(width=150)
-
-    def report(row: Row) -> None:
-        console.print(_line(row))
-        row.environment = results.environment(row.environment, args.commit)
-        rows[:] = [old for old in rows if old.key != row.key] + [row]
-        results.write(args.out, rows)
-
+    report = recorder(args.out, args.commit, console, keep=bool(partly))
     texts: list[str] = []
 
     def show(text: str) -> None:
@@ -56,8 +50,21 @@ def main(args: argparse.Namespace) -> None:
             cases.run(plan, report, show)
 
 
+def recorder(out: Path, commit: str | None, console: Console, keep: bool) -> Callable[[Row], None]:
+    """What shows a row and writes it to ``out`` at once. ``keep``: the file's other rows stay."""
+    rows = results.read(out, Row) if keep else []
+
+    def report(row: Row) -> None:
+        console.print(_line(row))
+        row.environment = results.environment(row.environment, commit)
+        rows[:] = [old for old in rows if old.key != row.key] + [row]
+        results.write(out, rows)
+
+    return report
+
+
 def _line(row: Row) -> str:
-    text = f"{row.benchmark:10} {row.shape:12} {row.engine:26} {row.tokens:>7,} x{row.batch:<3} "
+    text = f"{row.benchmark:10} {row.shape:20} {row.engine:26} {row.tokens:>7,} x{row.batch:<3} "
     text += f"{row.median:10.2f} {row.unit} ({row.least:.2f} .. {row.most:.2f}, {row.runs} runs)"
     if row.ratio is not None:
         text += f" {row.ratio:.3f} x stock"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from benchmarks.speed.family_shapes import FAMILY_SHAPES
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 _LLAMA = {
@@ -37,6 +38,7 @@ SHAPES = {
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
     },
+    **FAMILY_SHAPES,
 }
 
 
@@ -47,9 +49,10 @@ class Pruning:
     name: str
     config: dict
 
-    def cuts(self, num_layers: int) -> tuple[tuple[int, float], ...]:
-        """``(layer, keep)`` in a model of so many decoder layers."""
-        boundaries = LazyLLMConfig(**self.config).boundaries(num_layers)
+    def cuts(self, shape: dict) -> tuple[tuple[int, float], ...]:
+        """``(layer, keep)`` in a model of this shape."""
+        config = LazyLLMConfig(**self.config)
+        boundaries = config.boundaries(shape["num_hidden_layers"], full_layers(shape))
         return tuple((b.layer, b.keep) for b in boundaries)
 
 
@@ -59,22 +62,53 @@ BALANCED, CONSERVATIVE, AGGRESSIVE = (
 WHOLE = Pruning("keep 1", {"prune": [{"layer": layer, "keep": 1.0} for layer in (8, 16, 24)]})
 
 
+def full_layers(shape: dict) -> tuple[int, ...] | None:
+    """The layers that attend to all tokens, counted from 1; None: all do."""
+    kinds = shape.get("layer_types")
+    if not (kinds and shape.get("sliding_window")):
+        return None
+    return tuple(layer for layer, kind in enumerate(kinds, 1) if kind == "full_attention")
+
+
 def flops(shape: dict, prune: tuple[tuple[int, float], ...], num_tokens: int) -> float:
     """Floating-point operations of a prefill: linear layers and causal attention, by stage.
 
-    A multiplication and an addition count as two; attention over n tokens is n * n / 2 pairs, for
-    the logits and again for the values. The language model's head runs on one token.
+    A multiplication and an addition count as two; attention is so many pairs of tokens, for the
+    logits and again for the values. Of a token's experts those that it is routed to count, and the
+    router. The language model's head runs on one token.
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    head_dim = hidden // shape["num_attention_heads"]
-    kv = shape["num_key_value_heads"] * head_dim
-    weights = hidden * (2 * hidden + 2 * kv) + 3 * hidden * shape["intermediate_size"]
+    head_dim = shape.get("head_dim") or hidden // shape["num_attention_heads"]
+    heads, kv = (shape[f"num_{x}_heads"] * head_dim for x in ("attention", "key_value"))
+    weights = hidden * (2 * heads + 2 * kv) + _mlp_weights(shape)
+    full = full_layers(shape)
     total = 2.0 * hidden * shape["vocab_size"]
     bounds = [(0, 1.0), *prune, (layers, 0.0)]
     for (first, keep), (last, _) in zip(bounds, bounds[1:]):
         n = keep * num_tokens
-        total += (last - first) * (2 * n * weights + 2 * n * n * hidden)
+        total += (last - first) * 2 * n * weights
+        for layer in range(first + 1, last + 1):
+            has_window = full is not None and layer not in full
+            reach = keep * shape["sliding_window"] if has_window else n
+            total += 4 * heads * _pairs(n, reach)
     return total
+
+
+def _mlp_weights(shape: dict) -> int:
+    """Weights of a layer's MLP that a token meets."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    if not experts:
+        return 3 * hidden * inner
+    inner = shape.get("moe_intermediate_size", inner)
+    return shape["num_experts_per_tok"] * 3 * hidden * inner + hidden * experts
+
+
+def _pairs(n: float, reach: float) -> float:
+    """Pairs of a token and one that it attends to, itself or earlier: of n tokens, at most
+    ``reach`` back. In a later stage a window holds its share of what was kept, on average."""
+    reach = min(n, reach)
+    return reach * (n - reach / 2)
 
 
 def flop_bound(shape: dict, prune: tuple[tuple[int, float], ...], num_tokens: int) -> float:

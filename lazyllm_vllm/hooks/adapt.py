@@ -2,11 +2,15 @@
 
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.transformers_utils.config import get_config
 
-from lazyllm_vllm.hooks.engine_config import SWITCHED_OFF
+from lazyllm_vllm.hooks.engine_config import SWITCHED_OFF, given_config
 from lazyllm_vllm.models.families import FAMILIES, family_of
+from lazyllm_vllm.models.registry import PREFIX, vllm_class
 from lazyllm_vllm.plan.config import ConfigError
+
+logger = init_logger(__name__)
 
 
 def adapt_engine_args(args: EngineArgs) -> list[str]:
@@ -68,10 +72,21 @@ def staged_architecture(args: EngineArgs) -> str:
         config_format=args.config_format,
     )
     names = overrides.get("architectures") or getattr(hf_config, "architectures", None) or []
-    family = family_of(names)
-    if family is None:
+    if any(name.removeprefix(PREFIX) != name for name in names):
+        return names[0]  # set before
+    found = next(filter(None, map(vllm_class, names)), None)
+    known = ", ".join(family.name for family in FAMILIES)
+    if found is None:
         raise ConfigError(
-            f"lazyllm: the architecture {', '.join(names) or 'of this model'} is not supported; "
-            f"supported: {', '.join(f.architecture for f in FAMILIES)}"
+            f"lazyllm: {', '.join(names) or 'this model'} is not a text model of vLLM's own; those "
+            f"that work are what vLLM runs as {known}"
         )
-    return family.staged_architecture
+    module, name = found
+    if family_of(module, name) is None:
+        if not given_config(args.additional_config).allow_untested_model:
+            raise ConfigError(
+                f"lazyllm: vLLM runs this model as {name}, which was not tested with LazyLLM; "
+                f'"allow_untested_model": true tries it. Tested: {known}'
+            )
+        logger.warning("LazyLLM: %s was not tested; allow_untested_model lets it run", name)
+    return PREFIX + name

@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
 from lazyllm_vllm.hooks.cuda_graphs import between_graphs
+from lazyllm_vllm.hooks.engine_config import full_layers
 from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.stage_attention import StageAttention
@@ -40,8 +41,11 @@ class StagedAttention(Attention):
         Args:
             index: of the decoder layer, from 0.
         """
-        check_attention(layer)
-        layer.impl = StageAttention(layer, rotary, vllm_config, index)
+        full = full_layers(vllm_config.model_config)
+        is_full = full is None or index + 1 in full
+        check_attention(layer, is_full)
+        scores_first = index == (full[0] - 1 if full else 0)
+        layer.impl = StageAttention(layer, rotary, vllm_config, scores_first)
         layer.__class__ = cls
         layer.schedule = schedule
         layer.stage = schedule.stage_of(index)

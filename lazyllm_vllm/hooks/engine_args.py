@@ -27,7 +27,7 @@ WITHOUT_EFFECT = frozenset(
     enable_return_routed_experts enable_tower_connector_lora engram_config eplb_config
     expert_placement_strategy fault_tolerance_config fully_sharded_loras gdn_prefill_backend
     interleave_mm_strings io_processor_plugin kda_decode_backend kda_prefill_backend
-    kv_cache_dtype_skip_layers kv_offloading_backend language_model_only limit_mm_per_prompt
+    kv_offloading_backend language_model_only limit_mm_per_prompt
     lora_dtype lora_target_modules mamba_backend mamba_block_size mamba_cache_dtype
     mamba_cache_mode mamba_cache_philox_rounds mamba_config mamba_ssm_cache_dtype
     mamba_ssu_algorithm max_cpu_loras max_lora_cls_labels max_lora_rank max_loras media_io_kwargs

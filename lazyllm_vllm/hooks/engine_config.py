@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, parse_config
 from lazyllm_vllm.plan.schedule import Schedule
@@ -37,5 +37,26 @@ def lazyllm_config(vllm_config: VllmConfig) -> LazyLLMConfig | None:
 
 def schedule_of(vllm_config: VllmConfig) -> Schedule:
     """That of an engine with LazyLLM on."""
-    layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return Schedule.build(lazyllm_config(vllm_config), layers)
+    model = vllm_config.model_config
+    num_layers = model.get_num_layers(vllm_config.parallel_config)
+    return Schedule.build(lazyllm_config(vllm_config), num_layers, full_layers(model))
+
+
+def full_layers(model: ModelConfig) -> tuple[int, ...] | None:
+    """The decoder layers that attend to all tokens, counted from 1; None: all do.
+
+    Raises:
+        ConfigError: all layers have a sliding window.
+    """
+    window = model.get_sliding_window()
+    if window is None:
+        return None
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    full = tuple(n for n, kind in enumerate(kinds, 1) if kind == "full_attention")
+    if not full:
+        raise ConfigError(
+            f"lazyllm: every layer of this model sees the last {window} tokens alone, and none can "
+            "tell which of a prompt's tokens matter; --disable-sliding-window runs it with "
+            f"--max-model-len {window}"
+        )
+    return full

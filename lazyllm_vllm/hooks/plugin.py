@@ -9,13 +9,11 @@ def register() -> None:
         RuntimeError: this vLLM is of another minor release than those LazyLLM works with.
     """
     import vllm
-    from vllm import ModelRegistry
 
     from lazyllm_vllm.hooks import patches
     from lazyllm_vllm.hooks.versions import check_version
-    from lazyllm_vllm.models.families import FAMILIES
+    from lazyllm_vllm.models.registry import register_staged_models
 
     check_version(vllm.__version__)
-    for family in FAMILIES:
-        ModelRegistry.register_model(family.staged_architecture, family.staged)
+    register_staged_models()
     patches.install()

@@ -15,6 +15,8 @@ from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.schedule import Schedule
 
+FP8 = ("fp8", "fp8_e4m3")  # vLLM's names for an FP8 KV cache that works
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -39,9 +41,9 @@ class Refusal:
         return ConfigError(f"lazyllm: {self.what} does not work with LazyLLM; {flags}: {self.fix}")
 
 
-def _kv_cache_dtype_differs(config: VllmConfig) -> bool:
-    same = ("auto", str(config.model_config.dtype).removeprefix("torch."))
-    return config.cache_config.cache_dtype not in same
+def _kv_cache_dtype_is_other(config: VllmConfig) -> bool:
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    return config.cache_config.cache_dtype not in ("auto", dtype, *FP8)
 
 
 REFUSALS = (
@@ -100,10 +102,15 @@ REFUSALS = (
         in_config=lambda config: config.model_config.enable_prompt_embeds,
     ),
     Refusal(
-        "a KV cache of another type than the model's",
+        "a KV cache of another type than the model's or FP8 (e4m3)",
         ("kv_cache_dtype",),
-        "use auto",
-        in_config=_kv_cache_dtype_differs,
+        "use auto or fp8",
+        in_config=_kv_cache_dtype_is_other,
+    ),
+    Refusal(
+        "a KV cache whose layers are of several types",
+        ("kv_cache_dtype_skip_layers",),
+        in_config=lambda config: bool(config.cache_config.kv_cache_dtype_skip_layers),
     ),
     Refusal(
         "a model that does not generate text",
@@ -208,25 +215,31 @@ def _check_page_size(config: VllmConfig) -> None:
     """A hidden state must fit in one layer's part of a block of the KV cache."""
     model = config.model_config
     token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-    block_size = config.cache_config.block_size
-    if block_size * token < model.get_hidden_size():
-        size = get_dtype_size(model.dtype)
+    is_fp8 = config.cache_config.cache_dtype in FP8
+    token *= 1 if is_fp8 else get_dtype_size(model.dtype)
+    vector = model.get_hidden_size() * get_dtype_size(model.dtype)
+    page = config.cache_config.block_size * token
+    if page < vector:
         raise ConfigError(
-            f"lazyllm: a page of the KV cache holds {block_size * token * size} bytes, less than a "
-            f"hidden state ({model.get_hidden_size() * size}); raise --block-size to "
-            f"{-(-model.get_hidden_size() // (16 * token)) * 16} or more"
+            f"lazyllm: a page of the KV cache holds {page} bytes, less than a hidden state "
+            f"({vector}); raise --block-size to {-(-vector // (16 * token)) * 16} or more"
         )
 
 
-def check_attention(layer: Attention) -> None:
-    """Raises ConfigError if a layer's attention does more than the staged attention can."""
+def check_attention(layer: Attention, is_full: bool) -> None:
+    """Raises ConfigError if a layer's attention does more than the staged attention can.
+
+    Args:
+        is_full: whether the model's configuration says that the layer attends to all tokens.
+    """
     impl = layer.impl
     unsupported = [
         (layer.attn_type != AttentionType.DECODER, "attention that is not causal"),
-        (layer.sliding_window is not None, "sliding window attention"),
+        ((layer.sliding_window is None) != is_full, "windows that config.json does not tell of"),
+        (layer.head_size_v != layer.head_size, "values of another size than keys"),
+        (layer.kv_sharing_target_layer_name is not None, "keys shared between layers"),
         (bool(getattr(impl, "logits_soft_cap", None)), "soft-capped attention"),
         (getattr(impl, "alibi_slopes", None) is not None, "ALiBi"),
-        (getattr(impl, "sinks", None) is not None, "attention sinks"),
     ]
     for is_used, what in unsupported:
         if is_used:

@@ -2,8 +2,10 @@
 
 Prefill rows attend to the prefill rows of their own request, which are all at hand, through
 FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache: through
-FlashAttention where all of it is attended to, else through ``kernels.attention``. In the layers
-that score, the log-denominators are kept for the boundary.
+FlashAttention where all of it is attended to, else through ``kernels.attention``. FlashAttention
+counts a sliding window in rows, which are positions in stage 0 alone: behind it our kernels do. In
+the layers that score, the log-denominators are kept for the boundary; layers with a window see too
+little to score.
 """
 
 import torch
@@ -19,31 +21,43 @@ from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.kernels.attention import DecodeRows, paged_attention
+from lazyllm_vllm.kernels.layer_form import LayerForm
 from lazyllm_vllm.kernels.paged import StageKeys
 from lazyllm_vllm.kernels.rotary import rotate_and_write
 from lazyllm_vllm.kernels.score import last_rows_lse
+from lazyllm_vllm.kernels.window_attention import window_attention
+from lazyllm_vllm.kernels.write_kv import write_kv
 from lazyllm_vllm.plan.config import ConfigError
+from lazyllm_vllm.runtime.step import Step
 
 
 class StageAttention(AttentionImpl[StageMetadata]):
     """Attributes:
+    form: scale, sliding window and sinks.
     rotary: the layer's rotary embedding, left to its attention; None: done before.
-    is_first_layer: whether this is the model's first layer.
+    scores_first: whether this is the first of the model's layers that score.
+    is_fp8: whether keys and values are stored in FP8 (e4m3).
     graph_splits: programs that FlashAttention may share a decode's keys among in a CUDA graph.
     """
 
     kv_cache_dtype = "auto"
 
     def __init__(
-        self, layer: Attention, rotary: RotaryEmbedding | None, vllm_config: VllmConfig, index: int
+        self,
+        layer: Attention,
+        rotary: RotaryEmbedding | None,
+        vllm_config: VllmConfig,
+        scores_first: bool,
     ) -> None:
-        """``layer``: as its model built it; ``index``: of the decoder layer, from 0."""
+        """``layer``: as its model built it."""
         self.num_heads = layer.num_heads
         self.num_kv_heads = layer.num_kv_heads
         self.head_size = layer.head_size
-        self.scale = float(layer.impl.scale)
+        sinks = getattr(layer.impl, "sinks", None)
+        self.form = LayerForm(float(layer.impl.scale), layer.sliding_window, sinks)
         self.rotary = rotary
-        self.is_first_layer = index == 0
+        self.scores_first = scores_first
+        self.is_fp8 = layer.kv_cache_dtype.startswith("fp8")
         self.max_model_len = vllm_config.model_config.max_model_len
         config = vllm_config.attention_config
         self.graph_splits = config.flash_attn_max_num_splits_for_cuda_graph
@@ -52,6 +66,10 @@ class StageAttention(AttentionImpl[StageMetadata]):
             raise ConfigError(
                 "lazyllm: LazyLLM needs FlashAttention, which this GPU or head size "
                 f"({self.head_size}) does not have"
+            )
+        if current_platform.is_cuda() and sinks is not None and self.fa_version == 2:
+            raise ConfigError(
+                "lazyllm: this model has attention sinks, which need FlashAttention 3 (Hopper)"
             )
 
     def forward(
@@ -77,15 +95,16 @@ class StageAttention(AttentionImpl[StageMetadata]):
             return output.fill_(0)
         step, boundary, stage = attn_metadata.step, attn_metadata.boundary, attn_metadata.stage
         is_last_layer = attn_metadata.last_layer == layer.layer_name
-        prefills_score = boundary.scores_prefills(step, stage, is_last_layer)
-        decodes_score = boundary.scores_decodes(step, stage, is_last_layer)
-        keys = boundary.keys_of(layer.layer_name, kv_cache, stage, attn_metadata.group)
+        is_full = self.form.window is None
+        prefills_score = is_full and boundary.scores_prefills(step, stage, is_last_layer)
+        decodes_score = is_full and boundary.scores_decodes(step, stage, is_last_layer)
+        keys = self._keys(layer, kv_cache, attn_metadata)
         rows = step.num_rows(stage)
         if len(query) > rows:  # padded for a CUDA graph
             query, key, value, output = (x[:rows] for x in (query, key, value, output))
-        self._write(layer, query, key, value, kv_cache, attn_metadata)
+        self._write(layer, query, key, value, keys, attn_metadata)
         if step.num_decodes:
-            if query.is_cuda and (stage == 0 or not step.decodes_select):
+            if query.is_cuda and self._attends_whole(step, stage):
                 self._decode_whole(query, output, keys, attn_metadata, decodes_score)
             else:
                 self._decode(query, output, keys, attn_metadata)
@@ -96,31 +115,46 @@ class StageAttention(AttentionImpl[StageMetadata]):
                 step,
                 query,
                 keys,
-                self.scale,
+                self.form.scale,
                 prefills=prefills_score,
                 decodes=decodes_score,
-                is_first_layer=self.is_first_layer,
+                is_first_layer=self.scores_first,
             )
         return output
 
-    def _write(self, layer, query, key, value, kv_cache, metadata: StageMetadata) -> None:
+    def _keys(self, layer, kv_cache, metadata: StageMetadata) -> StageKeys:
+        scales = (1.0, 1.0)
+        if self.is_fp8:  # vLLM hands on bytes
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+            scales = (layer._k_scale_float, layer._v_scale_float)
+        return metadata.boundary.keys_of(
+            layer.layer_name, kv_cache, metadata.stage, metadata.group, scales
+        )
+
+    def _attends_whole(self, step: Step, stage: int) -> bool:
+        """Whether FlashAttention can do a step's decodes."""
+        if self.is_fp8:  # it would want queries in FP8 too
+            return False
+        return stage == 0 or (self.form.window is None and not step.decodes_select)
+
+    def _write(self, layer, query, key, value, keys: StageKeys, metadata: StageMetadata) -> None:
         """Rotate queries and keys, if that is left to us, and write keys and values."""
         step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
         mappings = buffers.slot_mappings if stage else step.batch.slot_mappings
         slots = mappings[metadata.group][: len(query)]
         if self.rotary is not None:
             cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
-            positions = buffers.rows[stage].position if stage else step.batch.positions
-            rotate_and_write(query, key, value, cos_sin, positions, slots, kv_cache)
+            positions = _positions(metadata)
+            rotate_and_write(query, key, value, cos_sin, positions, slots, keys)
         elif query.is_cuda:
-            key_cache, value_cache = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+            stored = keys.kv_cache.view(torch.uint8) if self.is_fp8 else keys.kv_cache
+            key_cache, value_cache = stored.transpose(1, 2).chunk(2, dim=-1)
+            dtype, scales = layer.kv_cache_dtype, (layer._k_scale, layer._v_scale)
             fa_utils.reshape_and_cache_flash(
-                key, value, key_cache, value_cache, slots, "auto", layer._k_scale, layer._v_scale
+                key, value, key_cache, value_cache, slots, dtype, *scales
             )
         else:
-            at = (slots >= 0).nonzero()[:, 0]
-            block, place = slots[at] // kv_cache.shape[2], slots[at] % kv_cache.shape[2]
-            kv_cache[block, :, place] = torch.cat([key[at], value[at]], -1)
+            write_kv(key, value, slots, keys)
 
     def _decode_whole(self, query, output, keys: StageKeys, metadata, scores: bool) -> None:
         """Decodes that attend to every key of theirs in the stage, where nothing is revived: what
@@ -130,9 +164,9 @@ class StageAttention(AttentionImpl[StageMetadata]):
         lengths = keys.length[:n]
         starts = buffers.decode_starts[: n + 1]
         k, v = keys.kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-        schedules = step.decode_schedules
-        if keys.stage not in schedules and self.fa_version == 3:
-            schedules[keys.stage] = fa_utils.get_scheduler_metadata(
+        schedules, like = step.decode_schedules, (keys.stage, self.form.window)
+        if like not in schedules and self.fa_version == 3:
+            schedules[like] = fa_utils.get_scheduler_metadata(
                 batch_size=n,
                 max_seqlen_q=1,
                 max_seqlen_k=self.max_model_len,
@@ -144,6 +178,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
                 cu_seqlens_q=starts,
                 page_size=keys.block_size,
                 causal=True,
+                window_size=self._window_size,
                 num_splits=max_splits,
             )
         result = fa_utils.flash_attn_varlen_func(
@@ -154,12 +189,14 @@ class StageAttention(AttentionImpl[StageMetadata]):
             cu_seqlens_q=starts,
             max_seqlen_k=self.max_model_len,
             seqused_k=lengths,
-            softmax_scale=self.scale,
+            softmax_scale=self.form.scale,
             causal=True,
+            window_size=self._window_size,
+            s_aux=self.form.sinks,
             block_table=keys.block_table[:n],
             out=output[:n],
             return_softmax_lse=scores,
-            scheduler_metadata=schedules.get(keys.stage),
+            scheduler_metadata=schedules.get(like),
             num_splits=max_splits if self.fa_version == 3 else 0,
             fa_version=self.fa_version,
         )
@@ -178,7 +215,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
             boundary.strict,
         )
         paged_attention(
-            output[rows], buffers.lse[0], query[rows], keys, decodes, self.scale, buffers.selection
+            output[rows], buffers.lse[0], query[rows], keys, decodes, self.form, buffers.selection
         )
 
     def _prefill(self, query, key, value, output, metadata: StageMetadata, scores: bool) -> None:
@@ -188,6 +225,11 @@ class StageAttention(AttentionImpl[StageMetadata]):
         segments, longest = step.segments[stage], step.longest_prefill[stage]
         if segments.base:
             query, key, value, output = (x[segments.base :] for x in (query, key, value, output))
+        if self.form.window is not None and (stage > 0 or not query.is_cuda):
+            positions = _positions(metadata)[segments.base :]
+            rows = query, key, value, positions
+            window_attention(output, *rows, segments.start, longest, self.form)
+            return
         attend = self.prefill_flash if query.is_cuda else self.prefill_dense
         window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
         lse = attend(query, key, value, output, segments.start, longest, window_rows)
@@ -222,8 +264,10 @@ class StageAttention(AttentionImpl[StageMetadata]):
             cu_seqlens_q=starts,
             max_seqlen_k=longest,
             cu_seqlens_k=starts,
-            softmax_scale=self.scale,
+            softmax_scale=self.form.scale,
             causal=True,
+            window_size=self._window_size,
+            s_aux=self.form.sinks,
             out=output,
             return_softmax_lse=window_rows is not None,
             fa_version=self.fa_version,
@@ -234,13 +278,28 @@ class StageAttention(AttentionImpl[StageMetadata]):
         self, query, key, value, output, starts, longest, window_rows
     ) -> torch.Tensor | None:
         """The same on the CPU."""
-        bounds = starts.tolist()
+        bounds, scale, sinks = starts.tolist(), self.form.scale, self.form.sinks
         lse = []
         for mine in map(slice, bounds, bounds[1:]):
             q, k, v = (x[mine].transpose(0, 1)[None] for x in (query, key, value))
             output[mine] = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=True
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
             )[0].transpose(0, 1)
+            if sinks is not None:  # the softmax without its sinks has more than its share
+                all_lse = last_rows_lse(query[mine], key[mine], scale, len(q[0, 0])).flip(0)
+                output[mine] *= (all_lse - sinks.float()).sigmoid()[..., None].to(output.dtype)
             if window_rows is not None:
-                lse.append(last_rows_lse(query[mine], key[mine], self.scale, len(window_rows)))
+                window = len(window_rows)
+                lse.append(last_rows_lse(query[mine], key[mine], scale, window, sinks))
         return torch.stack(lse, dim=1) if lse else None
+
+    @property
+    def _window_size(self) -> list[int]:
+        """The sliding window as FlashAttention takes it: tokens before and after a row's own."""
+        return [-1, -1] if self.form.window is None else [self.form.window - 1, 0]
+
+
+def _positions(metadata: StageMetadata) -> torch.Tensor:
+    """Of the stage's rows, ``[rows or more]`` int64."""
+    step, stage = metadata.step, metadata.stage
+    return metadata.boundary.buffers.rows[stage].position if stage else step.batch.positions

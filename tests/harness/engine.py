@@ -45,7 +45,7 @@ class EngineUnderTest:
 
     def close(self) -> None:
         self.engine.close()
-        self.log_file.unlink()
+        self.log_file.unlink(missing_ok=True)
 
 
 def start(

@@ -1,9 +1,9 @@
-"""LazyLLM over a Hugging Face Llama: one sequence, greedy, slow and plain.
+"""LazyLLM over a Hugging Face model: one sequence, greedy, slow and plain.
 
 The yardstick for the engine (design section 6). It follows design section 1 line by line and shares
 nothing with the engine but the configuration, so that the same mistake is not made twice. Every
 cache is indexed by position and starts as NaN: a read of keys that were never computed shows at
-once in the output.
+once in the output. What is the model's own, whichever its family, is in ``hf_decoder``.
 """
 
 import math
@@ -13,8 +13,9 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from harness.hf_decoder import HFDecoder, attention
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 Margin = tuple[float | None, float | None]
@@ -60,7 +61,7 @@ class Trace:
 
 
 def generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     prompt: list[int],
     config: LazyLLMConfig,
     max_new_tokens: int,
@@ -90,19 +91,19 @@ class ReferenceSequence:
         starts: first layer of each stage, then the number of layers.
         kept_count: k_s for each stage.
         room: most prompt tokens that may ever have keys in each stage.
-        keys, values: one [kv heads, P, head dim] tensor a layer, by position, NaN until computed.
+        keys, values: by layer, [kv heads, P, head dim], by position, NaN until computed.
         level: [P] int64: number of stages in which a position has keys (invariant 1).
         aux: the Aux Cache: position -> (stage, the position's input to that stage, [hidden]).
         computed: [layers, P] bool.
     """
 
     def __init__(
-        self, model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, max_new_tokens: int
+        self, model: PreTrainedModel, prompt: list[int], config: LazyLLMConfig, max_new_tokens: int
     ) -> None:
-        self.model, self.prompt, self.config = model, prompt, config
+        self.decoder, self.prompt, self.config = HFDecoder(model), prompt, config
         self.num_prompt = n = len(prompt)
-        num_layers = len(model.model.layers)
-        boundaries = config.boundaries(num_layers)
+        num_layers = self.decoder.num_layers
+        boundaries = config.boundaries(num_layers, self.decoder.full_layers)
         self.starts = [0, *(b.layer for b in boundaries), num_layers]
         self.num_stages = len(boundaries) + 1
 
@@ -116,10 +117,8 @@ class ReferenceSequence:
         self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
 
         most = n + max_new_tokens
-        head_dim = model.model.layers[0].self_attn.head_dim
-        shape = (model.config.num_key_value_heads, most, head_dim)
-        self.keys = [torch.full(shape, torch.nan) for _ in range(num_layers)]
-        self.values = [torch.full(shape, torch.nan) for _ in range(num_layers)]
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
         self.level = torch.zeros(most, dtype=torch.long)
         self.aux: dict[int, tuple[int, Tensor]] = {}
         self.computed = torch.zeros(num_layers, most, dtype=torch.bool)
@@ -135,7 +134,7 @@ class ReferenceSequence:
         """Run the prompt, fewer tokens in each stage; return the last token's logits, [vocab]."""
         rows = list(range(self.num_prompt))
         self.next_position = self.num_prompt
-        hidden = self.model.model.embed_tokens(torch.tensor(self.prompt))
+        hidden = self.decoder.embed(self.prompt, torch.tensor(rows))
         window = min(self.config.score_window, self.num_prompt)
         before = torch.zeros(len(self.level)) if self.config.score == "peak" else None
         hidden, score = self._run_stage(0, hidden, rows, window, before=before)
@@ -152,7 +151,7 @@ class ReferenceSequence:
             self.trace.prefill_scores.append(pooled)
             self.trace.prefill_margins.append(margin)
         self._check_invariants()
-        return self.model.lm_head(self.model.model.norm(hidden[-1]))
+        return self.decoder.logits(hidden[-1])
 
     @torch.inference_mode()
     def decode(self, token: int) -> Tensor:
@@ -163,7 +162,7 @@ class ReferenceSequence:
         current = self.next_position
         self.next_position += 1
         rows = [current]
-        hidden = self.model.model.embed_tokens(torch.tensor([token]))
+        hidden = self.decoder.embed([token], torch.tensor(rows))
         hidden, score = self._run_stage(0, hidden, rows, 1)
         strict = self.config.decode == "strict"
         is_selected = torch.ones(self.num_prompt, dtype=torch.bool)  # stage 0 attends to all
@@ -190,14 +189,14 @@ class ReferenceSequence:
             trace.scores[-1].append(pooled)
             trace.margins[-1].append(margin)
         self._check_invariants()
-        return self.model.lm_head(self.model.model.norm(hidden[-1]))
+        return self.decoder.logits(hidden[-1])
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position
         ascending) after the always-kept ones; the pooled scores; the margin (see Trace).
 
         Args:
-            score: [P] fp32, attention in the last layer of stage s - 1.
+            score: [P] fp32, of stage s - 1.
             candidates: [N] bool.
         """
         assert candidates[self.always_kept].all()
@@ -238,8 +237,9 @@ class ReferenceSequence:
         window: int,
         is_selected: Tensor | None = None,
         before: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run rows through stage s. Each attends to what has keys there, at or before its position.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run rows through stage s. Each attends to what has keys there, at or before its position
+        and, in a layer with a sliding window, within the window, which counts positions.
 
         Args:
             hidden: [len(rows), hidden], input to the stage.
@@ -247,11 +247,12 @@ class ReferenceSequence:
             window: the last of them whose attention is the score.
             is_selected: [N] bool, the only prompt tokens to attend to; None: all with keys here.
             before: [P] fp32, scores of earlier stages; those of this one are the highest of them
-                and of every layer here. None: the last layer's alone.
+                and of every layer here. None: the last layer's alone. Only layers that see all
+                positions score: those with a sliding window cannot tell what matters.
 
         Returns:
-            The stage's output, [len(rows), hidden], and the score of every position in the stage's
-            last layer, [P] fp32, 0 for those that are not attended to.
+            The stage's output, [len(rows), hidden], and the score of every position, [P] fp32, 0
+            for those that are not attended to; None: no layer scores.
         """
         positions = torch.tensor(rows)
         assert (self.level[positions] == s).all() and (positions.diff() > 0).all()
@@ -260,48 +261,49 @@ class ReferenceSequence:
         if is_selected is not None:
             visible[: self.num_prompt] &= is_selected
         attended = visible.nonzero()[:, 0]
+        score = before
         for layer in range(self.starts[s], self.starts[s + 1]):
-            hidden, score = self._run_layer(layer, hidden, positions, attended, window)
-            if before is not None:
-                before = score = torch.maximum(before, score)
+            hidden, weights = self._run_layer(layer, hidden, positions, attended)
+            if self.decoder.sees_all(layer):
+                score = self._score(weights[:, -window:], attended)
+                if before is not None:
+                    before = score = torch.maximum(before, score)
         return hidden, score
 
     def _run_layer(
-        self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor, window: int
+        self, layer: int, hidden: Tensor, positions: Tensor, attended: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer. score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2:
-        of the last row), or the highest of them, over the heads and the last ``window`` rows, where
-        those before the last four count for a quarter; see ``_run_stage`` for the shapes."""
+        """One decoder layer: its output and its attention weights, [heads, rows, attended]."""
         assert not self.computed[layer, positions].any(), "computed twice"
         self.computed[layer, positions] = True
-        block = self.model.model.layers[layer]
-        attention = block.self_attn
+        weights = None
 
-        def heads(x: Tensor) -> Tensor:  # [rows, heads * d] -> [heads, rows, d]
-            return x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1).float()
+        def attend(query, key, value, sliding_window, sinks) -> Tensor:
+            nonlocal weights
+            for cache, new in ((self.keys, key), (self.values, value)):
+                if layer not in cache:
+                    cache[layer] = torch.full((len(new), len(self.level), new.shape[-1]), torch.nan)
+                cache[layer][:, positions] = new
+            keys, values = self.keys[layer][:, attended], self.values[layer][:, attended]
+            out, weights = attention(
+                query, keys, values, positions, attended, sliding_window, sinks
+            )
+            return out
 
-        x = block.input_layernorm(hidden)
-        cos, sin = self.model.model.rotary_emb(x.float(), positions[None])  # [1, rows, d]
-        query = _rotate(heads(attention.q_proj(x)), cos, sin)
-        self.keys[layer][:, positions] = _rotate(heads(attention.k_proj(x)), cos, sin)
-        self.values[layer][:, positions] = heads(attention.v_proj(x))
+        hidden = self.decoder.layer(layer, hidden, positions, attend)
+        return hidden, weights
 
-        group = len(query) // len(self.keys[layer])  # query head h reads kv head h // group
-        keys = self.keys[layer][:, attended].repeat_interleave(group, dim=0)
-        values = self.values[layer][:, attended].repeat_interleave(group, dim=0)
-        weights = query / math.sqrt(attention.head_dim) @ keys.mT  # [heads, rows, attended]
-        weights = weights.masked_fill_(attended > positions[:, None], -torch.inf).softmax(-1)
+    def _score(self, weights: Tensor, attended: Tensor) -> Tensor:
+        """score_i = mean_h softmax_j(q_h . k_g(h),j / sqrt(d))_i (paper 3.2: of the last row), or
+        the highest of them, over the heads and the rows, where those before the last four count
+        for a quarter; [P] fp32, for the weights of the rows that score."""
         score = torch.zeros(len(self.level))
-        queries = weights[:, -window:]  # [heads, window, attended]
         if self.config.score == "peak":
-            earlier, last = queries[:, :-4] / 4, queries[:, -4:]
+            earlier, last = weights[:, :-4] / 4, weights[:, -4:]
             score[attended] = torch.cat([earlier, last], 1).amax((0, 1))
         else:
-            score[attended] = queries.mean((0, 1))
-
-        out = (weights @ values).transpose(0, 1).flatten(1).to(hidden.dtype)
-        hidden = hidden + attention.o_proj(out)
-        return hidden + block.mlp(block.post_attention_layernorm(hidden)), score
+            score[attended] = weights.mean((0, 1))
+        return score
 
     def _check_invariants(self) -> None:
         """Invariants 1 and 2 of design section 1, between steps; 3 is checked in each layer."""
@@ -320,9 +322,3 @@ class ReferenceSequence:
 def _ceil_share(share: float, count: int) -> int:
     """ceil(share * count) for the decimal number that was written: 0.3 of 10 is 3, not 4."""
     return math.ceil(Fraction(str(share)) * count)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE as Llama has it: dimension i is paired with i + d/2. x: [heads, rows, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin

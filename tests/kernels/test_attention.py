@@ -1,4 +1,5 @@
-"""Attention of decode rows against its reference, and what strict masks."""
+"""Attention of decode rows against its reference and written out plainly; what strict and a window
+mask; an FP8 cache."""
 
 from dataclasses import replace
 
@@ -6,11 +7,12 @@ import pytest
 import torch
 from harness.world import LONG, World, close, make_world
 
-from lazyllm_vllm.kernels.attention import (
-    DecodeRows,
-    paged_attention_reference,
-    paged_attention_triton,
-)
+from lazyllm_vllm.kernels.attention import paged_attention_reference, paged_attention_triton
+from lazyllm_vllm.kernels.layer_form import LayerForm
+from lazyllm_vllm.kernels.paged import FP8, StageKeys
+from lazyllm_vllm.kernels.selection import DecodeRows
+
+RUNS = (paged_attention_triton, paged_attention_reference)
 
 
 def inputs(w: World, strict: bool):
@@ -32,11 +34,46 @@ def inputs(w: World, strict: bool):
     return q, w.keys(lengths), decodes
 
 
-def attend(run, q, keys, decodes, selection):
+def attend(run, q, keys, decodes, selection, **form):
     out = torch.full_like(q, 9e9)
     lse = torch.full((len(selection.index), q.shape[1]), 9e9, device=q.device)
-    run(out, lse, q, keys, decodes, q.shape[2] ** -0.5, selection)
+    run(out, lse, q, keys, decodes, LayerForm(q.shape[2] ** -0.5, **form), selection)
     lse[1] = 0  # padding has none
+    return out, lse
+
+
+def positions_of(w: World, i: int) -> list[int]:
+    """Of the keys in a request's slots."""
+    decoded = range(w.prompts[i], w.prompts[i] + w.decoded[i])
+    return [*(w.present[i].tolist() if w.stage else range(w.prompts[i])), *decoded]
+
+
+def expected(w: World, q, keys: StageKeys, decodes: DecodeRows, window, sinks):
+    """Row by row, in fp64; without strict."""
+    n, scale = len(w.prompts), q.shape[2] ** -0.5
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.zeros(n, q.shape[1], dtype=torch.float64)
+    cache = keys.kv_cache.double().cpu()
+    for i in (0, 2, 3):
+        positions = torch.tensor(positions_of(w, i))
+        assert len(positions) == keys.length[i]
+        both = cache[w.block_table[i].cpu()].transpose(1, 2).flatten(0, 1)[: len(positions)]
+        k, v = both.repeat_interleave(w.group, 1).split(w.head_dim, -1)
+        k, v = k * keys.k_scale, v * keys.v_scale
+        rows = [i]
+        if w.stage:
+            rows += [n + i * w.quota + nth for nth in range(int(decodes.rows.num_revived[i]))]
+        for row in rows:
+            mine = int(decodes.rows.position[row])
+            seen = positions <= mine
+            if window is not None:
+                seen &= positions > mine - window
+            logits = torch.einsum("hd,jhd->jh", q[row].double().cpu(), k) * scale
+            weights = logits[seen].exp()
+            total = weights.sum(0) + (0 if sinks is None else sinks.double().cpu().exp())
+            out[row] = torch.einsum("jh,jhd->hd", weights / total, v[seen])
+            if row < n:
+                lse[row] = total.log()
     return out, lse
 
 
@@ -47,13 +84,70 @@ def test_attention(seed, stage, strict, device, dtype):
     w = make_world(seed, stage, device=device, dtype=dtype)
     given = inputs(w, strict)
     selection = w.selection(w.prompts, 0)
-    mine, theirs = (
-        attend(run, *given, selection)
-        for run in (paged_attention_triton, paged_attention_reference)
-    )
+    mine, theirs = (attend(run, *given, selection) for run in RUNS)
     for a, b in zip(mine, theirs):
         close(a, b, dtype)
     assert (mine[0][1] == 0).all(), "rows of no request are zeros"
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+@pytest.mark.parametrize(
+    "seed, window, has_sinks, fp8",
+    (
+        (0, None, True, False),
+        (0, 60, False, True),
+        (1, 1, False, False),
+        (1, 60, True, True),
+        (1, 9999, True, False),
+        (LONG, None, False, True),
+        (LONG, 200, True, False),
+    ),
+)
+def test_forms(seed, stage, window, has_sinks, fp8, device, dtype):
+    """Against what each row attends to, written out."""
+    w = make_world(seed, stage, device=device, dtype=dtype)
+    q, keys, decodes = inputs(w, strict=False)
+    if fp8:
+        keys = replace(keys, kv_cache=keys.kv_cache.to(FP8), k_scale=0.7, v_scale=1.9)
+    sinks = 2 * w.rand(q.shape[1]) + 1 if has_sinks else None
+    selection = w.selection(w.prompts, 0)
+    theirs = expected(w, q, keys, decodes, window, sinks)
+    for run in RUNS:
+        mine = attend(run, q, keys, decodes, selection, window=window, sinks=sinks)
+        for a, b in zip(mine, theirs):
+            close(a.cpu(), b, dtype)
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_a_window_hides_the_rest_from_strict_too(stage, device, dtype):
+    w = make_world(1, stage, device=device, dtype=dtype)
+    given = inputs(w, strict=True)
+    selection = w.selection(w.prompts, 0)
+    form = {"window": 33, "sinks": w.rand(w.kv_heads * w.group)}
+    mine, theirs = (attend(run, *given, selection, **form) for run in RUNS)
+    for a, b in zip(mine, theirs):
+        close(a, b, dtype)
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+def test_what_no_row_sees_is_not_read(stage, device, dtype):
+    w = make_world(1, stage, device=device, dtype=dtype)
+    q, keys, decodes = inputs(w, strict=False)
+    selection, window, n = w.selection(w.prompts, 0), 20, len(w.prompts)
+    hidden = torch.full_like(keys.kv_cache, float("nan"))
+    for i in (0, 2, 3):
+        revived = range(int(decodes.rows.num_revived[i]) if stage else 0)
+        rows = [int(decodes.rows.position[r]) for r in [i, *(n + i * w.quota + m for m in revived)]]
+        for j, position in enumerate(positions_of(w, i)):
+            if any(row - window < position <= row for row in rows):
+                at = w.block_table[i, j // w.block_size], slice(None), j % w.block_size
+                hidden[at] = keys.kv_cache[at]
+    mine, theirs = (
+        attend(paged_attention_triton, q, given, decodes, selection, window=window)
+        for given in (replace(keys, kv_cache=hidden), keys)
+    )
+    for a, b in zip(mine, theirs):
+        assert torch.equal(a, b)
 
 
 def test_strict_leaves_out_what_was_not_selected(device):

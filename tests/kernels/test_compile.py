@@ -7,7 +7,16 @@ import pkgutil
 import subprocess
 import sys
 
-BF16 = {"q_ptr", "kv_ptr", "out_ptr", "k_ptr", "v_ptr", "hidden_ptr", "aux_ptr", "cos_sin_ptr"}
+BF16 = {
+    "q_ptr",
+    "out_ptr",
+    "k_ptr",
+    "v_ptr",
+    "hidden_ptr",
+    "aux_ptr",
+    "cos_sin_ptr",
+    "sinks_ptr",
+}
 FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr"}
 INT64 = {
     "row_position_ptr",
@@ -25,19 +34,24 @@ def _variants(kernels):
     """Each kernel, with constants that an engine gives it."""
     for stage in (0, 2):
         keys = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
+        for window in (0, 128):
+            yield (
+                kernels.attention._attention_kernel,
+                LLAMA
+                | keys
+                | STATE
+                | {
+                    "GROUP": 4,
+                    "STRICT": stage > 0,
+                    "WINDOW": window,
+                    "BLOCK_M": 64,
+                    "BLOCK_N": 128,
+                },
+            )
         yield (
-            kernels.attention._attention_kernel,
-            LLAMA
-            | keys
-            | STATE
-            | {
-                "GROUP": 4,
-                "STRICT": stage > 0,
-                "BLOCK_M": 64,
-                "BLOCK_N": 128,
-            },
+            kernels.combine_splits._combine_kernel,
+            LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0, "SINKS": stage > 0},
         )
-        yield kernels.attention._combine_kernel, LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0}
         for window in (1, 16):
             yield (
                 kernels.score._score_kernel,
@@ -72,7 +86,11 @@ def _variants(kernels):
         yield kernels.select_prefill._select_prefill_kernel, blocks | splits
     yield kernels.begin_step._begin_step_kernel, {"BLOCK": 1024}
     yield kernels.place._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
-    for heads, pad, kv_heads, kv_pad, half in ((9, 16, 3, 4, 32), (32, 32, 8, 8, 64)):
+    for heads, pad, kv_heads, kv_pad, head_dim, half in (
+        (9, 16, 3, 4, 64, 32),
+        (32, 32, 8, 8, 128, 64),
+        (32, 32, 8, 8, 128, 48),
+    ):
         yield (
             kernels.rotary._rotate_and_write_kernel,
             {
@@ -80,9 +98,25 @@ def _variants(kernels):
                 "HEADS_PAD": pad,
                 "KV_HEADS": kv_heads,
                 "KV_PAD": kv_pad,
+                "HEAD_DIM": head_dim,
+                "HEAD_PAD": head_dim,
                 "HALF": half,
-                "HALF_PAD": half,
+                "HALF_PAD": 32 if half == 32 else 64,
                 "BLOCK_SIZE": 16,
+            },
+        )
+    for head_dim, head_pad, sinks in ((64, 64, True), (80, 128, False), (256, 256, False)):
+        yield (
+            kernels.window_attention._window_attention_kernel,
+            {
+                "GROUP": 4,
+                "HEAD_DIM": head_dim,
+                "HEAD_PAD": head_pad,
+                "WINDOW": 1024,
+                "SINKS": sinks,
+                "BLOCK_M": 128,
+                "BLOCK_N": 64,
+                "BLOCK": 1024,
             },
         )
     yield kernels.park_fetch._park_kernel, AUX
@@ -90,9 +124,11 @@ def _variants(kernels):
         yield kernels.park_fetch._fetch_kernel, AUX | {"HAS_AUX": has_aux}
 
 
-def _type_of(name: str) -> str:
-    if name == "scale":
+def _type_of(name: str, cache: str) -> str:
+    if name.endswith("scale"):
         return "fp32"
+    if name == "kv_ptr":
+        return cache
     kinds = {"*bf16": BF16, "*fp32": FP32, "*i64": INT64}
     pointer = next((kind for kind, names in kinds.items() if name in names), "*i32")
     return pointer if name.endswith("_ptr") else "i32"
@@ -119,10 +155,12 @@ def _compile_all() -> None:
     modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
     compiled = set()
     for kernel, constants in _variants(kernels):
-        types = {n: "constexpr" if n in constants else _type_of(n) for n in kernel.arg_names}
-        triton.compile(
-            ASTSource(kernel, types, constexprs=constants), target=GPUTarget("cuda", 90, 32)
-        )
+        names = kernel.arg_names
+        for cache in ("*bf16", "*fp8e4nv") if "kv_ptr" in names else ("",):
+            types = {n: "constexpr" if n in constants else _type_of(n, cache) for n in names}
+            triton.compile(
+                ASTSource(kernel, types, constexprs=constants), target=GPUTarget("cuda", 90, 32)
+            )
         compiled.add(kernel.__name__)
     written = {n for m in modules for n in vars(m) if n.endswith("_kernel")}
     assert compiled == written, f"not compiled: {written - compiled}"

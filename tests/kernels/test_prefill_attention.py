@@ -1,14 +1,17 @@
 """Attention of prefill rows: each prompt by itself, and what scoring starts from."""
 
+import pytest
 import torch
 from harness.world import close
 
 from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.hooks.stage_attention import StageAttention
+from lazyllm_vllm.kernels.layer_form import LayerForm
 
 
-def test_prefill_attention(device, dtype):
+@pytest.mark.parametrize("has_sinks", (False, True))
+def test_prefill_attention(has_sinks, device, dtype):
     random = torch.Generator().manual_seed(0)
     lens, heads, kv_heads, head_dim, window = [3, 130, 64, 517], 8, 2, 64, 4
     total = sum(lens)
@@ -18,7 +21,8 @@ def test_prefill_attention(device, dtype):
     q, k, v = (x.view(total, -1, head_dim) for x in (q, k, v))
     starts = torch.tensor([0, *lens], device=device).cumsum(0).int()
     attention = object.__new__(StageAttention)
-    attention.scale = head_dim**-0.5
+    sinks = torch.randn(heads, generator=random).to(device, dtype) + 2 if has_sinks else None
+    attention.form = LayerForm(head_dim**-0.5, None, sinks)
     attention.fa_version = fa_utils.get_flash_attn_version(head_size=head_dim)
     out = torch.full((total, heads, head_dim), 9e9, device=device, dtype=dtype)
     run = attention.prefill_flash if device == "cuda" else attention.prefill_dense
@@ -29,10 +33,13 @@ def test_prefill_attention(device, dtype):
     for i, n in enumerate(lens):
         mine = slice(int(starts[i]), int(starts[i]) + n)
         keys, values = (x[mine].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        logits = torch.einsum("ihd,jhd->hij", q[mine].double(), keys) * attention.scale
+        logits = torch.einsum("ihd,jhd->hij", q[mine].double(), keys) * attention.form.scale
         later = torch.ones(n, n, device=device).triu(1).bool()
         logits = logits.masked_fill(later, float("-inf"))
-        expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1), values)
+        if has_sinks:  # a key more that all see, with no value
+            logits = torch.cat([logits, sinks.double()[:, None, None].expand(-1, n, 1)], -1)
+        p = logits.softmax(-1)[..., :n]
+        expected = torch.einsum("hij,jhd->ihd", p, values)
         close(out[mine], expected, dtype)
         for back in range(min(window, n)):
             close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)

@@ -1,12 +1,16 @@
-"""Scores of keys against their reference; who is scored and who is not."""
+"""Scores of keys against their reference; who is scored and who is not; an FP8 cache."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from harness.world import LONG, close, make_world
 
+from lazyllm_vllm.kernels.paged import FP8
 from lazyllm_vllm.kernels.score import (
     Queries,
     ScoreRule,
+    last_rows_lse,
     score_tokens_reference,
     score_tokens_triton,
 )
@@ -48,3 +52,46 @@ def test_score(seed, stage, window, peak, device, dtype):
     assert (scored[mine] >= 0).all() and (scored[mine] != before[mine]).all(), "all with keys"
     for other in (0, 3):
         assert torch.equal(scored[at[other]], before[at[other]]), "others are passed over"
+
+
+@pytest.mark.parametrize("stage, window, peak", ((0, 4, False), (2, 16, True)))
+def test_fp8_keys_score_as_what_they_stand_for(stage, window, peak, device, dtype):
+    w = make_world(1, stage, device=device, dtype=dtype)
+    present = [len(p) for p in w.present] if stage else w.prompts
+    keys = w.keys([c + d for c, d in zip(present, w.decoded)])
+    fp8 = replace(keys, kv_cache=keys.kv_cache.to(FP8), k_scale=0.5, v_scale=7.0)
+    keys = replace(keys, kv_cache=fp8.kv_cache.to(dtype) / 2)
+    q = w.rand(20, w.kv_heads * w.group, w.head_dim)
+    lse = torch.randn(window, 5, q.shape[1], generator=w.random).to(device) + 6
+    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5)
+    scores = []
+    for run, given in (
+        (score_tokens_triton, keys),
+        (score_tokens_triton, fp8),
+        (score_tokens_reference, fp8),
+    ):
+        s = w.selection(w.prompts, 0)
+        rule = ScoreRule(peak, accumulates=False)
+        run(s, queries, given, range(4), w.ints([1] * 4), rule)
+        at = [s.state.prompt_at(i, s.num_prompt) for i in range(4)]
+        scores.append(s.state.score[torch.cat(at)])
+    for other in scores[1:]:
+        close(other, scores[0], dtype, atol=0)
+
+
+@pytest.mark.parametrize("has_sinks", (False, True))
+@pytest.mark.parametrize("n", (2, 30))
+def test_last_rows_lse(has_sinks, n):
+    random = torch.Generator().manual_seed(n)
+    q, k = (torch.randn(n, heads, 16, generator=random) for heads in (6, 2))
+    sinks = torch.randn(6, generator=random).bfloat16() if has_sinks else None
+    lse = last_rows_lse(q, k, 0.3, 4, sinks)
+    assert lse.shape == (4, 6)
+    for back in range(4):
+        for head in range(6):
+            expected = torch.tensor(0.0)
+            if back < n:
+                logits = 0.3 * k[: n - back, head // 3] @ q[n - 1 - back, head]
+                sink = [sinks[head].float()] if has_sinks else []
+                expected = torch.stack([*logits, *sink]).exp().sum().log()
+            close(lse[back, head], expected, torch.float32)

@@ -1,12 +1,15 @@
 """The benchmarks' own arithmetic and machinery, which run without a GPU."""
 
+import argparse
+
 import pytest
+import torch
 from harness.tiny import TINY_SHAPE
 
 from benchmarks.results import read, write
-from benchmarks.speed import cases, report
+from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops
+from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops, full_layers
 
 
 def test_flops_by_hand():
@@ -20,6 +23,61 @@ def test_flops_by_hand():
     halved = 2 * (2 * 500 * weights + sum(i + 1 for i in range(500)) * 256)
     exact_pruned = 2 * (2 * 1000 * weights + attention) + halved + head
     assert flops(TINY_SHAPE, ((2, 0.5),), 1000) == pytest.approx(exact_pruned, rel=2e-3)
+
+
+def test_flops_of_heads_of_another_size():
+    """Queries of 4 * 32, though the hidden size is 64."""
+    weights = 2 * 64 * 128 + 2 * 64 * 64 + 3 * 64 * 128
+    pairs = 1000 * 1000 / 2
+    by_hand = 4 * (2 * 1000 * weights + 4 * 128 * pairs) + 2 * 64 * 30000
+    assert flops(TINY_SHAPE | {"head_dim": 32}, (), 1000) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("name", ("num_experts", "num_local_experts"))
+def test_flops_of_experts(name):
+    """Of eight experts two count, and the router."""
+    shape = TINY_SHAPE | {name: 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    dense = 3 * 64 * 128
+    routed = 2 * 3 * 64 * 96 + 64 * 8
+    more = 4 * 2 * 1000 * (routed - dense)
+    assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
+    del shape["moe_intermediate_size"]
+    more = 4 * 2 * 1000 * (2 * dense + 64 * 8 - dense)
+    assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
+
+
+def test_flops_of_sliding_windows():
+    """Layers 2 and 4 attend to all tokens, 1 and 3 to the last hundred; the prune follows 2."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shape = TINY_SHAPE | {"sliding_window": 100, "layer_types": kinds}
+    all_pairs, near = 1000 * 1000 / 2, 100 * 1000 - 100 * 100 / 2
+    less = 2 * 4 * 64 * (all_pairs - near)
+    assert flops(TINY_SHAPE, (), 1000) - flops(shape, (), 1000) == pytest.approx(less)
+    # Of the half that is kept, a window holds 50.
+    all_pairs, near_half = 500 * 500 / 2, 50 * 500 - 50 * 50 / 2
+    less = 4 * 64 * (1000 * 1000 / 2 - near + all_pairs - near_half)
+    cut = ((2, 0.5),)
+    assert flops(TINY_SHAPE, cut, 1000) - flops(shape, cut, 1000) == pytest.approx(less)
+    assert flops(shape, (), 80) == flops(TINY_SHAPE, (), 80)
+    assert full_layers(shape) == (2, 4) and full_layers(shape | {"sliding_window": None}) is None
+
+
+def test_flop_bounds_of_the_shapes():
+    """Those of Llama as they were before other families came."""
+    for name, tokens, bound in (
+        ("Llama-3.1-8B", 4096, 2.7529441366053327),
+        ("Llama-3.1-8B", 131072, 3.498030907136634),
+        ("Llama-2-7B", 4096, 2.75771132819305),
+    ):
+        shape = SHAPES[name]
+        assert BALANCED.cuts(shape) == ((5, 0.7), (10, 0.2), (22, 0.1))
+        assert flop_bound(shape, BALANCED.cuts(shape), tokens) == pytest.approx(bound, rel=1e-12)
+    for name, plan in families.PLANS.items():
+        shape = SHAPES[plan.shape]
+        full = full_layers(shape) or range(1, shape["num_hidden_layers"])
+        cuts = BALANCED.cuts(shape)
+        assert len(cuts) == 3 and all(layer in full for layer, _ in cuts), name
+        assert 2 < flop_bound(shape, cuts, families.SHORT) < 4, name
 
 
 def test_flop_bounds():
@@ -44,7 +102,7 @@ def test_plans_keep_their_numbers():
         cases.plans({"memory"}, [len(everything)])
 
 
-def _rows() -> list[Row]:
+def _rows(shape: str = "Llama-3.1-8B") -> list[Row]:
     place = {"gpu": "G", "vllm": "v", "torch": "t", "triton": "3", "date": "d", "commit": "c"}
     rows = []
     for benchmark, unit, tokens, batch, stock, lazy in (
@@ -58,7 +116,7 @@ def _rows() -> list[Row]:
             row = Row.of(
                 [{"value": value}],
                 benchmark=benchmark,
-                shape="Llama-3.1-8B",
+                shape=shape,
                 engine=engine,
                 tokens=tokens,
                 batch=batch,
@@ -85,3 +143,91 @@ def test_the_report_is_made_from_the_results_alone(tmp_path):
     assert "| 26 | 45 | 1.73x |" in text and "| 100 | 250 | 2.50x |" in text
     assert "<svg" in (tmp_path / "ttft.svg").read_text()
     assert "<svg" in (tmp_path / "room.svg").read_text()
+
+
+def test_the_report_of_families(tmp_path):
+    """A length that was not measured, and a model that has no rows."""
+    file, page = tmp_path / "families.jsonl", tmp_path / "benchmarks.md"
+    page.write_text("before\n")
+    families_report.main(page, file)
+    assert page.read_text() == "before\n"
+    write(file, _rows("Gemma-3-4B"))
+    for _ in range(2):  # the second finds the section there
+        families_report.main(page, file)
+        text = page.read_text()
+        assert text.startswith("before\n") and text.count("families: begin") == 1
+        line = "| 100.0 → 50.0 | 2.00x | 2.10x | 95% | – | – | – | – | 1.10x | 1.73x |"
+        assert f"| Gemma-3-4B {line}" in text and "Qwen3" not in text
+
+
+def test_families_by_name(tmp_path, monkeypatch):
+    """Of others the rows stay; one that fails is told at the end."""
+    file = tmp_path / "families.jsonl"
+    write(file, _rows("Mistral-7B"))
+
+    def run(plan, report, show):
+        if plan.name == "Qwen3-8B":
+            raise RuntimeError("no [room]")
+        for row in _rows(plan.name):
+            report(row)
+
+    monkeypatch.setattr(cases, "run", run)
+    args = argparse.Namespace(only=["Qwen3-8B", "Gemma-3-4B"], out=file, commit="c")
+    with pytest.raises(SystemExit, match="failed: Qwen3-8B$"):
+        run_families.main(args)
+    assert {row.shape for row in read(file, Row)} == {"Mistral-7B", "Gemma-3-4B"}
+    args.only = ["Qwen9"]
+    with pytest.raises(SystemExit, match="no such model: Qwen9; there are Qwen3-8B, "):
+        run_families.main(args)
+
+
+def test_random_weights():
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    from benchmarks.weights import randomize
+
+    def part(**parameters) -> torch.nn.Module:
+        module = torch.nn.Module()
+        for name, shape in parameters.items():
+            weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+            module.register_parameter(name, weight)
+        return module
+
+    def spread(weight: torch.Tensor) -> float:
+        return weight.std().item()
+
+    model = part()
+    model.embed_tokens, model.lm_head = part(weight=(500, 64)), part(weight=(500, 64))
+    model.qkv_proj, model.experts = part(weight=(256, 64)), part(w2_weight=(8, 64, 256))
+    model.mlp = part()
+    model.mlp.gate = part(weight=(512, 64))
+    model.q_norm, model.input_layernorm = part(weight=(64,)), part(weight=(64,))
+    model.attn = part(sinks=(64,), bias=(64,))
+    with set_current_vllm_config(VllmConfig()):
+        model.post_norm, model.k_norm = GemmaRMSNorm(64), GemmaRMSNorm(64)
+    # As vLLM has it after loading: transposed, and one scale.
+    model.fp8 = part(weight_scale=(1,))
+    stored = torch.zeros(128, 1024).to(torch.float8_e4m3fn).t()
+    model.fp8.weight = torch.nn.Parameter(stored, requires_grad=False)
+    model.fp8.input_size_per_partition = 1024
+    randomize(model)
+    assert spread(model.embed_tokens.weight) == pytest.approx(1, rel=0.05)
+    assert spread(model.lm_head.weight) == pytest.approx(1 / 8, rel=0.05)
+    assert spread(model.qkv_proj.weight) == pytest.approx(1.5 / 8, rel=0.05)
+    assert spread(model.mlp.gate.weight) == pytest.approx(2 / 8, rel=0.05)
+    assert spread(model.experts.w2_weight) == pytest.approx(1 / 16, rel=0.05)
+    for norm, weight in (
+        ("q_norm", 1.5),
+        ("input_layernorm", 1),
+        ("post_norm", 0),
+        ("k_norm", 0.5),
+    ):
+        assert (model.get_submodule(norm).weight == weight).all(), norm
+    assert 0 < spread(model.attn.bias) < 0.1 and spread(model.attn.sinks) > 1
+    real = model.fp8.weight.float() * model.fp8.weight_scale
+    assert spread(real) == pytest.approx(1 / 32, rel=0.05)
+    assert model.fp8.weight.stride() == (1, 1024)
+    model.lm_head.weight = model.embed_tokens.weight
+    randomize(model)
+    assert spread(model.lm_head.weight) == pytest.approx(1 / 8, rel=0.05)

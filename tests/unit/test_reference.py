@@ -2,7 +2,8 @@
 
 The dense recomputation (``replay``) shares no code with the reference. No token is computed twice,
 so a whole run is one pass over all tokens in which each layer's mask says who saw whom: row i sees
-column j if j is not after i and had its keys by the time that i was computed.
+column j if j is not after i, nor too far before it for a layer with a sliding window, and had its
+keys by the time that i was computed.
 """
 
 import math
@@ -11,11 +12,19 @@ from fractions import Fraction
 
 import pytest
 import torch
+from harness import families
+from harness.hf_decoder import attention
 from harness.reference import ReferenceSequence, Trace, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
@@ -55,8 +64,8 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
 MODEL = make_model()
 
 
-def make_prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+def make_prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def make_config(*prune: tuple[int, float], **fields) -> LazyLLMConfig:
@@ -71,8 +80,24 @@ def make_config(*prune: tuple[int, float], **fields) -> LazyLLMConfig:
     return LazyLLMConfig(prune=[{"layer": layer, "keep": keep} for layer, keep in prune], **fields)
 
 
-def stage_starts(config: LazyLLMConfig) -> list[int]:
-    return [0, *(b.layer for b in config.prune), LAYERS]
+@pytest.fixture(scope="module", params=families.NAMES)
+def family(request, tmp_path_factory) -> tuple[str, PreTrainedModel]:
+    folder = families.save_tiny(request.param, tmp_path_factory.mktemp("family"))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return request.param, model
+
+
+def stage_starts(config: LazyLLMConfig, num_layers: int = LAYERS) -> list[int]:
+    return [0, *(b.layer for b in config.prune), num_layers]
+
+
+def sliding_window(model: PreTrainedModel, layer: int) -> float:
+    """How many positions a layer sees."""
+    kinds = getattr(model.config, "layer_types", None)
+    sliding = kinds is not None and kinds[layer] == "sliding_attention"
+    return model.config.sliding_window if sliding else math.inf
 
 
 def expected_counts(config: LazyLLMConfig, n: int) -> list[int]:
@@ -122,20 +147,16 @@ class Replay:
 
 @torch.inference_mode()
 def replay(
-    model: LlamaForCausalLM, prompt: list[int], config: LazyLLMConfig, trace: Trace
+    model: PreTrainedModel, prompt: list[int], config: LazyLLMConfig, trace: Trace
 ) -> Replay:
-    """The run that ``trace`` records, as one dense pass through Hugging Face's layers."""
-    n, starts = len(prompt), stage_starts(config)
+    """The run that ``trace`` records, as one dense pass of Hugging Face's own forward, in which
+    every layer gets another mask."""
+    n, layers = len(prompt), model.model.layers
+    starts = stage_starts(config, len(layers))
     ids = torch.tensor([prompt + trace.tokens[:-1]])
     size = ids.shape[1]
     table = arrivals(trace, n, len(starts) - 1)
-    hidden = model.model.embed_tokens(ids)
-    rope = model.model.rotary_emb(hidden, torch.arange(size)[None])
-    cache, weights = DynamicCache(), []
-    hooks = [
-        layer.self_attn.register_forward_hook(lambda _m, _i, out: weights.append(out[1][0]))
-        for layer in model.model.layers
-    ]
+    cache, weights, hooks = DynamicCache(), [], []
     for s, at in enumerate(table):
 
         def sees(i: int, j: int) -> bool:
@@ -147,15 +168,26 @@ def replay(
             return j <= i and at[j] <= at[i]
 
         seen = torch.tensor([[sees(i, j) for j in range(size)] for i in range(size)])
-        mask = torch.zeros(size, size).masked_fill(~seen, -torch.inf)[None, None]
-        for layer in model.model.layers[starts[s] : starts[s + 1]]:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache
-            )
+        for number in range(starts[s], starts[s + 1]):
+            distance = torch.arange(size)[:, None] - torch.arange(size)
+            near = distance < sliding_window(model, number)
+            mask = torch.zeros(size, size).masked_fill(~(seen & near), -torch.inf)[None, None]
+
+            def use_mask(_module, args, kwargs, mask=mask):
+                return args, kwargs | {"attention_mask": mask}
+
+            def keep_weights(_module, _inputs, out):
+                weights.append(out[1][0])
+
+            hooks += [
+                layers[number].register_forward_pre_hook(use_mask, with_kwargs=True),
+                layers[number].self_attn.register_forward_hook(keep_weights),
+            ]
+    logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
     for hook in hooks:
         hook.remove()
     return Replay(
-        logits=model.lm_head(model.model.norm(hidden))[0],
+        logits=logits,
         weights=weights,
         keys=[layer.keys[0] for layer in cache.layers],
         values=[layer.values[0] for layer in cache.layers],
@@ -187,12 +219,15 @@ def expected_ranking(pooled: list[float], candidates: set[int], config: LazyLLMC
     return ranking
 
 
-def check_run(prompt: list[int], config: LazyLLMConfig, trace: Trace) -> None:
+def check_run(
+    prompt: list[int], config: LazyLLMConfig, trace: Trace, model: PreTrainedModel = MODEL
+) -> None:
     """Everything a trace claims, from the replay of it and from the rules of design section 1."""
-    n, starts, steps = len(prompt), stage_starts(config), len(trace.tokens) - 1
+    n, steps = len(prompt), len(trace.tokens) - 1
+    starts = stage_starts(config, len(model.model.layers))
     num_stages = len(starts) - 1
     counts = expected_counts(config, n)
-    dense = replay(MODEL, prompt, config, trace)
+    dense = replay(model, prompt, config, trace)
     table = arrivals(trace, n, num_stages)
 
     torch.testing.assert_close(
@@ -210,7 +245,11 @@ def check_run(prompt: list[int], config: LazyLLMConfig, trace: Trace) -> None:
             peak = config.score == "peak"
             scoring = range(starts[s]) if peak and not when else [starts[s] - 1]
             queries = torch.cat(
-                [dense.weights[layer][:, n + when - window : n + when] for layer in scoring]
+                [
+                    dense.weights[layer][:, n + when - window : n + when]
+                    for layer in scoring
+                    if sliding_window(model, layer) == math.inf
+                ]
             )
             if peak:
                 for row in range(window - 4):
@@ -244,11 +283,13 @@ def check_run(prompt: list[int], config: LazyLLMConfig, trace: Trace) -> None:
             expected = missing[: min(config.revive_budget, room)]
             assert trace.revived[when - 1][s - 1] == sorted(expected)
 
-    check_invariants(n, config, trace, table)
+    check_invariants(n, config, trace, table, starts)
 
 
-def check_invariants(n: int, config: LazyLLMConfig, trace: Trace, table: list[list[int]]) -> None:
-    starts, steps = stage_starts(config), len(trace.tokens) - 1
+def check_invariants(
+    n: int, config: LazyLLMConfig, trace: Trace, table: list[list[int]], starts: list[int]
+) -> None:
+    steps = len(trace.tokens) - 1
     counts = expected_counts(config, n)
     always = {p for p in range(n) if p < config.first_tokens or p >= n - config.last_tokens}
     assert trace.kept[0] == list(range(n))
@@ -279,7 +320,7 @@ def check_invariants(n: int, config: LazyLLMConfig, trace: Trace, table: list[li
     ]
     assert trace.computed == set(pairs)
     of_prompt = [pair for pair in pairs if pair[0] < n]
-    assert trace.share_computed == pytest.approx(len(of_prompt) / (n * LAYERS))
+    assert trace.share_computed == pytest.approx(len(of_prompt) / (n * starts[-1]))
 
 
 @st.composite
@@ -362,6 +403,70 @@ def test_unpruned_equals_hugging_face(config):
     assert len(set(tokens)) > 3  # a run that says something
     torch.testing.assert_close(torch.stack(trace.logits), torch.stack(logits), atol=2e-4, rtol=1e-4)
     assert trace.share_computed == 1 and trace.prompt_keys == [37] * len(trace.kept)
+
+
+def test_unpruned_is_the_model_itself_in_every_family(family):
+    name, model = family
+    prompt = make_prompt(200, vocab=1000)
+    config = make_config(*((layer, 1.0) for layer in families.boundaries(name)))
+    trace = generate(model, prompt, config, 4)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + trace.tokens[:-1]]), use_cache=False).logits[0, 199:]
+    torch.testing.assert_close(torch.stack(trace.logits), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decode", ["resident", "strict"])
+def test_a_pruned_run_obeys_the_rules_in_every_family(family, decode):
+    """With a prompt longer than a window, and the paper's scores in strict decoding."""
+    name, model = family
+    config = make_config(
+        *zip(families.boundaries(name), (0.5, 0.25)),
+        decode=decode,
+        revive_budget=8,
+        **{"score": "peak", "score_window": 3} if decode == "resident" else {},
+    )
+    prompt = make_prompt(150, vocab=1000)
+    trace = generate(model, prompt, config, 5)
+    assert any(revived for step in trace.revived for revived in step)
+    check_run(prompt, config, trace, model)
+
+
+def test_a_sliding_window_counts_positions_and_not_the_kept():
+    """Keys that are all alike get equal parts, so that a part tells how many there were."""
+    positions, attended = torch.tensor([6, 9]), torch.tensor([0, 3, 4, 6, 9])
+    query, keys = torch.ones(2, 2, 1), torch.zeros(1, 5, 1)
+    values = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])[None, :, None]
+
+    def parts(sliding_window, sinks):
+        return attention(query, keys, values, positions, attended, sliding_window, sinks)
+
+    out, weights = parts(None, None)
+    torch.testing.assert_close(weights[0], torch.tensor([[1 / 4] * 4 + [0], [1 / 5] * 5]))
+    torch.testing.assert_close(out[0], torch.tensor([[1111 / 4], [11111 / 5]]))
+    third, half = 1 / 3, 1 / 2
+    out, weights = parts(4, None)  # row 6 sees 3 to 6, and row 9 sees 6 to 9
+    expected = torch.tensor([[0, third, third, third, 0], [0, 0, 0, half, half]])
+    torch.testing.assert_close(weights, expected.expand(2, -1, -1))
+    torch.testing.assert_close(out[1], torch.tensor([[1110 / 3], [11000 / 2]]))
+
+    # The first head's sink is one more key like the others, and the second's is ten.
+    _, weights = parts(4, torch.tensor([0, math.log(10)]))
+    torch.testing.assert_close(weights.sum(-1), torch.tensor([[3 / 4, 2 / 3], [3 / 13, 2 / 12]]))
+
+
+def test_layers_with_a_sliding_window_do_not_score(tmp_path):
+    """Not even for a prompt shorter than the window, all of which they see."""
+    folder = families.save_tiny("gpt_oss", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    prompt = make_prompt(40, vocab=1000)
+    trace = generate(model, prompt, make_config((2, 0.5), score="peak"), 1)
+    with torch.inference_mode():
+        sliding, full = model(torch.tensor([prompt]), output_attentions=True).attentions[:2]
+    by_full, by_sliding = (weights[0, :, -1].amax(0) for weights in (full, sliding))
+    torch.testing.assert_close(trace.prefill_scores[0], by_full, atol=1e-6, rtol=1e-4)
+    assert (by_sliding > by_full + 0.01).any()
 
 
 def test_a_prompt_of_min_prompt_tokens_is_pruned():

@@ -1,0 +1,133 @@
+"""Attention of decode rows, from what programs found that each saw a part of the keys.
+
+out = sum_split exp(lse_split) * out_split / (sum_split exp(lse_split) + exp(sink))
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+from lazyllm_vllm.kernels.jit import step_jit
+from lazyllm_vllm.kernels.layer_form import LOG2_E, LayerForm
+from lazyllm_vllm.kernels.paged import StageKeys
+from lazyllm_vllm.kernels.selection import DecodeRows, Selection
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attributes:
+    out: ``[rows, heads, splits, head_dim]`` fp32, each split's attention by itself.
+    lse: ``[rows, heads, splits]`` fp32, log of its denominator, to base 2.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: int, heads: int, splits: int, head_dim: int, device) -> "Partial":
+        out = torch.empty(rows, heads, splits, head_dim, dtype=torch.float32, device=device)
+        return cls(out, torch.empty(rows, heads, splits, dtype=torch.float32, device=device))
+
+
+@step_jit
+def _combine_kernel(
+    out_ptr,  # [rows, heads, head_dim]
+    out_stride_row,
+    lse_ptr,  # [batch, heads] fp32, of the current rows
+    partial_ptr,  # [rows, heads, splits, head_dim] fp32
+    partial_lse_ptr,  # [rows, heads, splits] fp32, to base 2
+    sinks_ptr,  # [heads]
+    v_scale,
+    num_keys_ptr,
+    num_revived_ptr,
+    quota_ptr,
+    num_decodes,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    IDENTITY: tl.constexpr,  # nothing is revived (stage 0)
+    SINKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, HEAD_PAD)
+    d_valid = d < HEAD_DIM
+    out_at = out_ptr + row * out_stride_row + head * HEAD_DIM + d
+
+    if row < num_decodes:
+        valid = tl.load(num_keys_ptr + row) > 0
+    else:
+        valid = False
+        if not IDENTITY:
+            quota = tl.load(quota_ptr)
+            nth = row - num_decodes
+            batch = nth // tl.maximum(quota, 1)
+            if (quota > 0) & (batch < num_decodes):
+                revived = tl.load(num_revived_ptr + batch)
+                valid = (nth % tl.maximum(quota, 1)) < revived
+    if not valid:
+        tl.store(out_at, tl.zeros([HEAD_PAD], out_ptr.dtype.element_ty), mask=d_valid)
+        return
+
+    split = tl.arange(0, SPLITS_PAD)
+    s_valid = split < num_splits
+    at = (row * NUM_HEADS + head) * num_splits + split
+    lse = tl.load(partial_lse_ptr + at, mask=s_valid, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        highest = tl.maximum(highest, sink)
+    weight = tl.exp2(lse - highest)
+    total = tl.sum(weight, 0)
+    if SINKS:
+        total += tl.exp2(sink - highest)
+    partial = tl.load(
+        partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
+        mask=s_valid[:, None] & d_valid[None, :],
+        other=0.0,
+    )
+    out = tl.sum(partial * weight[:, None], 0) / total * v_scale
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d_valid)
+    if row < num_decodes:
+        tl.store(lse_ptr + row * NUM_HEADS + head, (highest + tl.log2(total)) / LOG2_E)
+
+
+def combine_splits(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    partial: Partial,
+    keys: StageKeys,
+    decodes: DecodeRows,
+    form: LayerForm,
+    s: Selection,
+) -> None:
+    """The second half of ``paged_attention``, on a GPU: the same arguments, but for ``q``."""
+    num_rows, num_heads, head_dim = out.shape
+    splits = partial.lse.shape[2]
+    assert out.stride(1) == head_dim and out.stride(2) == 1 and lse.is_contiguous()
+    has_sinks = form.sinks is not None
+    _combine_kernel[(num_rows, num_heads)](
+        out,
+        out.stride(0),
+        lse,
+        partial.out,
+        partial.lse,
+        form.sinks if has_sinks else lse,  # an address that is never read
+        keys.v_scale,
+        keys.length,
+        decodes.rows.num_revived,
+        s.quota,
+        decodes.num_decodes,
+        splits,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=triton.next_power_of_2(head_dim),
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        IDENTITY=keys.stage == 0,
+        SINKS=has_sinks,
+        num_warps=1,
+    )

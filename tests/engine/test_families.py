@@ -1,0 +1,70 @@
+"""Every family of models: a tiny one with random weights, in fp32.
+
+Keeping every token is stock vLLM; with pruning, the engine's sets and tokens are the reference's.
+"""
+
+import random
+
+import pytest
+import torch
+from harness import agreement, families
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.passkey import passkey_prompt
+
+LENGTHS = (40, 300, 700, 1100)
+NEW_TOKENS = 8
+QUOTA = 8
+CONFIG = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
+OPTIONS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 4096}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(0)
+    return [[rng.randrange(3, 1000) for _ in range(n)] for n in LENGTHS]
+
+
+def assert_close(mine: dict, theirs: dict, tolerance: float = 1e-3) -> None:
+    """The same tokens, and log-probabilities but for rounding."""
+    assert mine["tokens"] == theirs["tokens"]
+    for steps in zip(mine["logprobs"], theirs["logprobs"], strict=True):
+        for a, b in zip(*steps, strict=True):
+            shared = a.keys() & b.keys()  # the last of the likeliest may swap with the next
+            assert len(shared) >= len(a) - 1
+            assert max(abs(a[t] - b[t]) for t in shared) < tolerance
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_family(name, tmp_path, prompts, open_engine):
+    folder = families.save_tiny(name, tmp_path)
+    keep_1 = [{"layer": layer, "keep": 1} for layer in families.boundaries(name)]
+    keep = zip(families.boundaries(name), (0.5, 0.25))
+    config = CONFIG | {"prune": [{"layer": layer, "keep": share} for layer, share in keep]}
+    stock = open_engine(folder, **OPTIONS)
+    whole = open_engine(folder, {"prune": keep_1}, **OPTIONS)
+    budget = {"revive_budget": QUOTA * len(prompts)}
+    pruned = open_engine(folder, config | budget, {"trace": True}, **OPTIONS)
+    expected = stock.generate(prompts, NEW_TOKENS, logprobs=3)
+    assert_close(whole.generate(prompts, NEW_TOKENS, logprobs=3), expected)
+    result = pruned.generate(prompts, NEW_TOKENS)
+    for engine in (stock, whole, pruned):
+        engine.close()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen = agreement.compare(model, prompts, config, QUOTA, result)
+    seen.check(least_compared=0.5, most_ties=2)
+
+
+def test_gemma_finds_a_pass_key(gemma3, open_engine):
+    """A real model with sliding windows, its prompts three windows long and more."""
+    tokenizer = AutoTokenizer.from_pretrained(gemma3)
+    asked = [passkey_prompt(tokenizer, n, seed=n, depth=0.4) for n in (1500, 2500)]
+    prompts = [prompt for prompt, _ in asked]
+    options = {"dtype": "bfloat16", "max_model_len": 3072, "max_num_batched_tokens": 8192}
+    stock = open_engine(gemma3, **options)
+    pruned = open_engine(gemma3, {"preset": "balanced"}, **options)
+    for engine in (stock, pruned):
+        result = engine.generate(prompts, 8)
+        for (_, key), tokens in zip(asked, result["tokens"], strict=True):
+            assert key in tokenizer.decode(tokens).replace(" ", "")
+    assert [stats["kept"][-1] < 300 for stats in result["stats"]] == [True, True]
