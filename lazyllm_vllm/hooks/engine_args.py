@@ -19,12 +19,12 @@ WITHOUT_EFFECT = frozenset(
     all2all_backend cp_kv_cache_interleave_size cpu_offload_params dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
     default_mm_loras disable_cascade_attn disable_chunked_mm_input
-    disable_nccl_for_dp_synchronization disable_sliding_window dp_sync_interval ec_manager_config
+    disable_nccl_for_dp_synchronization dp_sync_interval ec_manager_config
     elastic_ep_max_dp_size enable_elastic_ep enable_ep_weight_filter enable_eplb
     enable_expert_parallel enable_fault_tolerance enable_hc_sp
     enable_mamba_cache_stochastic_rounding enable_mamba_shared_prefix_checkpoint enable_mm_embeds
     enable_mm_processor_stats enable_mixed_moe_lora_format enable_moe_shared_loras
-    enable_return_routed_experts enable_tower_connector_lora engram_config eplb_config
+    enable_tower_connector_lora engram_config eplb_config
     expert_placement_strategy fault_tolerance_config fully_sharded_loras gdn_prefill_backend
     interleave_mm_strings io_processor_plugin kda_decode_backend kda_prefill_backend
     kv_offloading_backend language_model_only limit_mm_per_prompt
@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset(
     mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path
     mm_encoder_only mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb
     mm_processor_cache_gb mm_processor_cache_type mm_processor_device mm_processor_kwargs
-    mm_shm_cache_max_object_size_mb mm_tensor_ipc moe_backend per_request_spec_decode_metrics
+    mm_shm_cache_max_object_size_mb mm_tensor_ipc per_request_spec_decode_metrics
     pooler_config ray_workers_use_nsight replayssm_buffer_len skip_mm_profiling
     sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
     sparse_indexer_topk_backend specialize_active_lora swa_bounded_replay use_replayssm
@@ -54,7 +54,7 @@ WORKS = frozenset(
     data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
     data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
     data_parallel_size data_parallel_size_local data_parallel_start_rank device_ids
-    disable_custom_all_reduce disable_log_stats distributed_executor_backend
+    disable_custom_all_reduce disable_log_stats disable_sliding_window distributed_executor_backend
     distributed_timeout_seconds download_dir dtype enable_batch_sharded_sampling
     enable_cumem_allocator enable_flashinfer_autotune enable_layerwise_nvtx_tracing
     enable_log_requests enable_logging_iteration_details enable_mfu_metrics
@@ -65,7 +65,7 @@ WORKS = frozenset(
     linear_backend load_format log_config_file log_level logging_config logits_processors
     logprobs_mode master_addr master_port max_cudagraph_capture_size max_logprobs max_model_len
     max_num_active_seqs max_num_batched_tokens max_num_queued_reqs max_num_queued_tokens
-    max_num_scheduled_tokens max_num_seqs max_parallel_loading_workers model
+    max_num_scheduled_tokens max_num_seqs max_parallel_loading_workers model moe_backend
     model_loader_extra_config model_weights nnodes node_rank num_gpu_blocks_override numa_bind
     numa_bind_cpus numa_bind_nodes offload_backend offload_group_size offload_num_in_group
     offload_params offload_prefetch_step optimization_level otlp_traces_endpoint

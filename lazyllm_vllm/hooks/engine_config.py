@@ -39,7 +39,11 @@ def schedule_of(vllm_config: VllmConfig) -> Schedule:
     """That of an engine with LazyLLM on."""
     model = vllm_config.model_config
     num_layers = model.get_num_layers(vllm_config.parallel_config)
-    return Schedule.build(lazyllm_config(vllm_config), num_layers, full_layers(model))
+    config = lazyllm_config(vllm_config)
+    if model.is_moe and "revive_budget" not in config.model_fields_set:
+        # Each revived row reads experts of its own, and a step's time is that of reading experts.
+        config = config.model_copy(update={"revive_budget": 0})
+    return Schedule.build(config, num_layers, full_layers(model))
 
 
 def full_layers(model: ModelConfig) -> tuple[int, ...] | None:

@@ -68,6 +68,19 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "a mixture of experts in data parallel replicas, which share their experts",
+        ("data_parallel_size",),
+        "set it to 1, or start one server for each replica",
+        in_config=lambda config: (
+            config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe
+        ),
+    ),
+    Refusal(
+        "reporting the experts of every token",
+        ("enable_return_routed_experts",),
+        in_args=lambda args: args.aux_output_config.enable_return_routed_experts,
+    ),
+    Refusal(
         "splitting a batch (DBO)",
         ("enable_dbo", "ubatch_size"),
         in_config=lambda config: config.parallel_config.use_ubatching,

@@ -31,12 +31,14 @@ class StagedDecoder:
     Attributes:
         stage_positions: positions of the rows in the stage that is running, ``[rows]``; None where
             every layer has the rows that vLLM gives.
+        has_experts: whether rows are routed to experts, which pass over those marked as padding.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.schedule = schedule_of(vllm_config)
         self.stage_positions = None
+        self.has_experts = vllm_config.model_config.is_moe
         model = type(self).__mro__[2]
         family = family_of(model.__module__, model.__name__) or UNTESTED
         layers = decoder_layers(self)
@@ -119,14 +121,27 @@ class StagedDecoder:
         given["hidden_states"] = hidden
         if "residual" in given:
             given["residual"] = residual
-        self.stage_positions = boundary.buffers.rows[stage].position[: step.num_rows(stage)]
+        rows = slice(0, step.num_rows(stage))
+        self.stage_positions = boundary.buffers.rows[stage].position[rows]
+        if self.has_experts:
+            get_forward_context().is_padding = boundary.buffers.rows[stage].request[rows] < 0
 
     def _cut_rows_of(self, last_layer: torch.nn.Module, family: Family) -> None:
         """Have what follows the last attention run on the sampled rows; see ``sampled_rows``."""
         module = self.model.norm
         if family.after_attention is not None:
             module = last_layer.get_submodule(family.after_attention)
-        module.register_forward_pre_hook(_cut_to_sampled_rows)
+        module.register_forward_pre_hook(self._cut_to_sampled_rows)
+
+    def _cut_to_sampled_rows(self, module: torch.nn.Module, args: tuple) -> tuple | None:
+        """The rows that are sampled from, of each of the arguments."""
+        context, metadata = get_forward_context(), _stage_metadata()
+        if metadata is None or captures_pieces():
+            return None
+        rows = sampled_rows(metadata.step, metadata.boundary)
+        if self.has_experts and context.is_padding is not None:
+            context.is_padding = context.is_padding[rows]
+        return tuple(states[rows] for states in args)
 
 
 def _stage_metadata() -> StageMetadata | None:
@@ -144,12 +159,3 @@ def _cross_without_drops(stage: int) -> None:
     metadata = _stage_metadata()
     assert metadata.step.drops_nothing
     metadata.boundary.cross(metadata.step, stage, None, None)
-
-
-def _cut_to_sampled_rows(module: torch.nn.Module, args: tuple) -> tuple | None:
-    """The rows that are sampled from, of each of the arguments."""
-    metadata = _stage_metadata()
-    if metadata is None or captures_pieces():
-        return None
-    rows = sampled_rows(metadata.step, metadata.boundary)
-    return tuple(states[rows] for states in args)

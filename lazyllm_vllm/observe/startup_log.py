@@ -1,10 +1,10 @@
 """The block that the log shows at start: schedule, what was switched off, room in the cache."""
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lazyllm_vllm.hooks.engine_config import SWITCHED_OFF
+from lazyllm_vllm.hooks.engine_config import SWITCHED_OFF, full_layers
 from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
 from lazyllm_vllm.plan.blocks import BlockNeeds, ceil_div
 from lazyllm_vllm.plan.schedule import Schedule
@@ -19,7 +19,7 @@ def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCa
     longest, blocks = vllm_config.model_config.max_model_len, kv_cache_config.num_blocks
     specs = (group.kv_cache_spec for group in kv_cache_config.kv_cache_groups)
     needs = next(spec for spec in specs if isinstance(spec, StageSpec)).needs
-    ours, stock = cache_room(needs, blocks, longest)
+    ours, stock = cache_room(needs, blocks, longest, _windows(vllm_config.model_config))
     switched_off = vllm_config.additional_config.get(SWITCHED_OFF, [])
     config = schedule.config
     lines = ["LazyLLM is on"]
@@ -46,10 +46,25 @@ def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCa
     logger.info("\n".join(lines))
 
 
-def cache_room(needs: BlockNeeds, num_blocks: int, longest: int) -> tuple[int, int]:
+def _windows(model: ModelConfig) -> list[int]:
+    """The sliding window of each layer that has one."""
+    full = full_layers(model)
+    num_windows = 0 if full is None else model.get_total_num_hidden_layers() - len(full)
+    return [model.get_sliding_window()] * num_windows
+
+
+def cache_room(
+    needs: BlockNeeds, num_blocks: int, longest: int, windows: list[int]
+) -> tuple[int, int]:
     """Tokens that fit in the KV cache, in prompts of ``longest`` tokens: with LazyLLM, and in the
-    same bytes without."""
+    same bytes without.
+
+    Args:
+        windows: of the layers that have one, of which stock vLLM keeps no more tokens.
+    """
     ours = num_blocks / needs.total(longest, longest) * longest
-    pages_per_request = ceil_div(longest, needs.block_size) * needs.schedule.num_layers
+    held = [longest] * (needs.schedule.num_layers - len(windows))
+    held += [min(window, longest) for window in windows]
+    pages_per_request = sum(ceil_div(tokens, needs.block_size) for tokens in held)
     stock = num_blocks * needs.pages / pages_per_request * longest
     return int(ours), int(stock)

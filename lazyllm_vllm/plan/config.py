@@ -45,7 +45,8 @@ class LazyLLMConfig(BaseModel):
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from
-            the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache.
+            the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache. In a mixture of
+            experts 0 unless it is set.
         revive_per_request: most of them that one request may use.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
         allow_untested_model: run a model class that has the form of those that were tested, but

@@ -54,7 +54,7 @@ class Family:
         """Name of a run: LazyLLM's configuration, more options."""
         whole = {"prune": [{"layer": layer, "keep": 1} for layer in self.boundaries]}
         cuts = [{"layer": n, "keep": keep} for n, keep in zip(self.boundaries, KEEPS)]
-        pruned = {"prune": cuts, "min_prompt_tokens": 512}
+        pruned = {"prune": cuts, "min_prompt_tokens": 512, "revive_budget": 64}
         return {
             "stock": (None, {}),
             "keep 1": (whole, {}),
