@@ -41,8 +41,10 @@ def test_what_works_is_said():
     readme, versions = _read("README.md"), _read("docs/vllm-versions.md")
     assert f"| vLLM | {', '.join(SUPPORTED)} " in readme
     assert re.findall(r"^\| (\d\S+) \|", versions, flags=re.M) == list(SUPPORTED)
-    (models,) = re.findall(r"^\| models \| (.+?) \|", readme, flags=re.M)
-    assert re.findall(r"`(\w+)`", models) == [family.architecture for family in FAMILIES]
+    (models,) = re.findall(r"^\| \[models\]\S+ \| (.+?) \|", readme, flags=re.M)
+    names = [family.name for family in FAMILIES]
+    assert re.findall(r"`(\w+)`", models) == names
+    assert re.findall(r"^\| `(\w+ForCausalLM)` \|", _read("docs/models.md"), flags=re.M) == names
     assert _read("CHANGELOG.md").split("## ")[1].startswith(__version__)
 
 

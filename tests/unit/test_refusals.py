@@ -39,7 +39,12 @@ def _create(model, config=BALANCED, **flags):
         ),
         ({"spec_method": "ngram", "spec_tokens": 2}, "--speculative-config or --spec-method"),
         ({"enable_lora": True}, "--enable-lora"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype: use auto or fp8"),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "--kv-cache-dtype-skip-layers",
+        ),
+        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
         (
@@ -54,7 +59,7 @@ def _create(model, config=BALANCED, **flags):
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"}, "--worker-cls"),
         ({"model_impl": "transformers"}, "--model-impl"),
-        ({"hf_overrides": {"architectures": ["MambaForCausalLM"]}}, "supported: LlamaForCausalLM"),
+        ({"hf_overrides": {"architectures": ["MambaForCausalLM"]}}, '"allow_untested_model": true'),
     ],
 )
 def test_flags(tiny, flags, says):
@@ -141,7 +146,9 @@ def test_the_same_arguments_make_the_same_engine_twice(tiny):
 @pytest.mark.parametrize(
     ("attribute", "value", "says"),
     [
-        ("sliding_window", 128, "sliding window"),
+        ("sliding_window", 128, "windows that config.json does not tell of"),
+        ("head_size_v", 64, "values of another size"),
+        ("kv_sharing_target_layer_name", "layers.1", "keys shared between layers"),
         ("impl", SimpleNamespace(scale=1, logits_soft_cap=30.0), "soft-capped"),
         ("impl", SimpleNamespace(scale=1, alibi_slopes=[1.0]), "ALiBi"),
     ],
@@ -151,11 +158,21 @@ def test_attention_that_does_more(attribute, value, says):
         "layer_name": "layers.0",
         "attn_type": "decoder",
         "sliding_window": None,
+        "head_size": 128,
+        "head_size_v": 128,
+        "kv_sharing_target_layer_name": None,
         "impl": SimpleNamespace(scale=1, alibi_slopes=None),
     }
-    check_attention(SimpleNamespace(**plain))
+    check_attention(SimpleNamespace(**plain), is_full=True)
     with pytest.raises(ConfigError, match=says):
-        check_attention(SimpleNamespace(**plain | {attribute: value}))
+        check_attention(SimpleNamespace(**plain | {attribute: value}), is_full=True)
+
+
+def test_experts_in_data_parallel_replicas(tmp_path):
+    config = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    model = tiny_model(tmp_path, **config, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(ConfigError, match="--data-parallel-size: set it to 1"):
+        _create(model, data_parallel_size=2)
 
 
 def _request(num_prompt, resumable=False, **params):
