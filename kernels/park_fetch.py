@@ -1,7 +1,9 @@
 """Hidden states across a boundary: parked in the Aux Cache, fetched for the rows that go on.
 
 Each row of the stage after a boundary says where its state comes from: a row of the stage before
-(``Rows.source``), or, where that is -1, the Aux Cache.
+(``Rows.source``), or, where that is -1, the Aux Cache. One in FP8 has a scale for each state:
+
+    scale = max |x| / 448        448: the largest number of e4m3
 """
 
 import torch
@@ -9,8 +11,10 @@ import torch
 from vllm.triton_utils import tl, triton
 
 from lazyllm_vllm.kernels.jit import step_jit
-from lazyllm_vllm.kernels.prompt_pages import AuxCache, aux_at
+from lazyllm_vllm.kernels.paged import FP8
+from lazyllm_vllm.kernels.prompt_pages import AuxCache, aux_at, state_at
 from lazyllm_vllm.kernels.selection import Rows
+from lazyllm_vllm.kernels.write_kv import FP8_MAX, stored, to_stored
 
 
 @step_jit
@@ -20,6 +24,7 @@ def _park_kernel(
     row_position_ptr,
     is_pruned_ptr,
     aux_ptr,
+    scale_ptr,  # a plane of the prompt state, fp32; for FP8
     num_prompt_ptr,
     block_table_ptr,
     block_table_stride,
@@ -38,10 +43,12 @@ def _park_kernel(
         return
     if tl.load(is_pruned_ptr + request) == 0:
         return
+    block_table = block_table_ptr + request * block_table_stride
+    position = tl.load(row_position_ptr + row)
     at = aux_at(
-        block_table_ptr + request * block_table_stride,
+        block_table,
         tl.load(num_prompt_ptr + request),
-        tl.load(row_position_ptr + row),
+        position,
         page_stride,
         block_stride,
         PAGES,
@@ -51,8 +58,43 @@ def _park_kernel(
     )
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = i < SLOT_SIZE
-    x = tl.load(hidden_ptr + row * SLOT_SIZE + i, mask=valid)
-    tl.store(aux_ptr + at + i, x, mask=valid)
+    x = tl.load(hidden_ptr + row * SLOT_SIZE + i, mask=valid, other=0.0)
+    dtype: tl.constexpr = aux_ptr.dtype.element_ty
+    if dtype == tl.float8e4nv:  # one program has the whole row
+        highest = tl.max(tl.abs(x.to(tl.float32)), 0)
+        scale = tl.where(highest > 0, highest / FP8_MAX, 1.0)
+        where = _scale_at(
+            block_table, position, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+        )
+        tl.store(scale_ptr + where, scale)
+        tl.store(aux_ptr + at + i, to_stored(x, scale, dtype), mask=valid)
+    else:
+        tl.store(aux_ptr + at + i, x, mask=valid)
+
+
+@triton.jit
+def _scale_at(
+    block_table_row,
+    position,
+    page_stride,
+    block_stride,
+    PAGES: tl.constexpr,
+    PER_PAGE: tl.constexpr,
+    SLOT_SIZE: tl.constexpr,
+    PER_SLOT: tl.constexpr,
+):
+    """``state_at``, of strides and a slot size in FP8 numbers, which are bytes."""
+    return state_at(
+        block_table_row,
+        position,
+        position >= 0,
+        page_stride // 4,
+        block_stride // 4,
+        PAGES,
+        PER_PAGE,
+        SLOT_SIZE // 4,
+        PER_SLOT,
+    )
 
 
 @step_jit
@@ -63,6 +105,7 @@ def _fetch_kernel(
     row_request_ptr,
     row_position_ptr,
     aux_ptr,
+    scale_ptr,
     num_prompt_ptr,
     block_table_ptr,
     block_table_stride,
@@ -85,10 +128,12 @@ def _fetch_kernel(
     elif HAS_AUX:
         request = tl.load(row_request_ptr + row)
         if request >= 0:
+            block_table = block_table_ptr + request * block_table_stride
+            position = tl.load(row_position_ptr + row)
             at = aux_at(
-                block_table_ptr + request * block_table_stride,
+                block_table,
                 tl.load(num_prompt_ptr + request),
-                tl.load(row_position_ptr + row),
+                position,
                 page_stride,
                 block_stride,
                 PAGES,
@@ -96,7 +141,20 @@ def _fetch_kernel(
                 SLOT_SIZE,
                 PER_SLOT,
             )
-            x = tl.load(aux_ptr + at + i, mask=valid)
+            parked = tl.load(aux_ptr + at + i, mask=valid)
+            if aux_ptr.dtype.element_ty == tl.float8e4nv:
+                where = _scale_at(
+                    block_table,
+                    position,
+                    page_stride,
+                    block_stride,
+                    PAGES,
+                    PER_PAGE,
+                    SLOT_SIZE,
+                    PER_SLOT,
+                )
+                parked = parked.to(tl.float32) * tl.load(scale_ptr + where)
+            x = parked.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SLOT_SIZE + i, x, mask=valid)
 
 
@@ -109,12 +167,15 @@ def _blocks(size: int) -> tuple[int, int]:
 def park_triton(hidden, rows, batch, is_pruned, aux):
     assert hidden.is_contiguous()
     block, parts = _blocks(hidden.shape[1])
+    if aux.buffer.dtype == FP8:
+        block, parts = triton.next_power_of_2(hidden.shape[1]), 1
     _park_kernel[(len(batch), parts)](
         hidden,
         rows.request,
         rows.position,
         is_pruned,
         aux.buffer,
+        aux.state.scale,
         aux.num_prompt,
         *aux.pages.kernel_args,
         batch.start,
@@ -129,18 +190,24 @@ def park_reference(hidden, rows, batch, is_pruned, aux):
     at = at[(request >= 0) & (is_pruned[request.clamp(min=0).long()] != 0)]
     element = torch.arange(hidden.shape[1], device=hidden.device)
     address = aux.at(rows.request[at], rows.position[at])
-    aux.buffer[address[:, None] + element] = hidden[at]
+    states = hidden[at]
+    if aux.buffer.dtype == FP8:
+        highest = states.float().abs().amax(1)
+        scale = (highest / FP8_MAX.value).where(highest > 0, 1.0)
+        aux.state.scale[aux.state.at(rows.request[at].long(), rows.position[at].long())] = scale
+        states = stored(states, scale[:, None], FP8)
+    aux.buffer[address[:, None] + element] = states
 
 
 def fetch_triton(out, hidden, rows, aux):
     assert hidden.is_contiguous() and out.is_contiguous()
     block, parts = _blocks(hidden.shape[1])
     if aux is None:  # the kernel is given addresses that it never reads
-        where = (hidden, rows.source, rows.source, 0, 0, 0)
+        where = (hidden, hidden, rows.source, rows.source, 0, 0, 0)
         constants = dict.fromkeys(("PAGES", "PER_PAGE", "PER_SLOT"), 1)
         constants["SLOT_SIZE"] = hidden.shape[1]
     else:
-        where = (aux.buffer, aux.num_prompt, *aux.pages.kernel_args)
+        where = (aux.buffer, aux.state.scale, aux.num_prompt, *aux.pages.kernel_args)
         constants = aux.pages.kernel_constants
     _fetch_kernel[(len(out), parts)](
         out,
@@ -163,8 +230,11 @@ def fetch_reference(out, hidden, rows, aux):
     if aux is not None:
         from_aux = ((source < 0) & (request >= 0)).nonzero()[:, 0]
         element = torch.arange(hidden.shape[1], device=hidden.device)
-        address = aux.at(rows.request[from_aux], rows.position[from_aux])
-        out[from_aux] = aux.buffer[address[:, None] + element]
+        request, position = rows.request[from_aux].long(), rows.position[from_aux].long()
+        states = aux.buffer[aux.at(request, position)[:, None] + element]
+        if aux.buffer.dtype == FP8:
+            states = states.float() * aux.state.scale[aux.state.at(request, position)][:, None]
+        out[from_aux] = states.to(out.dtype)
 
 
 def park(

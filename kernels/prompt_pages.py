@@ -6,7 +6,7 @@ each cut into ``per_page`` slots as large as a hidden state:
     slot -> block_table[slot // (pages * per_page)], page slot // per_page % pages, place
             slot % per_page
 
-A slot holds the state of ``positions_per_slot`` positions, as four planes of four-byte numbers.
+A slot holds the state of ``positions_per_slot`` positions, as five planes of four-byte numbers.
 The first ``ceil(N / positions_per_slot)`` slots of a prompt of N tokens are its state; the p-th
 slot after them holds the hidden state of position p.
 """
@@ -18,7 +18,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-PLANES = 4
+PLANES = 5
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,30 @@ class Pages:
 class PromptState:
     """What is known of each position of the prompts that are pruned.
 
-    All four planes are flat views of one buffer; ``at`` gives a position's place in every plane.
+    All planes are flat views of one buffer; ``at`` gives a position's place in every plane.
 
     Attributes:
         score: fp32, the attention paid to the position.
         rank: int32, what it is chosen by; -1: no candidate at this boundary.
         level: int32, number of stages in which the position has keys.
         selected: int32, last boundary at which this step selected it.
+        scale: fp32, what its hidden state in an FP8 Aux Cache is to be multiplied by.
     """
 
     score: torch.Tensor
     rank: torch.Tensor
     level: torch.Tensor
     selected: torch.Tensor
+    scale: torch.Tensor
     pages: Pages
 
     @classmethod
     def of_buffer(cls, words: torch.Tensor, pages: Pages) -> "PromptState":
         """``words``: the flat int32 buffer from the group's first page on."""
         size = pages.positions_per_slot
-        score, *others = (words[plane * size :] for plane in range(PLANES))
-        return cls(score.view(torch.float32), *others, pages)
+        score, rank, level, selected, scale = (words[n * size :] for n in range(PLANES))
+        floats = (score.view(torch.float32), scale.view(torch.float32))
+        return cls(floats[0], rank, level, selected, floats[1], pages)
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> "PromptState":
@@ -95,8 +98,8 @@ class PromptState:
         pages = Pages(table, 1, 1, PLANES, 1, page_stride=PLANES, block_stride=PLANES)
         return cls.of_buffer(torch.zeros(PLANES, dtype=torch.int32, device=device), pages)
 
-    def at(self, request: int, position: torch.Tensor) -> torch.Tensor:
-        """Where positions (int64) of a request are in each plane; int64."""
+    def at(self, request: torch.Tensor | int, position: torch.Tensor) -> torch.Tensor:
+        """Where positions (int64) of requests (batch indices) are in each plane; int64."""
         size = self.pages.positions_per_slot
         return self.pages.slot_address(request, position // size) + position % size
 
@@ -111,13 +114,15 @@ class AuxCache:
     """Hidden states of dropped tokens.
 
     Attributes:
-        buffer: flat, in the model's dtype, from the group's first page on.
+        buffer: flat, in the model's dtype or FP8 (e4m3), from the group's first page on.
         num_prompt: ``[batch]`` int32.
+        state: of the same prompts; has the scales of hidden states in FP8.
     """
 
     buffer: torch.Tensor
     num_prompt: torch.Tensor
     pages: Pages
+    state: PromptState
 
     def at(self, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """First element of each hidden state, int64; ``request`` holds batch indices."""

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
 from lazyllm_vllm.hooks.attention_layer import StagedAttention
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec
+from lazyllm_vllm.kernels.paged import FP8
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, Pages, PromptState
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.grouping import layers_per_group
@@ -28,6 +29,11 @@ class PromptPage(torch.nn.Module, AttentionLayerBase):
     def __init__(self, like: StagedAttention) -> None:
         super().__init__()
         self._like = (like,)  # in a tuple, so as not to become a submodule
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether keys, values and hidden states are stored in FP8."""
+        return self._like[0].impl.is_fp8
 
     def get_attn_backend(self) -> type[LazyAttentionBackend]:
         return LazyAttentionBackend
@@ -66,7 +72,7 @@ def prompt_cache(
     Args:
         layers: vLLM's, by name; the group's are bound to the buffer.
         num_prompt: ``[batch]`` int32.
-        dtype: of hidden states.
+        dtype: of hidden states; an FP8 cache has them in FP8 too.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     group = next((at for at, spec in enumerate(specs) if isinstance(spec, PromptSpec)), None)
@@ -92,6 +98,7 @@ def prompt_cache(
     state = PromptState.of_buffer(words, pages(4))
     if not needs.schedule.has_aux:
         return PromptCache(state, None)
+    dtype = FP8 if layers[names[0]].is_fp8 else dtype
     size = get_dtype_size(dtype)
     vectors = raw.view(dtype)[tensor.offset // size :]
-    return PromptCache(state, AuxCache(vectors, num_prompt, pages(size)))
+    return PromptCache(state, AuxCache(vectors, num_prompt, pages(size), state))

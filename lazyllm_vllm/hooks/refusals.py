@@ -229,8 +229,8 @@ def _check_page_size(config: VllmConfig) -> None:
     model = config.model_config
     token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
     is_fp8 = config.cache_config.cache_dtype in FP8
-    token *= 1 if is_fp8 else get_dtype_size(model.dtype)
-    vector = model.get_hidden_size() * get_dtype_size(model.dtype)
+    size = 1 if is_fp8 else get_dtype_size(model.dtype)
+    token, vector = token * size, model.get_hidden_size() * size
     page = config.cache_config.block_size * token
     if page < vector:
         raise ConfigError(

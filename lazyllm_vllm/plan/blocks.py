@@ -12,7 +12,7 @@ from lazyllm_vllm.plan.grouping import layers_per_group
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.schedule import Schedule
 
-STATE_BYTES = 16  # four numbers of four bytes: score, rank, level, selected
+STATE_BYTES = 20  # five numbers of four bytes: score, rank, level, selected, scale
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -24,7 +24,7 @@ class BlockNeeds:
     """Attributes:
     block_size: tokens a block of a stage.
     page_size: bytes of one layer's part of a block.
-    vector_size: bytes of a hidden state.
+    vector_size: bytes of a hidden state in the Aux Cache.
     """
 
     schedule: Schedule

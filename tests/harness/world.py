@@ -1,11 +1,11 @@
 """A random engine state for kernel tests: requests of odd lengths in shuffled blocks, some of their
 prompt tokens present in later stages, every output poisoned."""
 
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 
-from lazyllm_vllm.kernels.paged import StageKeys
+from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.prompt_pages import PLANES, AuxCache, Pages, PromptState
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Selection
 from lazyllm_vllm.kernels.top_k import make_search
@@ -107,8 +107,8 @@ class World:
         """Pages in which each request has so many slots, and the elements that hold them."""
         pages, per_page = (3, 4) if self.seed % 2 else (2, 7)
         width = -(-num_slots // (pages * per_page))
-        page_stride = per_page * slot_size + 5
-        block_stride = pages * page_stride + 3
+        page_stride = per_page * slot_size + 8
+        block_stride = pages * page_stride + 4
         table = self.shuffled(len(self.prompts), width)
         pages = Pages(
             table, pages, per_page, slot_size, self.positions_per_slot, page_stride, block_stride
@@ -184,7 +184,19 @@ class World:
         slots = -(-max(self.prompts) // self.positions_per_slot) + max(self.prompts)
         pages, size = self.pages(hidden_size, slots)
         buffer = torch.full((size,), 9e9, dtype=self.dtype, device=self.device)
-        return AuxCache(buffer, self.ints(self.prompts), pages)
+        state = PromptState.none(len(self.prompts), self.device)
+        return AuxCache(buffer, self.ints(self.prompts), pages, state)
+
+    def fp8_aux(self, hidden_size: int) -> AuxCache:
+        """The same in FP8, with the prompt state in the same pages."""
+        slots = -(-max(self.prompts) // self.positions_per_slot) + max(self.prompts)
+        pages, size = self.pages(hidden_size, slots)
+        words = torch.full((size // 4 + 1,), POISON, dtype=torch.int32, device=self.device)
+        sizes = ("slot_size", "page_stride", "block_stride")
+        in_words = replace(pages, **{name: getattr(pages, name) // 4 for name in sizes})
+        assert in_words.slot_size >= PLANES * self.positions_per_slot
+        state = PromptState.of_buffer(words, in_words)
+        return AuxCache(words.view(FP8), self.ints(self.prompts), pages, state)
 
 
 def make_world(

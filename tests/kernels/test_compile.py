@@ -17,7 +17,7 @@ BF16 = {
     "cos_sin_ptr",
     "sinks_ptr",
 }
-FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr"}
+FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr", "scale_ptr"}
 INT64 = {
     "row_position_ptr",
     "before_position_ptr",
@@ -127,7 +127,7 @@ def _variants(kernels):
 def _type_of(name: str, cache: str) -> str:
     if name.endswith("scale"):
         return "fp32"
-    if name == "kv_ptr":
+    if name in ("kv_ptr", "aux_ptr"):
         return cache
     kinds = {"*bf16": BF16, "*fp32": FP32, "*i64": INT64}
     pointer = next((kind for kind, names in kinds.items() if name in names), "*i32")
@@ -156,7 +156,8 @@ def _compile_all() -> None:
     compiled = set()
     for kernel, constants in _variants(kernels):
         names = kernel.arg_names
-        for cache in ("*bf16", "*fp8e4nv") if "kv_ptr" in names else ("",):
+        caches = {"kv_ptr", "aux_ptr"} & set(names)
+        for cache in ("*bf16", "*fp8e4nv") if caches else ("",):
             types = {n: "constexpr" if n in constants else _type_of(n, cache) for n in names}
             triton.compile(
                 ASTSource(kernel, types, constexprs=constants), target=GPUTarget("cuda", 90, 32)

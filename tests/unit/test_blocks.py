@@ -187,7 +187,7 @@ def test_blocks_follow_the_arithmetic_and_come_back(schedule, lives):
                 assert len(blocks) == cdiv(most, BLOCK)
                 assert plan.kept[spec.stage] <= plan.capacity[spec.stage] <= num_prompt
                 continue
-            slots = cdiv(num_prompt, VECTOR // 16) + (num_prompt if schedule.has_aux else 0)
+            slots = cdiv(num_prompt, VECTOR // 20) + (num_prompt if schedule.has_aux else 0)
             assert len(blocks) == (cdiv(slots, 20 * needs.pages) if plan.is_pruned else 0)
     for request in requests:
         manager.free(request)
