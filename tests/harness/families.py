@@ -44,11 +44,13 @@ class Family:
     config: makes the model's configuration.
     boundaries: layers to prune after; each sees all positions.
     edits: what config.json says instead; None: it says nothing.
+    has_row: whether LazyLLM's table of families has it; if not, a user must allow it.
     """
 
     config: Callable[[], PretrainedConfig]
     boundaries: tuple[int, int] = (2, 4)
     edits: dict = field(default_factory=dict)
+    has_row: bool = True
 
 
 FAMILIES = {
@@ -124,6 +126,7 @@ FAMILIES = {
         ),
         boundaries=(3, 6),
     ),
+    "ernie45": Family(_config("Ernie4_5", use_bias=False), has_row=False),
     "gpt_oss": Family(
         _config(
             "GptOss",

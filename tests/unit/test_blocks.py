@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
+from lazyllm_vllm.observe.startup_log import cache_room
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.grouping import layers_per_group
@@ -236,3 +237,12 @@ def test_groups_are_as_large_as_we_say(starts):
             assert {schedule.stage_of(i) for i in layers} == {g.kv_cache_spec.stage}
     prompts = [g for g in groups if isinstance(g.kv_cache_spec, PromptSpec)]
     assert len(prompts) == int(schedule.prunes)
+
+
+def test_the_log_counts_what_stock_vllm_keeps_of_windows():
+    """Of 100 blocks a layer, three layers with windows of ten blocks keep ten each."""
+    needs = needs_of(Schedule.build(LazyLLMConfig(prune=[{"layer": 2, "keep": 0.5}]), 4))
+    longest, blocks = 100 * BLOCK, 10_000
+    _, whole = cache_room(needs, blocks, longest, [])
+    _, windowed = cache_room(needs, blocks, longest, [10 * BLOCK] * 3)
+    assert windowed == pytest.approx(whole * 400 / 130, rel=1e-3)
