@@ -20,7 +20,7 @@ test: env lint wheel
 	$(PYTEST)
 	tests/env/check_vllm.sh $(PYTHON) $(NEWEST) $(ON_NEWEST)
 
-# For every edit: no engine, under two minutes.
+# For every edit: no engine, about three minutes on two cores.
 check: env lint
 	$(PYTEST) tests/unit tests/kernels
 
