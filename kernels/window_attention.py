@@ -8,6 +8,8 @@ with j of the row's own prompt. Rows rise in position, so that what a block of t
 of rows, from one found by counting.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm.triton_utils import tl, triton
@@ -15,6 +17,21 @@ from vllm.triton_utils import tl, triton
 from lazyllm_vllm.kernels.layer_form import LOG2_E, LayerForm, attend, is_seen
 
 NEVER = tl.constexpr(2**31 - 1)  # a position after all others
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of several prompts, one after the other.
+
+    Attributes:
+        positions: ``[rows or more]`` int64, rising within a prompt.
+        starts: ``[prefills + 1]`` int32, first row of each prompt.
+        longest: most rows of a prompt.
+    """
+
+    positions: torch.Tensor
+    starts: torch.Tensor
+    longest: int
 
 
 @triton.jit
@@ -170,13 +187,14 @@ def _window_attention_kernel(
     tl.store(out_at, out, mask=m_valid[:, None] & d_valid)
 
 
-def window_attention_triton(out, q, k, v, positions, starts, longest, form):
+def window_attention_triton(out, q, k, v, rows, form):
     num_heads, head_dim = q.shape[1:]
     assert all(x.stride(1) == head_dim and x.stride(2) == 1 for x in (out, q, k, v))
     head_pad = max(16, triton.next_power_of_2(head_dim))
     block_m = 128
     has_sinks = form.sinks is not None
-    _window_attention_kernel[(num_heads, len(starts) - 1, triton.cdiv(longest, block_m))](
+    prefills, blocks = len(rows.starts) - 1, triton.cdiv(rows.longest, block_m)
+    _window_attention_kernel[(num_heads, prefills, blocks)](
         out,
         out.stride(0),
         q,
@@ -185,9 +203,9 @@ def window_attention_triton(out, q, k, v, positions, starts, longest, form):
         k.stride(0),
         v,
         v.stride(0),
-        positions,
-        starts,
-        form.sinks if has_sinks else starts,  # an address that is never read
+        rows.positions,
+        rows.starts,
+        form.sinks if has_sinks else rows.starts,  # an address that is never read
         form.scale,
         GROUP=num_heads // k.shape[1],
         HEAD_DIM=head_dim,
@@ -202,14 +220,14 @@ def window_attention_triton(out, q, k, v, positions, starts, longest, form):
     )
 
 
-def window_attention_reference(out, q, k, v, positions, starts, longest, form):
-    bounds = starts.tolist()
+def window_attention_reference(out, q, k, v, rows, form):
+    bounds = rows.starts.tolist()
     for start, end in zip(bounds, bounds[1:]):
         for row in range(start, end, 128):  # few at a time: no logits of a long prompt by itself
-            rows = slice(row, min(row + 128, end))
-            keys = slice(max(start, row - form.window + 1), rows.stop)
-            seen = form.sees(positions[rows], positions[keys])
-            out[rows] = attend(q[rows], k[keys], v[keys], seen, form)[0].to(out.dtype)
+            mine = slice(row, min(row + 128, end))
+            keys = slice(max(start, row - form.window + 1), mine.stop)
+            seen = form.sees(rows.positions[mine], rows.positions[keys])
+            out[mine] = attend(q[mine], k[keys], v[keys], seen, form)[0].to(out.dtype)
 
 
 def window_attention(
@@ -217,9 +235,7 @@ def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    positions: torch.Tensor,
-    starts: torch.Tensor,
-    longest: int,
+    rows: KeptRows,
     form: LayerForm,
 ) -> None:
     """Causal attention of each prompt's kept tokens in a layer with a window.
@@ -229,9 +245,6 @@ def window_attention(
             side by side.
         q: ``[rows, heads, head_dim]``.
         k, v: ``[rows, kv_heads, head_dim]``.
-        positions: ``[rows or more]`` int64, rising within a prompt.
-        starts: ``[prefills + 1]`` int32, first row of each prompt.
-        longest: most rows of a prompt.
     """
     run = window_attention_triton if q.is_cuda else window_attention_reference
-    run(out, q, k, v, positions, starts, longest, form)
+    run(out, q, k, v, rows, form)

@@ -72,7 +72,7 @@ def staged_architecture(args: EngineArgs) -> str:
         config_format=args.config_format,
     )
     names = overrides.get("architectures") or getattr(hf_config, "architectures", None) or []
-    if any(name.removeprefix(PREFIX) != name for name in names):
+    if names and names[0].startswith(PREFIX):
         return names[0]  # set before
     found = next(filter(None, map(vllm_class, names)), None)
     known = ", ".join(family.name for family in FAMILIES)

@@ -84,8 +84,7 @@ class StagedAttention(Attention):
             stage=self.stage,
             needs=None,
         )
-        # Who stores keys in FP8 wants room: so are the hidden states beside them.
-        size = 1 if self.impl.is_fp8 else get_dtype_size(model.dtype)
-        vector_size = model.get_hidden_size() * size
+        # Hidden states are stored like keys: in the model's dtype, or in FP8.
+        vector_size = model.get_hidden_size() * get_dtype_size(spec.dtype)
         needs = BlockNeeds(self.schedule, spec.block_size, spec.page_size_bytes, vector_size)
         return replace(spec, needs=needs)

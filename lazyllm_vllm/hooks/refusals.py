@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import get_dtype_size
+from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 
 from lazyllm_vllm.observe.trace import Trace
@@ -228,14 +228,14 @@ def _check_page_size(config: VllmConfig) -> None:
     """A hidden state must fit in one layer's part of a block of the KV cache."""
     model = config.model_config
     token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-    is_fp8 = config.cache_config.cache_dtype in FP8
-    size = 1 if is_fp8 else get_dtype_size(model.dtype)
-    token, vector = token * size, model.get_hidden_size() * size
-    page = config.cache_config.block_size * token
-    if page < vector:
+    block_size, vector = config.cache_config.block_size, model.get_hidden_size()
+    if block_size * token < vector:
+        # Both are stored in one dtype.
+        size = get_dtype_size(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model))
         raise ConfigError(
-            f"lazyllm: a page of the KV cache holds {page} bytes, less than a hidden state "
-            f"({vector}); raise --block-size to {-(-vector // (16 * token)) * 16} or more"
+            f"lazyllm: a page of the KV cache holds {block_size * token * size} bytes, less than a "
+            f"hidden state ({vector * size}); raise --block-size to "
+            f"{-(-vector // (16 * token)) * 16} or more"
         )
 
 

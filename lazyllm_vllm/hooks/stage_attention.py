@@ -21,11 +21,11 @@ from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.kernels.attention import DecodeRows, paged_attention
-from lazyllm_vllm.kernels.layer_form import LayerForm
+from lazyllm_vllm.kernels.layer_form import LayerForm, attend
 from lazyllm_vllm.kernels.paged import StageKeys
 from lazyllm_vllm.kernels.rotary import rotate_and_write
 from lazyllm_vllm.kernels.score import last_rows_lse
-from lazyllm_vllm.kernels.window_attention import window_attention
+from lazyllm_vllm.kernels.window_attention import KeptRows, window_attention
 from lazyllm_vllm.kernels.write_kv import write_kv
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.runtime.step import Step
@@ -123,10 +123,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         return output
 
     def _keys(self, layer, kv_cache, metadata: StageMetadata) -> StageKeys:
-        scales = (1.0, 1.0)
-        if self.is_fp8:  # vLLM hands on bytes
-            kv_cache = kv_cache.view(torch.float8_e4m3fn)
-            scales = (layer._k_scale_float, layer._v_scale_float)
+        scales = (layer._k_scale_float, layer._v_scale_float) if self.is_fp8 else (1.0, 1.0)
         return metadata.boundary.keys_of(
             layer.layer_name, kv_cache, metadata.stage, metadata.group, scales
         )
@@ -227,8 +224,8 @@ class StageAttention(AttentionImpl[StageMetadata]):
             query, key, value, output = (x[segments.base :] for x in (query, key, value, output))
         if self.form.window is not None and (stage > 0 or not query.is_cuda):
             positions = _positions(metadata)[segments.base :]
-            rows = query, key, value, positions
-            window_attention(output, *rows, segments.start, longest, self.form)
+            rows = KeptRows(positions, segments.start, longest)
+            window_attention(output, query, key, value, rows, self.form)
             return
         attend = self.prefill_flash if query.is_cuda else self.prefill_dense
         window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
@@ -281,13 +278,15 @@ class StageAttention(AttentionImpl[StageMetadata]):
         bounds, scale, sinks = starts.tolist(), self.form.scale, self.form.sinks
         lse = []
         for mine in map(slice, bounds, bounds[1:]):
-            q, k, v = (x[mine].transpose(0, 1)[None] for x in (query, key, value))
-            output[mine] = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )[0].transpose(0, 1)
-            if sinks is not None:  # the softmax without its sinks has more than its share
-                all_lse = last_rows_lse(query[mine], key[mine], scale, len(q[0, 0])).flip(0)
-                output[mine] *= (all_lse - sinks.float()).sigmoid()[..., None].to(output.dtype)
+            if sinks is not None:
+                at = torch.arange(mine.stop - mine.start)
+                seen = self.form.sees(at, at)
+                output[mine] = attend(query[mine], key[mine], value[mine], seen, self.form)[0]
+            else:
+                q, k, v = (x[mine].transpose(0, 1)[None] for x in (query, key, value))
+                output[mine] = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=scale, enable_gqa=True
+                )[0].transpose(0, 1)
             if window_rows is not None:
                 window = len(window_rows)
                 lse.append(last_rows_lse(query[mine], key[mine], scale, window, sinks))

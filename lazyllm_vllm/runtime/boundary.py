@@ -3,7 +3,7 @@
 import torch
 
 from lazyllm_vllm.kernels.begin_step import begin_step
-from lazyllm_vllm.kernels.paged import StageKeys
+from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.park_fetch import fetch, park
 from lazyllm_vllm.kernels.place import place_rows
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens
@@ -79,6 +79,8 @@ class Boundary:
         if layer not in self._keys:
             table = next(table for at, table in self.stage_tables[stage] if at == group)
             b = self.buffers
+            if kv_cache.dtype == torch.uint8:  # as vLLM hands on an FP8 cache
+                kv_cache = kv_cache.view(FP8)
             keys = StageKeys(
                 kv_cache, table, b.rows[stage].num_keys, b.slot_position, stage, *scales
             )

@@ -9,20 +9,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-SHAPE = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+from harness.tiny import SIZES
+
+SHAPE = SIZES | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # A context 16 times as long as the one before, which most prompts of the tests exceed.
 YARN = {

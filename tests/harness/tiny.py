@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SIZES = {
     "vocab_size": 1000,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -13,11 +11,15 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "hidden_act": "silu",
     "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+LLAMA = SIZES | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
 # For the speed benchmark, whose prompts have token ids up to 30,000.

@@ -6,6 +6,7 @@ from harness.world import close
 
 from lazyllm_vllm.kernels.layer_form import LayerForm
 from lazyllm_vllm.kernels.window_attention import (
+    KeptRows,
     window_attention_reference,
     window_attention_triton,
 )
@@ -54,7 +55,7 @@ def test_window_attention(kept, window, has_sinks, heads, kv_heads, head_dim, de
         expected[mine] = torch.einsum("hij,jhd->ihd", p, values)
     for run in (window_attention_triton, window_attention_reference):
         wide = torch.full((total, heads + 1, head_dim), 9e9, device=device, dtype=dtype)
-        run(wide[:, :heads], q, k, v, positions, starts, max(LENS), form)
+        run(wide[:, :heads], q, k, v, KeptRows(positions, starts, max(LENS)), form)
         close(wide[:, :heads], expected, dtype)
         assert (wide[:, heads] == wide[0, heads, 0]).all(), "nothing else is written"
 
@@ -72,6 +73,6 @@ def test_what_no_row_sees_has_no_influence(device, dtype):
             k[:250], v[:250] = 1e4, 1e4
         out = torch.full_like(q, 9e9)
         form = LayerForm(head_dim**-0.5, window)
-        window_attention_triton(out, q, k, v, positions, starts, 350, form)
+        window_attention_triton(out, q, k, v, KeptRows(positions, starts, 350), form)
         outputs.append(out[250:])
     assert torch.equal(*outputs)
