@@ -14,8 +14,8 @@ def take_rotary(layer: torch.nn.Module, path: str | None) -> RotaryEmbedding | N
     """The rotary embedding of a decoder layer, which from now on does nothing there.
 
     None, and the layer as it was, where the layer has none or does more with the rotated queries,
-    and where it is of a kind that ``kernels.rotary`` does not do: other styles than NeoX's,
-    embeddings of a part of each head, and classes that change what vLLM's base class does.
+    and where it is of a kind that ``kernels.rotary`` does not do: other styles than NeoX's, and
+    classes that change what vLLM's base class does.
 
     vLLM shares one module among layers and models, so that the layer gets another, not the module
     another behaviour.
@@ -40,4 +40,4 @@ def _is_plain(module: RotaryEmbedding) -> bool:
         getattr(type(module), name) is getattr(RotaryEmbedding, name)
         for name in ("forward_cuda", "forward_native", "forward_static")
     )
-    return same and module.is_neox_style and module.rotary_dim == module.head_size
+    return same and module.is_neox_style
