@@ -20,7 +20,7 @@ test: env lint wheel
 	$(PYTEST)
 	tests/env/check_vllm.sh $(PYTHON) $(NEWEST) $(ON_NEWEST)
 
-# For every edit: no engine, about three minutes on two cores.
+# For every edit: no engine, about two minutes on two idle cores.
 check: env lint
 	$(PYTEST) tests/unit tests/kernels
 
