@@ -51,11 +51,6 @@ def _begin_step_kernel(
         if tl.program_id(1) == 0:
             tl.store(num_prompt_ptr + batch, num_prompt)
             tl.store(is_pruned_ptr + batch, pruned)
-            for stage in range(1, num_stages):
-                kept = tl.load(kept_ptr + counts + stage)
-                before = tl.load(kept_ptr + counts + stage - 1)
-                drops = (pruned != 0) & (kept < before)
-                tl.store(active_ptr + stage * max_batch + batch, drops.to(tl.int32))
         nth = batch - num_decodes
         start = tl.load(start_ptr + nth)
         end = tl.load(start_ptr + nth + 1)
@@ -150,8 +145,6 @@ def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows,
     s.num_prompt[:batch] = s.counts.num_prompt[index] * real
     s.is_pruned[:batch] = kept[:, -1] < s.num_prompt[:batch]
     pruned = s.is_pruned[:batch].bool()
-    drops = (kept[:, 1:] < kept[:, :-1]) & pruned[:, None]
-    s.active[1:, n:batch] = drops[n:].T.int()
     for nth in range(segments.count):
         mine = segments.of(nth)
         rows.position[0, mine] = positions[mine]
@@ -182,9 +175,9 @@ def begin_step(
     revive_rows: int,
     marks_always: bool,
 ) -> None:
-    """Fill what the boundaries of a step go by: ``num_prompt``, ``is_pruned``, ``active`` and
-    ``limit`` of ``s``; the decodes' rows in every stage; the prefills' position and request in
-    stage 0.
+    """Fill what the boundaries of a step go by: ``num_prompt`` and ``is_pruned`` of ``s``, of
+    decodes ``active`` and ``limit`` too; the decodes' rows in every stage; the prefills' position
+    and request in stage 0.
 
     Args:
         rows: of all stages; revived rows are left to nobody.

@@ -1,4 +1,5 @@
-"""Hidden states across a boundary: parked in the Aux Cache, fetched for the rows that go on.
+"""Hidden states across the boundaries after the first (see ``parked`` for that one): parked in the
+Aux Cache, fetched for the rows that go on.
 
 Each row of the stage after a boundary says where its state comes from: a row of the stage before
 (``Rows.source``), or, where that is -1, the Aux Cache. One in FP8 has a scale for each state:
@@ -24,7 +25,8 @@ def _park_kernel(
     row_position_ptr,
     is_pruned_ptr,
     aux_ptr,
-    scale_ptr,  # a plane of the prompt state, fp32; for FP8
+    scale_ptr,  # planes of the prompt state: scale, fp32, for FP8
+    place_ptr,
     num_prompt_ptr,
     block_table_ptr,
     block_table_stride,
@@ -44,11 +46,22 @@ def _park_kernel(
     if tl.load(is_pruned_ptr + request) == 0:
         return
     block_table = block_table_ptr + request * block_table_stride
-    position = tl.load(row_position_ptr + row)
+    dtype: tl.constexpr = aux_ptr.dtype.element_ty
+    where = _state_at(
+        block_table,
+        tl.load(row_position_ptr + row),
+        page_stride,
+        block_stride,
+        PAGES,
+        PER_PAGE,
+        SLOT_SIZE,
+        PER_SLOT,
+        32 // dtype.primitive_bitwidth,
+    )
     at = aux_at(
         block_table,
         tl.load(num_prompt_ptr + request),
-        position,
+        tl.load(place_ptr + where),
         page_stride,
         block_stride,
         PAGES,
@@ -59,13 +72,9 @@ def _park_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = i < SLOT_SIZE
     x = tl.load(hidden_ptr + row * SLOT_SIZE + i, mask=valid, other=0.0)
-    dtype: tl.constexpr = aux_ptr.dtype.element_ty
     if dtype == tl.float8e4nv:  # one program has the whole row
         highest = tl.max(tl.abs(x.to(tl.float32)), 0)
         scale = tl.where(highest > 0, highest / FP8_MAX, 1.0)
-        where = _scale_at(
-            block_table, position, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
-        )
         tl.store(scale_ptr + where, scale)
         tl.store(aux_ptr + at + i, to_stored(x, scale, dtype), mask=valid)
     else:
@@ -73,7 +82,7 @@ def _park_kernel(
 
 
 @triton.jit
-def _scale_at(
+def _state_at(
     block_table_row,
     position,
     page_stride,
@@ -82,17 +91,18 @@ def _scale_at(
     PER_PAGE: tl.constexpr,
     SLOT_SIZE: tl.constexpr,
     PER_SLOT: tl.constexpr,
+    PER_WORD: tl.constexpr,
 ):
-    """``state_at``, of strides and a slot size in FP8 numbers, which are bytes."""
+    """``state_at``, of strides and a slot size of which so many elements make four bytes."""
     return state_at(
         block_table_row,
         position,
         position >= 0,
-        page_stride // 4,
-        block_stride // 4,
+        page_stride // PER_WORD,
+        block_stride // PER_WORD,
         PAGES,
         PER_PAGE,
-        SLOT_SIZE // 4,
+        SLOT_SIZE // PER_WORD,
         PER_SLOT,
     )
 
@@ -106,6 +116,7 @@ def _fetch_kernel(
     row_position_ptr,
     aux_ptr,
     scale_ptr,
+    place_ptr,
     num_prompt_ptr,
     block_table_ptr,
     block_table_stride,
@@ -129,11 +140,21 @@ def _fetch_kernel(
         request = tl.load(row_request_ptr + row)
         if request >= 0:
             block_table = block_table_ptr + request * block_table_stride
-            position = tl.load(row_position_ptr + row)
+            where = _state_at(
+                block_table,
+                tl.load(row_position_ptr + row),
+                page_stride,
+                block_stride,
+                PAGES,
+                PER_PAGE,
+                SLOT_SIZE,
+                PER_SLOT,
+                32 // aux_ptr.dtype.element_ty.primitive_bitwidth,
+            )
             at = aux_at(
                 block_table,
                 tl.load(num_prompt_ptr + request),
-                position,
+                tl.load(place_ptr + where),
                 page_stride,
                 block_stride,
                 PAGES,
@@ -143,16 +164,6 @@ def _fetch_kernel(
             )
             parked = tl.load(aux_ptr + at + i, mask=valid)
             if aux_ptr.dtype.element_ty == tl.float8e4nv:
-                where = _scale_at(
-                    block_table,
-                    position,
-                    page_stride,
-                    block_stride,
-                    PAGES,
-                    PER_PAGE,
-                    SLOT_SIZE,
-                    PER_SLOT,
-                )
                 parked = parked.to(tl.float32) * tl.load(scale_ptr + where)
             x = parked.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SLOT_SIZE + i, x, mask=valid)
@@ -176,6 +187,7 @@ def park_triton(hidden, rows, batch, is_pruned, aux):
         is_pruned,
         aux.buffer,
         aux.state.scale,
+        aux.state.place,
         aux.num_prompt,
         *aux.pages.kernel_args,
         batch.start,
@@ -203,11 +215,12 @@ def fetch_triton(out, hidden, rows, aux):
     assert hidden.is_contiguous() and out.is_contiguous()
     block, parts = _blocks(hidden.shape[1])
     if aux is None:  # the kernel is given addresses that it never reads
-        where = (hidden, hidden, rows.source, rows.source, 0, 0, 0)
+        where = (hidden, hidden, rows.source, rows.source, rows.source, 0, 0, 0)
         constants = dict.fromkeys(("PAGES", "PER_PAGE", "PER_SLOT"), 1)
         constants["SLOT_SIZE"] = hidden.shape[1]
     else:
-        where = (aux.buffer, aux.state.scale, aux.num_prompt, *aux.pages.kernel_args)
+        where = (aux.buffer, aux.state.scale, aux.state.place, aux.num_prompt)
+        where += aux.pages.kernel_args
         constants = aux.pages.kernel_constants
     _fetch_kernel[(len(out), parts)](
         out,

@@ -1,4 +1,4 @@
-"""What is private to a pruned prompt: its state, and the Aux Cache of its dropped hidden states.
+"""What is private to a pruned prompt: its state, and the Aux Cache of what it drops behind stage 1.
 
 Both lie in blocks of vLLM's pool, in a KV cache group of their own. A block has ``pages`` pages,
 each cut into ``per_page`` slots as large as a hidden state:
@@ -6,9 +6,9 @@ each cut into ``per_page`` slots as large as a hidden state:
     slot -> block_table[slot // (pages * per_page)], page slot // per_page % pages, place
             slot % per_page
 
-A slot holds the state of ``positions_per_slot`` positions, as five planes of four-byte numbers.
-The first ``ceil(N / positions_per_slot)`` slots of a prompt of N tokens are its state; the p-th
-slot after them holds the hidden state of position p.
+A slot holds the state of ``positions_per_slot`` positions, as six planes of four-byte numbers. The
+first ``ceil(N / positions_per_slot)`` slots of a prompt of N tokens are its state; those after them
+are the Aux Cache, which has a hidden state for each position with keys in stage 1.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-PLANES = 5
+PLANES = 6
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class PromptState:
         level: int32, number of stages in which the position has keys.
         selected: int32, last boundary at which this step selected it.
         scale: fp32, what its hidden state in an FP8 Aux Cache is to be multiplied by.
+        place: int32, which of the prompt's slots in the Aux Cache is the position's.
     """
 
     score: torch.Tensor
@@ -81,15 +82,16 @@ class PromptState:
     level: torch.Tensor
     selected: torch.Tensor
     scale: torch.Tensor
+    place: torch.Tensor
     pages: Pages
 
     @classmethod
     def of_buffer(cls, words: torch.Tensor, pages: Pages) -> "PromptState":
         """``words``: the flat int32 buffer from the group's first page on."""
         size = pages.positions_per_slot
-        score, rank, level, selected, scale = (words[n * size :] for n in range(PLANES))
+        score, rank, level, selected, scale, place = (words[n * size :] for n in range(PLANES))
         floats = (score.view(torch.float32), scale.view(torch.float32))
-        return cls(floats[0], rank, level, selected, floats[1], pages)
+        return cls(floats[0], rank, level, selected, floats[1], place, pages)
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> "PromptState":
@@ -116,7 +118,7 @@ class AuxCache:
     Attributes:
         buffer: flat, in the model's dtype or FP8 (e4m3), from the group's first page on.
         num_prompt: ``[batch]`` int32.
-        state: of the same prompts; has the scales of hidden states in FP8.
+        state: of the same prompts, in the same pages.
     """
 
     buffer: torch.Tensor
@@ -129,7 +131,8 @@ class AuxCache:
         request, position = request.long(), position.long()
         size = self.pages.positions_per_slot
         state_slots = (self.num_prompt[request].long() + size - 1) // size
-        return self.pages.slot_address(request, state_slots + position)
+        place = self.state.place[self.state.at(request, position)].long()
+        return self.pages.slot_address(request, state_slots + place)
 
 
 @triton.jit
@@ -169,7 +172,7 @@ def state_at(
 def aux_at(
     block_table_row,
     num_prompt,
-    position,
+    place,
     page_stride,
     block_stride,
     PAGES: tl.constexpr,
@@ -177,7 +180,7 @@ def aux_at(
     SLOT_SIZE: tl.constexpr,
     PER_SLOT: tl.constexpr,
 ):
-    """First element of the hidden state of one position of a request."""
-    slot = tl.cdiv(num_prompt, PER_SLOT) + position.to(tl.int32)
+    """First element of a hidden state of a request, by its place."""
+    slot = tl.cdiv(num_prompt, PER_SLOT) + place
     block = tl.load(block_table_row + slot // (PAGES * PER_PAGE))
     return _slot_address(block, slot, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE)

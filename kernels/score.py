@@ -36,16 +36,35 @@ class Queries:
         lse: ``[window, max batch, heads]`` fp32, log-denominator of the attention of the current
             token, of the one before it, ...
         scale: of the logits.
+        part: which tokens of the window there are.
     """
 
     q: torch.Tensor
     row: torch.Tensor
     lse: torch.Tensor
     scale: float
+    part: "WindowPart"
 
     @property
     def window(self) -> int:
         return len(self.lse)
+
+
+@dataclass(frozen=True)
+class WindowPart:
+    """The window of a prompt that is prefilled in chunks may be spread over several; all three
+    ``[batch]`` int32.
+
+    Attributes:
+        count: tokens of the window in this step, at most as many as ``Queries.window``; 0: the
+            request is passed over.
+        later: tokens of the window that come in later steps.
+        scored: positions that earlier steps have scored, 0 .. scored - 1; their scores count too.
+    """
+
+    count: torch.Tensor
+    later: torch.Tensor
+    scored: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,9 @@ def _score_kernel(
     lse_ptr,  # [window, max batch, heads] fp32
     lse_stride,
     scale,
+    count_ptr,
+    later_ptr,
+    scored_ptr,
     kv_ptr,
     kv_stride_block,
     kv_stride_head,
@@ -104,6 +126,11 @@ def _score_kernel(
     batch = first_request + tl.program_id(0)
     if tl.load(active_ptr + batch) == 0:
         return
+    count = tl.load(count_ptr + batch)
+    if count == 0:
+        return
+    later = tl.load(later_ptr + batch)
+    scored = tl.load(scored_ptr + batch)
     num_keys = tl.load(num_keys_ptr + batch)
     num_prompt = tl.load(num_prompt_ptr + batch)
     keys_table = keys_table_ptr + batch * keys_table_stride
@@ -111,7 +138,7 @@ def _score_kernel(
     # Queries of one KV head: the heads of its group, of the current token, the one before, ...
     c = tl.arange(0, QUERIES_PAD)
     back = c // GROUP
-    c_valid = back < WINDOW
+    c_valid = back < tl.minimum(count, WINDOW)
     query_row = tl.load(query_row_ptr + batch) - back
     q_row = q_ptr + query_row.to(tl.int64) * q_stride_row
     d = tl.arange(0, HEAD_PAD)
@@ -144,7 +171,7 @@ def _score_kernel(
             seen = c_valid[None, :] & (j[:, None] < (num_keys - back)[None, :])
             p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
             if PEAK:
-                p = tl.where((back < LAST)[None, :], p, p * EARLIER)
+                p = tl.where((back + later < LAST)[None, :], p, p * EARLIER)
                 score = tl.maximum(score, tl.max(p, 1))
             else:
                 score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
@@ -165,6 +192,8 @@ def _score_kernel(
             at = at.to(tl.pointer_type(tl.int32), bitcast=True)
             tl.atomic_max(at, score.to(tl.int32, bitcast=True), mask=in_prompt, sem="relaxed")
         else:
+            before = tl.load(at, mask=in_prompt & (position < scored), other=0.0)
+            score = tl.maximum(score, before) if PEAK else score + before
             tl.store(at, score, mask=in_prompt)
 
 
@@ -187,6 +216,9 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         lse,
         lse.stride(0),
         queries.scale * keys.k_scale,
+        queries.part.count,
+        queries.part.later,
+        queries.part.scored,
         *keys.kernel_args,
         s.state.score,
         *pages.kernel_args,
@@ -211,28 +243,31 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
 
 
 def score_tokens_reference(s, queries, keys, batch, active, rule):
-    q, state = queries.q, s.state
+    q, state, part = queries.q, s.state, queries.part
     group = q.shape[1] // keys.num_heads
     for i in batch:
-        if not active[i]:
+        count, later, scored = (int(x[i]) for x in (part.count, part.later, part.scored))
+        if not active[i] or not count:
             continue
         position = keys.positions(i)
         slots = torch.arange(len(position), device=q.device)
         k, _ = keys.gather(i)
         attended = []
-        for back, row_lse in enumerate(queries.lse[:, i]):
+        for back, row_lse in enumerate(queries.lse[:count, i]):
             grouped = q[queries.row[i] - back].float().unflatten(0, (-1, group))
             logits = torch.einsum("kgd,jkd->kgj", grouped, k.float()) * queries.scale
             p = (logits.flatten(0, 1) - row_lse[:, None]).exp()
-            if rule.peak and back >= LAST.value:
+            if rule.peak and back + later >= LAST.value:
                 p *= EARLIER.value
             attended.append(p.where(slots < len(slots) - back, 0.0))
         attended = torch.cat(attended)
-        score = attended.amax(0) if rule.peak else attended.mean(0)
+        score = attended.amax(0) if rule.peak else attended.sum(0) / (q.shape[1] * queries.window)
         in_prompt = position < s.num_prompt[i]
         at = state.at(i, position[in_prompt])
-        score = score[in_prompt]
-        state.score[at] = score.maximum(state.score[at]) if rule.accumulates else score
+        score, before = score[in_prompt], state.score[at]
+        if not rule.accumulates:
+            before = before.where(position[in_prompt] < scored, 0.0)
+        state.score[at] = score.maximum(before) if rule.peak else score + before
 
 
 def score_tokens(
@@ -264,7 +299,8 @@ def last_rows_lse(
     """Log-denominators of a prompt's last tokens in causal attention, the last one first.
 
     Args:
-        q, k: ``[n, heads, head_dim]`` and ``[n, kv_heads, head_dim]``.
+        q: ``[n, heads, head_dim]``, the last n of those who have keys.
+        k: ``[keys, kv_heads, head_dim]``.
         sinks: ``[heads]``, a logit more in each head's denominator.
 
     Returns:
@@ -274,7 +310,7 @@ def last_rows_lse(
     window_rows = min(window, n)
     grouped = q[n - window_rows :].float().unflatten(1, (k.shape[1], -1))
     logits = torch.einsum("rkgd,jkd->rkgj", grouped, k.float()) * scale
-    row, key = torch.arange(n - window_rows, n), torch.arange(n)
+    row, key = torch.arange(len(k) - window_rows, len(k)), torch.arange(len(k))
     logits = logits.masked_fill((key > row[:, None])[:, None, None], -torch.inf)
     last = logits.logsumexp(-1).flatten(1).flip(0)
     lse = torch.zeros(window, num_heads)

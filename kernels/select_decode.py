@@ -36,6 +36,7 @@ def _select_decode_kernel(
     rank_ptr,
     level_ptr,
     selected_ptr,
+    place_ptr,
     block_table_ptr,
     block_table_stride,
     page_stride,
@@ -69,7 +70,8 @@ def _select_decode_kernel(
     if tl.load(active_ptr + batch) == 0:
         return
     clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
-    start, end = split_bounds(tl.load(num_prompt_ptr + batch), split, splits, BLOCK)
+    num_prompt = tl.load(num_prompt_ptr + batch)
+    start, end = split_bounds(num_prompt, split, splits, BLOCK)
     if start >= end:
         return
     counts = counts_of(counts_ptr, batch, MAX_SPLITS)
@@ -87,6 +89,9 @@ def _select_decode_kernel(
         on, all_on = counts_before(counts, split, splits, 2, MAX_SPLITS)
         first_row = num_decodes + batch * tl.load(quota_ptr)
         first_slot = tl.load(row_slot_ptr + batch) + 1  # after the current token's
+        # Prompt tokens with keys in the stage so far: slots less the tokens after the prompt.
+        after_prompt = tl.load(row_position_ptr + batch).to(tl.int32) + 1 - num_prompt
+        first_place = first_slot - after_prompt
         revived = 0
     table = block_table_ptr + batch * block_table_stride
     for p0 in range(start, end, BLOCK):
@@ -117,6 +122,8 @@ def _select_decode_kernel(
             tl.store(row_request_ptr + first_row + nth, batch, mask=chosen)
             tl.store(row_slot_ptr + first_row + nth, first_slot + nth, mask=chosen)
             tl.store(level_ptr + at, stage + 1, mask=chosen)
+            if FIRST:
+                tl.store(place_ptr + at, first_place + nth, mask=chosen)
             above += tl.sum(better.to(tl.int32), 0)
             on += tl.sum(level_with, 0)
             revived += tl.sum(chosen.to(tl.int32), 0)
@@ -140,6 +147,7 @@ def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
         state.rank,
         state.level,
         state.selected,
+        state.place,
         *state.pages.kernel_args,
         s.num_prompt,
         s.active[stage],
@@ -200,6 +208,9 @@ def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
         rows.request[mine] = i
         rows.slot[mine] = rows.slot[i] + 1 + torch.arange(revived, device=rank.device).int()
         state.level[at[chosen]] = stage + 1
+        if stage == 1:
+            had = int(s.counts.prompt_keys[index, stage])
+            state.place[at[chosen]] = had + torch.arange(revived, device=rank.device).int()
         s.counts.prompt_keys[index, stage] += revived
         rows.num_revived[i] += revived
         rows.num_keys[i] += revived
@@ -211,7 +222,7 @@ def select_decode(
     """Choose the tokens that the active decodes revive into ``stage``.
 
     Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``num_keys`` and
-    ``num_revived``, and updates ``level``, ``selected`` and the requests' ``prompt_keys``.
+    ``num_revived``, and updates ``level``, ``place``, ``selected`` and the requests' ``prompt_keys``.
 
     Args:
         lists: 2: tokens may be revived; 1: the selection is only marked.

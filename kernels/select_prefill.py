@@ -33,29 +33,30 @@ class PrefillRows:
 
 @step_jit
 def _select_prefill_kernel(
-    histogram_ptr,
     thresholds_ptr,
     counts_ptr,
+    histogram_ptr,
     rank_ptr,
     level_ptr,
+    place_ptr,
     block_table_ptr,
     block_table_stride,
     page_stride,
     block_stride,
-    is_pruned_ptr,
     active_ptr,
     num_prompt_ptr,
     index_ptr,
     before_start_ptr,  # [prefills + 1], first row of each prefill in the stage before
-    before_position_ptr,  # [rows of the stage before] int64
+    before_first_ptr,  # [prefills], and its slot
     before_base,
     after_start_ptr,  # [prefills + 1], and in the stage
+    after_first_ptr,
     after_base,
     row_position_ptr,  # rows of the stage, written
     row_request_ptr,
     row_slot_ptr,
     row_source_ptr,
-    num_decodes,
+    first_request,
     splits,
     stage,
     MAX_SPLITS: tl.constexpr,
@@ -67,40 +68,29 @@ def _select_prefill_kernel(
 ):
     nth = tl.program_id(0)
     split = tl.program_id(1)
-    batch = num_decodes + nth
+    batch = first_request + nth
     request = tl.where(tl.load(index_ptr + batch) >= 0, batch, -1)
-    table = block_table_ptr + batch * block_table_stride
     before = before_base + tl.load(before_start_ptr + nth)
+    before_first = tl.load(before_first_ptr + nth)
     after = after_base + tl.load(after_start_ptr + nth)
+    after_first = tl.load(after_first_ptr + nth)
+    num_rows = tl.load(after_start_ptr + nth + 1) - tl.load(after_start_ptr + nth)
 
-    if tl.load(active_ptr + batch) == 0:  # every row goes on
-        is_pruned = tl.load(is_pruned_ptr + batch) != 0
-        num_rows = tl.load(before_start_ptr + nth + 1) - tl.load(before_start_ptr + nth)
+    if tl.load(active_ptr + batch) == 0:  # slots are positions
         start, end = split_bounds(num_rows, split, splits, BLOCK)
         for j0 in range(start, end, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             valid = j < end
-            position = tl.load(before_position_ptr + before + j, mask=valid, other=0)
-            tl.store(row_position_ptr + after + j, position, mask=valid)
+            slot = after_first + j
+            back = slot - before_first
+            tl.store(row_position_ptr + after + j, slot.to(tl.int64), mask=valid)
             tl.store(row_request_ptr + after + j, request, mask=valid)
-            tl.store(row_slot_ptr + after + j, j, mask=valid)
-            tl.store(row_source_ptr + after + j, before + j, mask=valid)
-            if is_pruned:
-                at = state_at(
-                    table,
-                    position.to(tl.int32),
-                    valid,
-                    page_stride,
-                    block_stride,
-                    PAGES,
-                    PER_PAGE,
-                    SLOT_SIZE,
-                    PER_SLOT,
-                )
-                tl.store(level_ptr + at, stage + 1, mask=valid)
+            tl.store(row_slot_ptr + after + j, slot, mask=valid)
+            tl.store(row_source_ptr + after + j, tl.where(back >= 0, before + back, -1), mask=valid)
         return
 
     clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
+    table = block_table_ptr + batch * block_table_stride
     threshold = tl.load(thresholds_ptr + batch * 4)
     ties = tl.load(thresholds_ptr + batch * 4 + 1)
     counts = counts_of(counts_ptr, batch, MAX_SPLITS)
@@ -119,45 +109,48 @@ def _select_prefill_kernel(
         candidate = rank >= 0
         tie = (rank == threshold).to(tl.int32)
         kept = (rank > threshold) | ((tie != 0) & (met + tl.cumsum(tie, 0) <= ties))
-        source = before + num_seen + tl.cumsum(candidate.to(tl.int32), 0) - 1
+        back = num_seen + tl.cumsum(candidate.to(tl.int32), 0) - 1 - before_first
         slot = num_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(row_position_ptr + after + slot, p.to(tl.int64), mask=kept)
-        tl.store(row_request_ptr + after + slot, request, mask=kept)
-        tl.store(row_slot_ptr + after + slot, slot, mask=kept)
-        tl.store(row_source_ptr + after + slot, source, mask=kept)
+        j = slot - after_first
+        here = kept & (j >= 0) & (j < num_rows)
+        tl.store(row_position_ptr + after + j, p.to(tl.int64), mask=here)
+        tl.store(row_request_ptr + after + j, request, mask=here)
+        tl.store(row_slot_ptr + after + j, slot, mask=here)
+        tl.store(row_source_ptr + after + j, tl.where(back >= 0, before + back, -1), mask=here)
         tl.store(level_ptr + at, tl.where(kept, stage + 1, stage), mask=candidate)
+        tl.store(place_ptr + at, slot, mask=kept & (stage == 1))
         met += tl.sum(tie, 0)
         num_seen += tl.sum(candidate.to(tl.int32), 0)
         num_kept += tl.sum(kept.to(tl.int32), 0)
 
 
-def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
-    num_prefills = after.segments.count
-    if any_active:
-        find_best(s, stage, range(num_decodes, num_decodes + num_prefills), lists=1)
-    splits = num_splits(num_prefills)
+def select_prefill_triton(s, stage, batch, before, after, searches):
+    if searches:
+        find_best(s, stage, batch, lists=1)
+    splits = num_splits(len(batch))
     state, search, rows = s.state, s.search, after.rows
-    _select_prefill_kernel[(num_prefills, splits)](
-        search.histogram,
+    _select_prefill_kernel[(len(batch), splits)](
         search.thresholds,
         search.split_counts,
+        search.histogram,
         state.rank,
         state.level,
+        state.place,
         *state.pages.kernel_args,
-        s.is_pruned,
         s.active[stage],
         s.num_prompt,
         s.index,
-        before.segments.start,
-        before.rows.position,
-        before.segments.base,
+        before.start,
+        before.first,
+        before.base,
         after.segments.start,
+        after.segments.first,
         after.segments.base,
         rows.position,
         rows.request,
         rows.slot,
         rows.source,
-        num_decodes,
+        batch.start,
         splits,
         stage,
         MAX_SPLITS=MAX_SPLITS,
@@ -166,38 +159,47 @@ def select_prefill_triton(s, stage, num_decodes, before, after, any_active):
     )
 
 
-def select_prefill_reference(s, stage, num_decodes, before, after, any_active):
-    rows = after.rows
-    for nth in range(after.segments.count):
-        i = num_decodes + nth
-        old, new = before.segments.of(nth), after.segments.of(nth)
-        position = before.rows.position[old]
-        kept = torch.ones_like(position, dtype=torch.bool)
+def select_prefill_reference(s, stage, batch, before, after, searches):
+    rows, state = after.rows, s.state
+    for nth, i in enumerate(batch):
+        new, first = after.segments.of(nth), int(after.segments.first[nth])
+        slot = torch.arange(first, first + new.stop - new.start, device=rows.slot.device)
+        position, before_slot = slot, slot
         if s.active[stage, i]:
-            rank = s.state.rank[s.state.prompt_at(i, s.num_prompt)]
-            kept = best_mask(rank, new.stop - new.start)[position]
-        rows.position[new] = position[kept]
+            at = state.prompt_at(i, s.num_prompt)
+            rank = state.rank[at]
+            candidates = (rank >= 0).nonzero()[:, 0]
+            kept = best_mask(rank, int(s.counts.kept[s.index[i], stage]))
+            state.level[at[candidates]] = stage + kept[candidates].int()
+            if stage == 1:
+                state.place[at[kept]] = torch.arange(int(kept.sum()), device=at.device).int()
+            before_slot = kept[candidates].nonzero()[:, 0][slot]
+            position = candidates[before_slot]
+        back = before_slot - int(before.first[nth])
+        rows.position[new] = position
         rows.request[new] = i if s.index[i] >= 0 else -1
-        rows.slot[new] = torch.arange(new.stop - new.start, device=rows.slot.device).int()
-        rows.source[new] = (old.start + kept.nonzero()[:, 0]).int()
-        if s.is_pruned[i]:
-            s.state.level[s.state.at(i, position)] = stage + kept.int()
+        rows.slot[new] = slot.int()
+        rows.source[new] = (before.of(nth).start + back).where(back >= 0, -1).int()
 
 
 def select_prefill(
     s: Selection,
     stage: int,
-    num_decodes: int,
-    before: PrefillRows,
+    batch: range,
+    before: Segments,
     after: PrefillRows,
-    any_active: bool,
+    searches: bool,
 ) -> None:
-    """Choose each prefill's rows of ``stage``: fills their part of ``after.rows`` and ``level``.
+    """Choose each prefill's rows of ``stage``, or a part of them: fills those that
+    ``after.segments`` names, and, of prompts that are pruned now (``s.active``), ``level`` and
+    ``place``.
 
     Args:
-        num_decodes: requests before the prefills in the batch.
-        before: rows of the stage before, of which ``position`` is read.
-        any_active: whether a token of any of them is dropped here; their tokens are ranked, then.
+        batch: the prefills' batch indices.
+        before: rows of the stage before that are at hand; the others come from where they are
+            parked.
+        searches: whether the best are yet to be found among the ranks; False: an earlier part was
+            chosen at this boundary, or none is pruned.
     """
     run = select_prefill_triton if s.index.is_cuda else select_prefill_reference
-    run(s, stage, num_decodes, before, after, any_active)
+    run(s, stage, batch, before, after, searches)

@@ -139,14 +139,17 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class Segments:
-    """The prefill rows of a stage: prefill n has ``base + start[n] .. base + start[n + 1] - 1``.
+    """The prefill rows of a stage: prefill n has ``base + start[n] .. base + start[n + 1] - 1``, of
+    the slots from ``first[n]`` on.
 
     Attributes:
         start: ``[prefills + 1]`` int32.
+        first: ``[prefills]`` int32; more than 0 where earlier rows of a prompt have run already.
     """
 
     start: torch.Tensor
     base: int
+    first: torch.Tensor
 
     @property
     def count(self) -> int:

@@ -21,17 +21,7 @@ def adapt_engine_args(args: EngineArgs) -> list[str]:
         ConfigError: there is no staged model for the one that ``args`` names.
     """
     off = list(args.additional_config.get(SWITCHED_OFF, []))
-    if args.enable_prefix_caching is not False:
-        off.append("prefix caching")
-    args.enable_prefix_caching = False
-    if args.enable_chunked_prefill is not False:
-        off.append("chunked prefill")
-    args.enable_chunked_prefill = False
-    if args.long_prefill_token_threshold:
-        off.append(f"long_prefill_token_threshold={args.long_prefill_token_threshold}")
-    args.long_prefill_token_threshold = 0
     args.hf_overrides = {**args.hf_overrides, "architectures": [staged_architecture(args)]}
-    off += _drop_small_budgets(args)
     if not args.enforce_eager:
         if args.compilation_config.mode != CompilationMode.NONE:
             off.append("torch.compile of the model")
@@ -40,22 +30,6 @@ def adapt_engine_args(args: EngineArgs) -> list[str]:
     # vLLM's fused custom ops are on only where nothing would compile (mode NONE, set before the
     # model is built).
     args.compilation_config.mode = CompilationMode.NONE
-    return off
-
-
-def _drop_small_budgets(args: EngineArgs) -> list[str]:
-    """A prompt is prefilled in one piece: where a budget of tokens a step holds no prompt of the
-    greatest length, vLLM is left to choose one that does."""
-    budgets = ("max_num_batched_tokens", "max_num_scheduled_tokens")
-    given = [name for name in budgets if getattr(args, name) is not None]
-    if not given:
-        return []
-    longest = args.create_model_config().max_model_len
-    off = []
-    for name in given:
-        if (tokens := getattr(args, name)) < longest:
-            off.append(f"{name}={tokens}, less than the {longest} tokens of the longest prompt")
-            setattr(args, name, None)
     return off
 
 

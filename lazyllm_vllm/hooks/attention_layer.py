@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import get_dtype_size
 from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
 from lazyllm_vllm.hooks.cuda_graphs import between_graphs
 from lazyllm_vllm.hooks.engine_config import full_layers
-from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
+from lazyllm_vllm.hooks.kv_cache.specs import SharedStageSpec, StageSpec
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.stage_attention import StageAttention
 from lazyllm_vllm.plan.blocks import BlockNeeds
@@ -75,7 +75,8 @@ class StagedAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StageSpec:
         model = vllm_config.model_config
-        spec = StageSpec(
+        is_shared = self.stage == 0 or not self.schedule.prunes
+        spec = (SharedStageSpec if is_shared else StageSpec)(
             # vLLM may change the block size after the model is built.
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,

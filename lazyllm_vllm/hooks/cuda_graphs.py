@@ -117,7 +117,7 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         case = SELECTING if state and state.selecting else PLAIN
         given = num_reqs, num_tokens, uniform_token_count, case, *args
         descriptor = super().dispatch(*given, **kwargs)
-        if descriptor.cg_mode == CUDAGraphMode.PIECEWISE and state.to_prune:
+        if descriptor.cg_mode == CUDAGraphMode.PIECEWISE and not state.batch_runs_alike:
             descriptor = BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
         if descriptor.cg_mode == CUDAGraphMode.FULL:
             return descriptor

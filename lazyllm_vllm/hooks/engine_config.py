@@ -43,7 +43,14 @@ def schedule_of(vllm_config: VllmConfig) -> Schedule:
     if model.is_moe and "revive_budget" not in config.model_fields_set:
         # Each revived row reads experts of its own, and a step's time is that of reading experts.
         config = config.model_copy(update={"revive_budget": 0})
-    return Schedule.build(config, num_layers, full_layers(model))
+    return Schedule.build(config, num_layers, full_layers(model), _parked_pages(vllm_config))
+
+
+def _parked_pages(vllm_config: VllmConfig) -> int:
+    """``BlockNeeds.parked_pages``, whatever the block size: hidden states are stored like keys."""
+    model = vllm_config.model_config
+    token = 2 * model.get_num_kv_heads(vllm_config.parallel_config) * model.get_head_size()
+    return -(-model.get_hidden_size() // token)
 
 
 def full_layers(model: ModelConfig) -> tuple[int, ...] | None:

@@ -16,13 +16,14 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
-from lazyllm_vllm.hooks.prompt_cache import prompt_cache
+from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
+from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
@@ -35,7 +36,8 @@ class LazyModelState(DefaultModelState):
     """Attributes:
     index_of: rows in the request table of the requests there are; plans: what each may have.
     selecting: of those, the ones whose decoding chooses tokens anew.
-    to_prune: requests whose prompt is yet to be prefilled, and pruned in it.
+    caught_up: of requests that are not pruned, tokens with keys in the later stages.
+    batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
     """
@@ -53,7 +55,8 @@ class LazyModelState(DefaultModelState):
         self.index_of: dict[str, int] = {}
         self.plans: dict[str, RequestPlan] = {}
         self.selecting: dict[str, int] = {}
-        self.to_prune: set[str] = set()
+        self.caught_up: dict[str, int] = {}
+        self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
         self.capture_kind = StepKind.CAPTURE
@@ -67,8 +70,9 @@ class LazyModelState(DefaultModelState):
         plan = self.schedule.plan(len(new_req_data.prefill_token_ids))
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
+        # Where no prompt is pruned, later stages' keys are shared like the first's.
+        self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
         if plan.is_pruned:
-            self.to_prune.add(req_id)
             if self.schedule.is_strict or self.schedule.has_aux:
                 self.selecting[req_id] = req_index
         elif _reads_prompt(new_req_data.sampling_params):
@@ -86,7 +90,7 @@ class LazyModelState(DefaultModelState):
             return
         del self.plans[req_id]
         self.selecting.pop(req_id, None)
-        self.to_prune.discard(req_id)
+        self.caught_up.pop(req_id, None)
         self.wants_prompt.discard(req_id)
         if not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, self.table.row(index))
@@ -125,8 +129,13 @@ class LazyModelState(DefaultModelState):
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
         )
         num_slots = kv_cache_config.num_blocks * block_size
-        self.buffers.attach_kv_cache(num_slots, len(specs), state, aux)
-        self.boundary = Boundary(self.schedule, self.buffers, stage_tables, block_size, self.trace)
+        hidden_size = self.model_config.get_hidden_size()
+        parked = parked_states(kv_cache_config, block_tables, layers, hidden_size)
+        self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
+        parks_all = self.vllm_config.cache_config.enable_prefix_caching
+        self.boundary = Boundary(
+            self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
+        )
         log_start(self.vllm_config, self.schedule, kv_cache_config)
 
     # A step.
@@ -159,8 +168,12 @@ class LazyModelState(DefaultModelState):
         else:
             replays = cudagraph_mode == CUDAGraphMode.FULL
             kind = StepKind.REPLAY if replays else StepKind.RUN
-        lens = input_batch.num_scheduled_tokens
-        num_decodes = input_batch.num_reqs if kind.is_in_full_graph else int((lens == 1).sum())
+        if kind.is_in_full_graph:
+            num_decodes = input_batch.num_reqs
+        elif kind is StepKind.RUN:
+            num_decodes = int((~input_batch.is_prefilling_np).sum())
+        else:
+            num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
         self._fill_batch(kind, input_batch, num_decodes)
         if kind.has_requests:
             self._forget_full_requests()
@@ -192,22 +205,21 @@ class LazyModelState(DefaultModelState):
         self, kind: StepKind, input_batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
     ) -> Step:
         req_ids = input_batch.req_ids
-        scheduled = [int(n) for n in input_batch.num_scheduled_tokens[num_decodes:]]
+        prefilled = req_ids[num_decodes:]
         if kind is StepKind.RUN:
-            plans = [self.plans[req_id] for req_id in req_ids[num_decodes:]]
-            self._check_whole_prompts(req_ids[num_decodes:], scheduled)
-            kept = [plan.kept for plan in plans]
+            prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
-            self.to_prune.difference_update(req_ids)
+            self.caught_up.update(zip(prefilled, prefills.end.tolist()))
         else:
-            kept = [(n,) * self.schedule.num_stages for n in scheduled]
+            lengths = input_batch.num_scheduled_tokens[num_decodes:]
+            prefills = Prefills.whole([int(n) for n in lengths], self.schedule.num_stages)
             selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
         if kind.is_in_full_graph:
             num_decodes = input_batch.num_reqs_after_padding
         batch = Batch(
             req_ids=req_ids,
             num_decodes=num_decodes,
-            prefill_rows=np.array(kept, np.int32).reshape(-1, self.schedule.num_stages).T,
+            prefills=prefills,
             positions=input_batch.positions,
             sampled_tokens=input_batch.logits_indices,
             slot_mappings=slot_mappings,
@@ -225,13 +237,33 @@ class LazyModelState(DefaultModelState):
                 metadata |= dict.fromkeys(names, of_group)
         return metadata
 
-    def _check_whole_prompts(self, req_ids: list[str], scheduled: list[int]) -> None:
-        for req_id, count in zip(req_ids, scheduled):
-            if count != self.plans[req_id].num_prompt:
-                raise RuntimeError(
-                    f"LazyLLM needs whole prompts: vLLM scheduled {count} of the "
-                    f"{self.plans[req_id].num_prompt} tokens of request {req_id}"
-                )
+    def note_batch(self, batch) -> None:
+        """Called before a batch's graph is chosen (vLLM's ``BatchReqState``)."""
+        self.batch_runs_alike = True
+        if batch.has_prefill:
+            at = batch.is_prefilling_np.nonzero()[0]
+            firsts = batch.num_computed_prefill_tokens_np
+            self.batch_runs_alike = not any(
+                self.plans[req_id].is_pruned or self.caught_up[req_id] != first
+                for req_id, first in ((batch.req_ids[i], firsts[i]) for i in at)
+            )
+
+    def _prefills(self, req_ids: list[str], batch: InputBatch, num_decodes: int) -> Prefills:
+        plans = [self.plans[req_id] for req_id in req_ids]
+
+        def ints(values) -> np.ndarray:
+            return np.array(list(values), np.int32)
+
+        first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
+        kept = ints(plan.kept for plan in plans).reshape(-1, self.schedule.num_stages)
+        return Prefills(
+            num_prompt=ints(plan.num_prompt for plan in plans),
+            first=first,
+            end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
+            caught_up=ints(self.caught_up[req_id] for req_id in req_ids),
+            is_pruned=np.array([plan.is_pruned for plan in plans], bool),
+            kept=kept.T,
+        )
 
 
 def _reads_prompt(params) -> bool:

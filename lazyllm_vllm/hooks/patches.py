@@ -59,6 +59,8 @@ def install_in_worker() -> None:
         "ubatch_runner",
     ]
     _wrap(model_runner, "ModelCudaGraphManager", parameters, _cuda_graph_manager)
+    parameters = ["self", "scheduler_output", "dummy_run"]
+    _wrap(model_runner.GPUModelRunner, "gather_batch_req_state", parameters, _gather_batch)
     for name, method in _WORKER_METHODS.items():
         setattr(WorkerBase, name, method)
 
@@ -177,6 +179,35 @@ def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
     from lazyllm_vllm.hooks.cuda_graphs import LazyCudaGraphManager
 
     return LazyCudaGraphManager(vllm_config, *args, **kwargs)
+
+
+# A chunk of one token is no decode: its prompt's later stages are yet to run. vLLM sorts it among the
+# decodes and gives the batch a decode's graph. Ends when a model state is asked which requests of a
+# batch decode.
+
+
+def _gather_batch(original, self, scheduler_output, dummy_run):
+    batch, uniform_tokens = original(self, scheduler_output, dummy_run)
+    if batch is None or not hasattr(self.model_state, "note_batch"):
+        return batch, uniform_tokens
+    self.model_state.note_batch(batch)
+    if not batch.has_prefill:
+        return batch, uniform_tokens
+    return _decodes_first(batch), None
+
+
+def _decodes_first(batch):
+    import numpy as np
+
+    order = np.argsort(batch.is_prefilling_np, kind="stable")
+    fields = batch._asdict()
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            fields[name] = value[order]
+    fields["req_ids"] = [batch.req_ids[i] for i in order]
+    fields["prefill_runs_as_decode_np"] = np.zeros(len(order), bool)
+    fields["decode_graph_eligible"] = False
+    return type(batch)(**fields)
 
 
 # Methods for ``collective_rpc``. vLLM adds those of one class, --worker-extension-cls, and that is

@@ -1,4 +1,5 @@
-"""The KV cache group of what is private to a pruned prompt: its state and its Aux Cache."""
+"""What the KV cache has beside keys and values: pages of stage 0 in which hidden states are parked,
+and the group of what is private to a pruned prompt, its state and its Aux Cache."""
 
 from typing import NamedTuple
 
@@ -12,12 +13,11 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 
 from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
 from lazyllm_vllm.hooks.attention_layer import StagedAttention
-from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec
 from lazyllm_vllm.kernels.paged import FP8
+from lazyllm_vllm.kernels.parked import ParkedPage, ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, Pages, PromptState
 from lazyllm_vllm.plan.config import ConfigError
-from lazyllm_vllm.plan.grouping import layers_per_group
-from lazyllm_vllm.plan.schedule import Schedule
 
 
 class PromptPage(torch.nn.Module, AttentionLayerBase):
@@ -48,16 +48,71 @@ class PromptPage(torch.nn.Module, AttentionLayerBase):
         return PromptSpec(block_size=needs.block_size, needs=needs)
 
 
-def add_prompt_pages(vllm_config: VllmConfig, like: StagedAttention, schedule: Schedule) -> None:
-    """Register the pseudo-layers of the group beside the model's attention layers."""
+class ParkedStatesPage(torch.nn.Module, AttentionLayerBase):
+    """A layer of stage 0 to vLLM's eyes, which has parts of hidden states for keys and values."""
+
+    impl = None
+
+    def __init__(self, like: StagedAttention) -> None:
+        super().__init__()
+        self._like = (like,)
+
+    def get_attn_backend(self) -> type[LazyAttentionBackend]:
+        return LazyAttentionBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SharedStageSpec:
+        return self._like[0].get_kv_cache_spec(vllm_config)
+
+
+def add_pages(vllm_config: VllmConfig, like: StagedAttention) -> None:
+    """Register the pseudo-layers beside the model's attention layers, of which ``like`` is the
+    first."""
     layers = vllm_config.compilation_config.static_forward_context
-    for page in range(layers_per_group(schedule.stage_sizes)):
+    needs = like.get_kv_cache_spec(vllm_config).needs
+    for page in range(needs.parked_pages):
+        layers[f"{_PARKED}{page}"] = ParkedStatesPage(like)
+    for page in range(needs.pages):
         layers[f"lazyllm.prompt.{page}"] = PromptPage(like)
+
+
+_PARKED = "lazyllm.parked."
 
 
 class PromptCache(NamedTuple):
     state: PromptState | None
     aux: AuxCache | None
+
+
+def parked_states(
+    kv_cache_config: KVCacheConfig, block_tables: BlockTables, layers: dict, hidden_size: int
+) -> ParkedStates | None:
+    """Views of the parked pages; None: there are none.
+
+    Args:
+        layers: vLLM's, by name; those of the pages are bound to their part of the KV cache.
+    """
+    found = {}
+    for group, of_group in enumerate(kv_cache_config.kv_cache_groups):
+        found |= {name: group for name in of_group.layer_names if name.startswith(_PARKED)}
+    pages, first = [], 0
+    for name in (f"{_PARKED}{page}" for page in range(len(found))):
+        kv_cache, group = layers[name].kv_cache, found[name]
+        if kv_cache.dtype == torch.uint8:
+            kv_cache = kv_cache.view(FP8)
+        blocks, heads, block_size, size = kv_cache.shape
+        width = heads * size
+        strides = kv_cache.stride(0), width, 1
+        cache = kv_cache.as_strided((blocks, block_size, width), strides)
+        pages.append(ParkedPage(cache, block_tables.input_block_tables[group], group, first))
+        first += width
+    if not pages:
+        return None
+    assert first >= hidden_size > first - pages[-1].cache.shape[2]
+    scale = None
+    if pages[0].cache.dtype == FP8:
+        num_slots = kv_cache_config.num_blocks * pages[0].cache.shape[1]
+        scale = torch.zeros(num_slots, device=pages[0].cache.device)
+    return ParkedStates(pages, scale)
 
 
 def prompt_cache(
@@ -96,7 +151,7 @@ def prompt_cache(
 
     words = raw.view(torch.int32)[tensor.offset // 4 :]
     state = PromptState.of_buffer(words, pages(4))
-    if not needs.schedule.has_aux:
+    if needs.schedule.num_stages == 2:
         return PromptCache(state, None)
     dtype = FP8 if layers[names[0]].is_fp8 else dtype
     size = get_dtype_size(dtype)

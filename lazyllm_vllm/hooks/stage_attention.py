@@ -1,7 +1,8 @@
 """The attention of one layer of a stage.
 
-Prefill rows attend to the prefill rows of their own request, which are all at hand, through
-FlashAttention (scaled-dot-product attention on the CPU). Decode rows read the paged cache: through
+Prefill rows attend to the prefill rows of their own request through FlashAttention
+(scaled-dot-product attention on the CPU): those at hand, or, where earlier ones ran before, all of
+them out of the cache. Decode rows read the paged cache: through
 FlashAttention where all of it is attended to, else through ``kernels.attention``. FlashAttention
 counts a sliding window in rows, which are positions in stage 0 alone: behind it our kernels do. In
 the layers that score, the log-denominators are kept for the boundary; layers with a window see too
@@ -109,7 +110,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
             else:
                 self._decode(query, output, keys, attn_metadata)
         if step.num_prefills:
-            self._prefill(query, key, value, output, attn_metadata, prefills_score)
+            self._prefill(query, key, value, output, keys, attn_metadata, prefills_score)
         if prefills_score or decodes_score:
             boundary.score(
                 step,
@@ -206,7 +207,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         buffers = boundary.buffers
         rows = slice(0, step.num_decode_rows(keys.stage))
         decodes = DecodeRows(
-            buffers.rows[keys.stage],
+            step.rows[keys.stage],
             step.num_decodes,
             step.max_revived if keys.stage else 0,
             boundary.strict,
@@ -215,13 +216,18 @@ class StageAttention(AttentionImpl[StageMetadata]):
             output[rows], buffers.lse[0], query[rows], keys, decodes, self.form, buffers.selection
         )
 
-    def _prefill(self, query, key, value, output, metadata: StageMetadata, scores: bool) -> None:
+    def _prefill(
+        self, query, key, value, output, keys: StageKeys, metadata: StageMetadata, scores: bool
+    ) -> None:
         """Causal attention of each prompt's kept tokens; if they score, the log-denominators of
         its last rows, the last one first, go to ``buffers.lse``."""
         step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
         segments, longest = step.segments[stage], step.longest_prefill[stage]
         if segments.base:
             query, key, value, output = (x[segments.base :] for x in (query, key, value, output))
+        if step.continues(stage):
+            self._prefill_on(query, output, keys, metadata, scores)
+            return
         if self.form.window is not None and (stage > 0 or not query.is_cuda):
             positions = _positions(metadata)[segments.base :]
             rows = KeptRows(positions, segments.start, longest)
@@ -229,9 +235,75 @@ class StageAttention(AttentionImpl[StageMetadata]):
             return
         attend = self.prefill_flash if query.is_cuda else self.prefill_dense
         window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
-        lse = attend(query, key, value, output, segments.start, longest, window_rows)
+        both = (longest, longest)
+        start = segments.start
+        lse = attend(query, key, value, output, start, both, window_rows, start)
         if scores:
-            buffers.lse[:, step.num_decodes : step.num_requests] = lse
+            buffers.lse[:, step.first_prefill : step.num_requests] = lse
+
+    def _prefill_on(
+        self, query, output, keys: StageKeys, metadata: StageMetadata, scores: bool
+    ) -> None:
+        """The same where some of the keys are of rows that ran before, all in the cache."""
+        step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
+        segments, mine = step.segments[stage], slice(step.first_prefill, step.num_requests)
+        span, windowed = step.spans[stage], self.form.window is not None and stage > 0
+        window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
+        if query.is_cuda and not (self.is_fp8 or windowed):
+            lse = self._prefill_paged(query, output, keys, step, window_rows)
+        else:
+            num_keys = int(span.end.sum())
+            k, v, positions, starts = keys.gather_all(step.prefills, num_keys)
+            k, v = k.to(query.dtype), v.to(query.dtype)
+            if windowed:
+                self._window_on(query, output, (k, v, positions, starts), step, stage)
+                return
+            attend = self.prefill_flash if query.is_cuda else self.prefill_dense
+            longest = step.longest_prefill[stage], int(span.end.max())
+            lse = attend(query, k, v, output, segments.start, longest, window_rows, starts)
+        if scores:
+            buffers.lse[:, mine] = lse
+
+    def _prefill_paged(
+        self, query, output, keys: StageKeys, step: Step, window_rows: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        stage, mine = keys.stage, slice(step.first_prefill, step.num_requests)
+        k, v = keys.kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        result = fa_utils.flash_attn_varlen_func(
+            query,
+            canonicalize_singleton_dim_strides(k),
+            canonicalize_singleton_dim_strides(v),
+            max_seqlen_q=step.longest_prefill[stage],
+            cu_seqlens_q=step.segments[stage].start,
+            max_seqlen_k=int(step.spans[stage].end.max()),
+            seqused_k=keys.length[mine],
+            softmax_scale=self.form.scale,
+            causal=True,
+            window_size=self._window_size,
+            s_aux=self.form.sinks,
+            block_table=keys.block_table[mine],
+            out=output,
+            return_softmax_lse=window_rows is not None,
+            fa_version=self.fa_version,
+        )
+        return None if window_rows is None else result[1].T[window_rows]
+
+    def _window_on(self, query, output, gathered: tuple, step: Step, stage: int) -> None:
+        """With a sliding window that counts positions. Rows that ran before run again, as zeros:
+        few see many keys, so that this costs little."""
+        k, v, positions, starts = gathered
+        segments, span = step.segments[stage], step.spans[stage]
+        at = torch.arange(len(query), device=query.device)
+        nth = torch.arange(step.num_prefills, device=query.device)
+        lengths = segments.start.diff().long()
+        nth = nth.repeat_interleave(lengths, output_size=len(query))
+        at = starts[nth] + segments.first[nth] + at - segments.start[nth]
+        all_queries = query.new_zeros(len(k), *query.shape[1:])
+        all_queries[at] = query
+        result = torch.empty_like(all_queries)
+        rows = KeptRows(positions, starts, int(span.end.max()))
+        window_attention(result, all_queries, k, v, rows, self.form)
+        output[:] = result[at]
 
     def prefill_flash(
         self,
@@ -240,14 +312,15 @@ class StageAttention(AttentionImpl[StageMetadata]):
         value,
         output,
         starts: torch.Tensor,
-        longest: int,
+        longest: tuple[int, int],
         window_rows: torch.Tensor | None,
+        key_starts: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Causal attention of each prompt's kept tokens.
+        """Causal attention of each prompt's kept tokens; its last row sees all of its keys.
 
         Args:
-            starts: ``[prefills + 1]`` int32, first row of each.
-            longest: most rows of a prefill.
+            starts, key_starts: ``[prefills + 1]`` int32, first row of each, and first key.
+            longest: most rows and most keys of a prefill.
             window_rows: ``[window, prefills]``, rows whose log-denominators are wanted.
 
         Returns:
@@ -257,10 +330,10 @@ class StageAttention(AttentionImpl[StageMetadata]):
             query,
             key,
             value,
-            max_seqlen_q=longest,
+            max_seqlen_q=longest[0],
             cu_seqlens_q=starts,
-            max_seqlen_k=longest,
-            cu_seqlens_k=starts,
+            max_seqlen_k=longest[1],
+            cu_seqlens_k=key_starts,
             softmax_scale=self.form.scale,
             causal=True,
             window_size=self._window_size,
@@ -272,24 +345,25 @@ class StageAttention(AttentionImpl[StageMetadata]):
         return None if window_rows is None else result[1].T[window_rows]
 
     def prefill_dense(
-        self, query, key, value, output, starts, longest, window_rows
+        self, query, key, value, output, starts, longest, window_rows, key_starts
     ) -> torch.Tensor | None:
         """The same on the CPU."""
-        bounds, scale, sinks = starts.tolist(), self.form.scale, self.form.sinks
+        bounds, key_bounds = starts.tolist(), key_starts.tolist()
         lse = []
-        for mine in map(slice, bounds, bounds[1:]):
-            if sinks is not None:
-                at = torch.arange(mine.stop - mine.start)
-                seen = self.form.sees(at, at)
-                output[mine] = attend(query[mine], key[mine], value[mine], seen, self.form)[0]
-            else:
-                q, k, v = (x[mine].transpose(0, 1)[None] for x in (query, key, value))
+        for mine, keys in zip(*(map(slice, b, b[1:]) for b in (bounds, key_bounds))):
+            q, k, v = query[mine], key[keys], value[keys]
+            at = torch.arange(len(k))
+            seen = self.form.sees(at[len(k) - len(q) :], at)
+            if self.form.sinks is not None:
+                output[mine] = attend(q, k, v, seen, self.form)[0]
+            elif len(q):
+                heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
                 output[mine] = F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=scale, enable_gqa=True
+                    *heads_first, attn_mask=seen, scale=self.form.scale, enable_gqa=True
                 )[0].transpose(0, 1)
             if window_rows is not None:
                 window = len(window_rows)
-                lse.append(last_rows_lse(query[mine], key[mine], scale, window, sinks))
+                lse.append(last_rows_lse(q, k, self.form.scale, window, self.form.sinks))
         return torch.stack(lse, dim=1) if lse else None
 
     @property
@@ -301,4 +375,4 @@ class StageAttention(AttentionImpl[StageMetadata]):
 def _positions(metadata: StageMetadata) -> torch.Tensor:
     """Of the stage's rows, ``[rows or more]`` int64."""
     step, stage = metadata.step, metadata.stage
-    return metadata.boundary.buffers.rows[stage].position if stage else step.batch.positions
+    return step.rows[stage].position if stage else step.batch.positions

@@ -13,6 +13,8 @@ from lazyllm_vllm.runtime.step import Step
 def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
     """Rows of the last stage that matter: decodes, then each prefill's last."""
     last = boundary.schedule.num_stages - 1
+    if step.is_part:  # all that matters is done
+        return slice(0, 1)
     if step.batch.wants_all_rows:
         return slice(0, step.num_rows(last))
     if not step.num_prefills:
@@ -42,6 +44,9 @@ def to_token_layout(
     rows, first, n = boundary.buffers.rows[last], step.num_decode_rows(last), step.num_decodes
     out[:n] = hidden[:n]
     prefill = rows.request[first : step.num_rows(last)].long() - n
-    place = step.segments[0].start[prefill] + rows.position[first : step.num_rows(last)]
-    out[step.segments[0].base + place] = hidden[first:]
+    segments, position = step.segments[0], rows.position[first : step.num_rows(last)]
+    place = position - segments.first[prefill]  # in this chunk
+    is_here = place >= 0
+    rows = segments.base + segments.start[prefill] + place
+    out[rows[is_here]] = hidden[first:][is_here]
     return out

@@ -1,6 +1,7 @@
 """The staged forward: vLLM's own forward of a decoder, whose layers run on their stage's rows."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from lazyllm_vllm.hooks.attention_layer import StagedAttention
 from lazyllm_vllm.hooks.cuda_graphs import between_graphs, captures_pieces
 from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.hooks.patches import install_in_worker
-from lazyllm_vllm.hooks.prompt_cache import add_prompt_pages
+from lazyllm_vllm.hooks.prompt_cache import add_pages
 from lazyllm_vllm.models.decoder_layer import attention_of, decoder_layers
 from lazyllm_vllm.models.families import UNTESTED, Family, family_of
 from lazyllm_vllm.models.rotary import take_rotary
@@ -31,6 +32,8 @@ class StagedDecoder:
     Attributes:
         stage_positions: positions of the rows in the stage that is running, ``[rows]``; None where
             every layer has the rows that vLLM gives.
+        is_over: whether no row is left to run in this step.
+        plain_forwards: the layers' own, as their model has them.
         has_experts: whether rows are routed to experts, which pass over those marked as padding.
     """
 
@@ -38,13 +41,16 @@ class StagedDecoder:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.schedule = schedule_of(vllm_config)
         self.stage_positions = None
+        self.is_over = False
         self.has_experts = vllm_config.model_config.is_moe
         model = type(self).__mro__[2]
         family = family_of(model.__module__, model.__name__) or UNTESTED
         layers = decoder_layers(self)
+        self.plain_forwards = []
         for index, layer in enumerate(layers):
             rotary = take_rotary(layer, family.rotary)
             StagedAttention.adopt(attention_of(layer), rotary, self.schedule, index, vllm_config)
+            self.plain_forwards.append(layer.forward)
             layer.forward = self._in_stages(layer, index)
         self._cut_rows_of(layers[-1], family)
         self.small_ops = None
@@ -54,7 +60,7 @@ class StagedDecoder:
         self.layer_names = [module.layer_name for module in attention]
         install_in_worker()
         if self.schedule.prunes:
-            add_prompt_pages(vllm_config, attention[0], self.schedule)
+            add_pages(vllm_config, attention[0])
 
     @staticmethod
     def get_model_state_cls():
@@ -79,6 +85,7 @@ class StagedDecoder:
         """
         metadata = _stage_metadata()
         self.stage_positions = None
+        self.is_over = False
         if self.small_ops:
             self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
         if metadata is None:  # vLLM's memory profile
@@ -88,6 +95,8 @@ class StagedDecoder:
             return super().forward(input_ids, positions)
         rows = slice(0, metadata.step.num_rows(0))
         hidden = super().forward(input_ids[rows], positions[rows])
+        if self.is_over:
+            return hidden.new_zeros(len(input_ids), hidden.shape[1])
         return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
 
     def _in_stages(self, layer: torch.nn.Module, index: int):
@@ -98,8 +107,11 @@ class StagedDecoder:
 
         def staged(*args, **kwargs):
             given = dict(zip(names, args), **kwargs)
-            if is_first:
+            if is_first and not self.is_over:
                 self._cross(stage, given)
+            if self.is_over:
+                hidden = given["hidden_states"]
+                return (hidden, given["residual"]) if "residual" in given else hidden
             if self.stage_positions is not None:
                 given["positions"] = self.stage_positions
             return forward(**given)
@@ -112,12 +124,18 @@ class StagedDecoder:
         metadata = _stage_metadata()
         if metadata is None:
             return
+        hidden, residual = given["hidden_states"], given.get("residual")
         if captures_pieces():
-            between_graphs(partial(_cross_without_drops, stage))
+            states = (hidden,) if residual is None else (hidden, residual)
+            between_graphs(partial(_cross_without_drops, stage), *states)
             return
         step, boundary = metadata.step, metadata.boundary
-        hidden, residual = given["hidden_states"], given.get("residual")
-        hidden, residual = boundary.cross(step, stage, hidden, residual)
+        hidden, residual = boundary.leave(step, stage, hidden, residual)
+        self._run_parts(stage, hidden, given)
+        if not step.num_rows(stage):
+            self.is_over = True
+            return
+        hidden, residual = boundary.enter(step, stage, hidden, residual)
         given["hidden_states"] = hidden
         if "residual" in given:
             given["residual"] = residual
@@ -125,6 +143,50 @@ class StagedDecoder:
         self.stage_positions = boundary.buffers.rows[stage].position[rows]
         if self.has_experts:
             get_forward_context().is_padding = boundary.buffers.rows[stage].request[rows] < 0
+
+    def _run_parts(self, stage: int, hidden: torch.Tensor, given: dict) -> None:
+        """Run what a step's plan has run before the rest: in turn, each part through its stages.
+
+        Args:
+            hidden: rows of the stage before.
+            given: what the stage's first layer was given.
+        """
+        context, metadata = get_forward_context(), _stage_metadata()
+        step, boundary, num_stages = metadata.step, metadata.boundary, self.schedule.num_stages
+        parts = [(span, stage + 1) for span in step.plan.parts[stage]]
+        if stage == 1:
+            parts = [(span, num_stages) for span in step.plan.catch_up] + parts
+        if not parts:
+            return
+        all_metadata = context.attn_metadata
+        for span, end in parts:
+            part = step.part(span)
+            of_part = {id(m): replace(m, step=part) for m in all_metadata.values()}
+            context.attn_metadata = {name: of_part[id(m)] for name, m in all_metadata.items()}
+            states, _ = boundary.enter(part, stage, hidden, None, main=step)
+            states = self._run_layers(part, range(stage, end), states, given)
+            if end < num_stages:
+                boundary.leave_part(part, stage, states)
+        context.attn_metadata = all_metadata
+        step.show()
+
+    def _run_layers(self, part, stages: range, hidden: torch.Tensor, given: dict) -> torch.Tensor:
+        """Rows that change in no boundary, through the layers of these stages."""
+        boundary, residual = _stage_metadata().boundary, None
+        rows = slice(0, len(hidden))
+        for stage in stages:
+            if stage > stages.start:
+                boundary.place(part, stage)
+            own = part.rows[stage]
+            if self.has_experts:
+                get_forward_context().is_padding = own.request[rows] < 0
+            for layer in self.schedule.stage_layers(stage):
+                inner = given | {"hidden_states": hidden, "positions": own.position[rows]}
+                if "residual" in given:
+                    inner["residual"] = residual
+                result = self.plain_forwards[layer](**inner)
+                hidden, residual = result if isinstance(result, tuple) else (result, None)
+        return hidden if residual is None else hidden + residual
 
     def _cut_rows_of(self, last_layer: torch.nn.Module, family: Family) -> None:
         """Have what follows the last attention run on the sampled rows; see ``sampled_rows``."""
@@ -139,6 +201,8 @@ class StagedDecoder:
         if metadata is None or captures_pieces():
             return None
         rows = sampled_rows(metadata.step, metadata.boundary)
+        if not metadata.step.num_rows(self.schedule.num_stages - 1):
+            return None
         if self.has_experts and context.is_padding is not None:
             context.is_padding = context.is_padding[rows]
         return tuple(states[rows] for states in args)
@@ -155,7 +219,12 @@ def _begin() -> None:
     metadata.boundary.begin(metadata.step)
 
 
-def _cross_without_drops(stage: int) -> None:
+def _cross_without_drops(
+    stage: int, hidden: torch.Tensor, residual: torch.Tensor | None = None
+) -> None:
     metadata = _stage_metadata()
-    assert metadata.step.drops_nothing
-    metadata.boundary.cross(metadata.step, stage, None, None)
+    step, boundary = metadata.step, metadata.boundary
+    assert step.drops_nothing
+    rows = slice(0, step.num_rows(stage - 1))
+    hidden, residual = hidden[rows], residual if residual is None else residual[rows]
+    boundary.enter(step, stage, *boundary.leave(step, stage, hidden, residual))

@@ -11,8 +11,8 @@ class Trace:
     """Records by request id, and checks that no token is computed twice.
 
     Attributes:
-        prefills: for each prefill (several after preemption) ``num_prompt`` and the sorted
-            positions kept, by stage.
+        prefills: for each prefill (several after preemption) ``num_prompt``, the ``chunks`` that it
+            ran in, first and end of each, and the sorted positions kept, by stage.
         decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
     """
 
@@ -31,22 +31,32 @@ class Trace:
             if i < step.num_decodes:
                 self.decodes[req_id].append({})
             else:
-                num_prompt = int(step.batch.prefill_rows[0, i - step.num_decodes])
-                self.prefills[req_id].append({"num_prompt": num_prompt})
-                self.keys[req_id] = {}
+                self._chunk(req_id, step.batch.prefills, i - step.num_decodes)
+
+    def _chunk(self, req_id: str, prefills, at: int) -> None:
+        num_prompt, first, end = (
+            int(x[at]) for x in (prefills.num_prompt, prefills.first, prefills.end)
+        )
+        seen = self.prefills[req_id]
+        if not (seen and seen[-1]["chunks"][-1][1] == first and first < seen[-1]["num_prompt"]):
+            seen.append({"num_prompt": num_prompt, "chunks": []})
+            self.keys[req_id] = {}
+        seen[-1]["chunks"].append((first, end))
 
     def boundary(self, step, stage: int, buffers) -> None:
         """Called when the rows of a stage are known (``runtime.buffers.StepBuffers``)."""
-        rows = buffers.rows[stage]
+        rows = step.rows[stage]
         request = rows.request[: step.num_rows(stage)].cpu()
         position = rows.position[: step.num_rows(stage)].cpu()
         for i, req_id in enumerate(step.batch.req_ids):
             mine = (request == i).nonzero()[:, 0]
-            if i >= step.num_decodes:
-                kept = position[mine].tolist()
+            if i >= step.first_prefill:
+                kept = self.prefills[req_id][-1].setdefault(stage, [])
+                kept += position[mine].tolist()
                 assert kept == sorted(set(kept)), "kept tokens run in order of position"
-                self.prefills[req_id][-1][stage] = kept
                 self.keys[req_id][stage] = list(kept)
+                continue
+            if step.is_part:
                 continue
             is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
             revived = position[mine[is_revived]].tolist()

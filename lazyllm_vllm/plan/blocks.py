@@ -1,8 +1,9 @@
 """Blocks of vLLM's pool that a request needs, over all KV cache groups.
 
-A stage's layers make one or more groups; what is private to a pruned prompt makes one more. Its
-blocks are cut into slots as large as a hidden state: first the prompt's state, ``STATE_BYTES`` a
-position, then one slot for each position's hidden state, the Aux Cache.
+A stage's layers make one or more groups. Stage 0's have some pages more, as if they were layers:
+there each token's hidden state is parked on its way to stage 1. What is private to a pruned prompt
+makes one more group. Its blocks are cut into slots as large as a hidden state: first the prompt's
+state, ``STATE_BYTES`` a position, then the Aux Cache, a slot for each token with keys in stage 1.
 """
 
 import math
@@ -12,7 +13,7 @@ from lazyllm_vllm.plan.grouping import layers_per_group
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.schedule import Schedule
 
-STATE_BYTES = 20  # five numbers of four bytes: score, rank, level, selected, scale
+STATE_BYTES = 24  # six numbers of four bytes: score, rank, level, selected, scale, place
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -35,7 +36,20 @@ class BlockNeeds:
     @property
     def pages(self) -> int:
         """Pages a block: the layers of a group."""
-        return layers_per_group(self.schedule.stage_sizes)
+        return layers_per_group(self.stage_pages)
+
+    @property
+    def parked_pages(self) -> int:
+        """Pages of stage 0 that hold the hidden states of a block's tokens."""
+        if not self.schedule.prunes:
+            return 0
+        return ceil_div(self.block_size * self.vector_size, self.page_size)
+
+    @property
+    def stage_pages(self) -> list[int]:
+        """Pages of each stage, in all of its groups: one a layer, and the parked ones."""
+        first, *others = self.schedule.stage_sizes
+        return [first + self.parked_pages, *others]
 
     @property
     def slots_per_page(self) -> int:
@@ -66,8 +80,8 @@ class BlockNeeds:
         """In all groups together."""
         plan = self.schedule.plan(num_prompt)
         in_stages = sum(
-            math.ceil(layers / self.pages) * self.stage_blocks(plan, stage, num_total)
-            for stage, layers in enumerate(self.schedule.stage_sizes)
+            math.ceil(pages / self.pages) * self.stage_blocks(plan, stage, num_total)
+            for stage, pages in enumerate(self.stage_pages)
         )
         return in_stages + self.prompt_blocks(plan)
 

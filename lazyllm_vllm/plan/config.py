@@ -111,20 +111,24 @@ class LazyLLMConfig(BaseModel):
         return self
 
     def boundaries(
-        self, num_layers: int, full_layers: tuple[int, ...] | None = None
+        self,
+        num_layers: int,
+        full_layers: tuple[int, ...] | None = None,
+        parked_pages: int = 0,
     ) -> tuple[PruneAt, ...]:
         """The boundaries for a model of ``num_layers`` decoder layers.
 
         Args:
             full_layers: those that attend to all tokens, counted from 1; None: all do. Only they
                 see which tokens matter, so that a boundary follows one.
+            parked_pages: as in ``plan.blocks.BlockNeeds``; a preset's cuts go by it.
 
         Raises:
             ConfigError: a boundary lies outside the model, or after a layer with a window.
         """
         places = full_layers and tuple(n for n in full_layers if n < num_layers)
         if self.prune is None:
-            cuts = preset_cuts(self.preset or "balanced", num_layers, places)
+            cuts = preset_cuts(self.preset or "balanced", num_layers, places, parked_pages)
             return tuple(PruneAt(layer=layer, keep=keep) for layer, keep in cuts)
         for boundary in self.prune:
             if boundary.layer >= num_layers:

@@ -21,13 +21,17 @@ _FARTHEST, _PER_GROUP, _UNUSED = 0.1, 0.003, 0.2
 
 @cache
 def preset_cuts(
-    preset: str, num_layers: int, places: tuple[int, ...] | None = None
+    preset: str,
+    num_layers: int,
+    places: tuple[int, ...] | None = None,
+    parked_pages: int = 0,
 ) -> tuple[tuple[int, float], ...]:
     """``(layer, keep)`` of a preset in a model of ``num_layers`` decoder layers: the cuts near its
     depths that best suit vLLM's KV cache groups. Of cuts on one layer the last one counts.
 
     Args:
         places: layers after which a cut may be; None: any but the last.
+        parked_pages: of hidden states, which take part in stage 0's groups like layers.
     """
     depths, keeps = zip(*PRESETS[preset])
 
@@ -40,6 +44,7 @@ def preset_cuts(
         moved = max(abs(n / num_layers - depth) for n, depth in zip(layers, depths))
         cuts = dict(zip(layers, keeps))
         stages = [b - a for a, b in itertools.pairwise([0, *cuts, num_layers])]
+        stages[0] += parked_pages
         size = layers_per_group(stages)
         groups = [math.ceil(stage / size) for stage in stages]
         shares = (1, *cuts.values())

@@ -14,13 +14,11 @@ class RequestPlan:
         kept: prompt tokens that each stage keeps, all of them in stage 0.
         capacity: most prompt tokens that may ever have keys in each stage: the kept ones and a
             reserve for revived ones.
-        keeps_dropped: whether the schedule has an Aux Cache.
     """
 
     num_prompt: int
     kept: tuple[int, ...]
     capacity: tuple[int, ...]
-    keeps_dropped: bool
 
     @property
     def is_pruned(self) -> bool:
@@ -39,5 +37,6 @@ class RequestPlan:
 
     @property
     def aux_slots(self) -> int:
-        """Slots in the Aux Cache: one a prompt token, if any can be dropped."""
-        return self.num_prompt if self.is_pruned and self.keeps_dropped else 0
+        """Slots in the Aux Cache: one for each prompt token that may have keys in stage 1, and so
+        may be dropped behind it. What is dropped before is parked beside stage 0's keys."""
+        return self.capacity[1] if self.is_pruned and len(self.capacity) > 2 else 0

@@ -34,10 +34,14 @@ class Schedule:
 
     @classmethod
     def build(
-        cls, config: LazyLLMConfig, num_layers: int, full_layers: tuple[int, ...] | None = None
+        cls,
+        config: LazyLLMConfig,
+        num_layers: int,
+        full_layers: tuple[int, ...] | None = None,
+        parked_pages: int = 0,
     ) -> "Schedule":
         """See ``LazyLLMConfig.boundaries``, which raises ConfigError."""
-        boundaries = config.boundaries(num_layers, full_layers)
+        boundaries = config.boundaries(num_layers, full_layers, parked_pages)
         return cls(
             starts=(0, *(b.layer for b in boundaries), num_layers),
             keeps=(1.0, *(b.keep for b in boundaries)),
@@ -64,7 +68,7 @@ class Schedule:
 
     @property
     def has_aux(self) -> bool:
-        """Whether dropped hidden states are kept at all."""
+        """Whether tokens are ever revived."""
         return self.config.revive_budget > 0 and self.prunes
 
     @property
@@ -92,7 +96,7 @@ class Schedule:
             kept = tuple(max(ceil_share(keep, num_prompt), always) for keep in self.keeps)
         reserve = config.revive_reserve if self.has_aux else 0
         capacity = tuple(k + ceil_share(reserve, num_prompt - k) for k in kept)
-        return RequestPlan(num_prompt, kept, capacity, keeps_dropped=self.has_aux)
+        return RequestPlan(num_prompt, kept, capacity)
 
     def revive_quota(self, num_decodes: int) -> int:
         """Most tokens that each of ``num_decodes`` requests may revive at a boundary of a step."""

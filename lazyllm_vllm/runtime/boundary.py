@@ -1,10 +1,11 @@
-"""The boundary between two stages: score, rank, select, park, fetch."""
+"""The boundary between two stages: score, rank, park, select, fetch."""
 
 import torch
 
 from lazyllm_vllm.kernels.begin_step import begin_step
 from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.park_fetch import fetch, park
+from lazyllm_vllm.kernels.parked import fetch_tokens, park_tokens
 from lazyllm_vllm.kernels.place import place_rows
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens
 from lazyllm_vllm.kernels.score import Queries
@@ -18,9 +19,10 @@ from lazyllm_vllm.runtime.step import Step
 
 class Boundary:
     """All boundaries of a model. In a step, in this order: ``begin``; ``score`` in the layers that
-    score; ``cross`` into each stage.
+    score; at each boundary ``leave`` and ``enter``, between which parts of a step enter before.
 
     Attributes:
+    parks_all: whether prompts to come may share this one's hidden states at the first boundary.
         stage_tables: of each stage, ``(group, block table)`` of its KV cache groups.
         trace: ``observe.trace.Trace``, called at every boundary, in debugging; else None.
     """
@@ -31,6 +33,7 @@ class Boundary:
         buffers: StepBuffers,
         stage_tables: list[list[tuple[int, torch.Tensor]]],
         block_size: int,
+        parks_all: bool,
         trace=None,
     ) -> None:
         config = schedule.config
@@ -38,6 +41,7 @@ class Boundary:
         self.buffers = buffers
         self.stage_tables = stage_tables
         self.block_size = block_size
+        self.parks_all = parks_all
         self.trace = trace
         self.scorer = SCORERS[config.score]()
         self.rule = RankRule(config.score_pool, config.first_tokens, config.last_tokens)
@@ -90,7 +94,7 @@ class Boundary:
     def scores_prefills(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores the prompts being prefilled."""
         scores = is_last_layer or self.scorer.every_layer
-        return scores and step.prefills_select and bool(step.prefills) and self._ends(stage)
+        return scores and self._ends(stage) and bool(step.prefills) and step.prefills_score(stage)
 
     def scores_decodes(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores for the decodes."""
@@ -115,75 +119,103 @@ class Boundary:
         b, s = self.buffers, self.buffers.selection
         row = step.query_row(keys.stage)
         if prefills:
-            queries = Queries(q, row, b.lse, scale)
+            queries = Queries(q, row, b.lse, scale, step.window_part[keys.stage])
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
-            queries = Queries(q, row, b.lse[:1], scale)
+            queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
             self.scorer.score_decodes(s, queries, keys, step.decodes, s.active[keys.stage + 1])
 
-    def cross(
+    def leave(
         self, step: Step, stage: int, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Carry hidden states over the boundary into ``stage``.
+        """Rank tokens and park the rows of the stage before ``stage``.
 
         Args:
             hidden, residual: ``[rows of stage - 1, hidden]``, what the layers hand on; residual
                 None: it is in ``hidden``.
 
         Returns:
-            The same for the rows of ``stage``.
+            The same; in one, where rows do not all go on as they are.
         """
-        self._rank(step, stage)
-        self._select(step, stage)
-        self._place(step, stage)
-        if self.trace and step.kind.has_requests:
-            self.trace.boundary(step, stage, self.buffers)
-        if step.drops_nothing:
-            return hidden, residual
-        hidden = hidden if residual is None else hidden + residual
-        self._park(step, stage, hidden)
-        return self._fetch(step, stage, hidden), None
-
-    def _rank(self, step: Step, stage: int) -> None:
-        """Scores to ranks, for those that choose anew."""
-        s = self.buffers.selection
+        s, b = self.buffers.selection, self.buffers
         if step.num_decodes and step.decodes_select:
             rank_tokens(s, stage, step.decodes, step.lists, self.strict, self.rule)
         if step.num_prefills and step.prefills_select:
             rank_tokens(s, stage, step.prefills, 1, False, self.rule)
+        if residual is not None and not step.drops_nothing:
+            hidden, residual = hidden + residual, None
+        if stage > 1:
+            self._park(step, stage - 1, range(step.num_decodes, len(hidden)), hidden)
+        elif b.parked is not None and (self.parks_all or not step.drops_nothing):
+            park_tokens(hidden, residual, step.batch.slot_mappings, b.parked)
+        return hidden, residual
 
-    def _select(self, step: Step, stage: int) -> None:
+    def enter(
+        self,
+        step: Step,
+        stage: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        main: Step | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The hidden states of a step's rows of ``stage``.
+
+        Args:
+            hidden, residual: what ``leave`` gave.
+            main: the step of which ``step`` is a part, before which others may have entered; None:
+                it is no part.
+
+        Returns:
+            As ``leave``.
+        """
+        self._select(step, stage, main or step)
+        self.place(step, stage)
+        if self.trace and step.kind.has_requests:
+            self.trace.boundary(step, stage, self.buffers)
+        if step.drops_nothing and not step.is_part:
+            return hidden, residual
+        rows, b = step.rows[stage], self.buffers
+        out = hidden.new_empty(step.num_rows(stage), hidden.shape[1])
+        if stage == 1:
+            fetch_tokens(out, hidden, rows, b.parked)
+        else:
+            fetch(out, hidden, rows, b.aux)
+        return out, None
+
+    def leave_part(self, part: Step, stage: int, hidden: torch.Tensor) -> None:
+        """Park the rows of a part of a step that has run through ``stage``."""
+        self._park(part, stage, range(len(hidden)), hidden)
+
+    def _select(self, step: Step, stage: int, main: Step) -> None:
         """Which prompt tokens the stage has in prefills, and which it revives for decodes."""
-        s, rows = self.buffers.selection, self.buffers.rows
+        s, rows = self.buffers.selection, step.rows[stage]
         if step.num_prefills:
-            before, after = (PrefillRows(rows[at], step.segments[at]) for at in (stage - 1, stage))
-            select_prefill(s, stage, step.num_decodes, before, after, step.prefills_select)
+            before = main.segments[stage - 1]
+            after = PrefillRows(rows, step.segments[stage])
+            searches = step.prefills_select and stage not in main.searched
+            main.searched.add(stage)
+            select_prefill(s, stage, step.prefills, before, after, searches)
         if step.num_decodes and step.decodes_select:
-            select_decode(s, stage, step.num_decodes, rows[stage], step.lists, self._marks)
+            select_decode(s, stage, step.num_decodes, rows, step.lists, self._marks)
 
-    def _place(self, step: Step, stage: int) -> None:
+    def place(self, step: Step, stage: int) -> None:
         """Where the stage's layers write the rows' keys and values."""
         b = self.buffers
+        if not step.num_rows(stage):
+            return
         for group, block_table in self.stage_tables[stage]:
             place_rows(
                 b.slot_mappings[group],
                 b.slot_position,
-                b.rows[stage],
+                step.rows[stage],
                 block_table,
                 step.num_rows(stage),
                 self.block_size,
             )
 
-    def _park(self, step: Step, stage: int, hidden: torch.Tensor) -> None:
-        """Write the hidden states of all rows but the decodes' own to the Aux Cache. One that goes
-        on is written again at the next boundary; one that does not waits there to be revived."""
+    def _park(self, step: Step, stage: int, which: range, hidden: torch.Tensor) -> None:
+        """Write rows of a stage but the first to the Aux Cache. One that goes on is written again at
+        the next boundary; one that does not waits there to be revived."""
         b = self.buffers
-        which = range(step.num_decodes, step.num_rows(stage - 1))
-        if b.aux is not None and len(which):
-            park(hidden, b.rows[stage - 1], which, b.selection.is_pruned, b.aux)
-
-    def _fetch(self, step: Step, stage: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The stage's rows: from the rows before, or revived from the Aux Cache."""
-        out = hidden.new_empty(step.num_rows(stage), hidden.shape[1])
-        fetch(out, hidden, self.buffers.rows[stage], self.buffers.aux)
-        return out
+        if b.aux is not None and len(which) and not step.drops_nothing:
+            park(hidden, step.rows[stage], which, b.selection.is_pruned, b.aux)

@@ -1,8 +1,12 @@
 """The tensors that a step writes and that outlive it, or that a CUDA graph must find again."""
 
+from dataclasses import replace
+
 import torch
 
+from lazyllm_vllm.kernels.parked import ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
+from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 from lazyllm_vllm.plan.schedule import Schedule
@@ -19,10 +23,15 @@ class StepBuffers:
         lse: ``[score_window, max_num_reqs, heads]`` fp32, log-denominators of the attention of the
             current row and, in a prefill, of those before it.
         no_prefills: the prefill rows of a step that has none.
+        part_rows: by stage, the rows of a part of a step (``Step.part``).
+        budget: most rows that run at once, but for what is revived and scores.
+        window: ``[3, stages, max_num_reqs]`` int32, the prefills' ``kernels.score.WindowPart``;
+            decode_window, that of decodes.
 
     Once vLLM has made the KV cache (``attach_kv_cache``):
         selection: what the selection kernels are given.
-        aux: the Aux Cache, or None.
+        aux: the Aux Cache, or None: there is one boundary, or none.
+        parked: hidden states at the first boundary, or None: no prompt is pruned.
         slot_position: ``[physical slots]`` int32, position of the key in each slot of the later
             stages.
         slot_mappings: ``[groups, rows]`` int64, where a group's layers write keys and values.
@@ -39,7 +48,9 @@ class StepBuffers:
         self.counts = counts
         self.device = device
         stages, batch = schedule.num_stages, len(counts.num_prompt)
+        self.budget = max_num_tokens
         self.max_rows = max_num_tokens + schedule.config.revive_budget
+        self.max_rows += batch * schedule.config.score_window
         ints = {"dtype": torch.int32, "device": device}
         self.index = torch.full((batch,), -1, **ints)
         self.num_prompt = torch.zeros(batch, **ints)
@@ -50,11 +61,24 @@ class StepBuffers:
         self.lse = torch.zeros(lse_shape, dtype=torch.float32, device=device)
         self.all_rows = Rows.make(stages, self.max_rows, batch, device)
         self.rows = [self.all_rows.of_stage(stage) for stage in range(stages)]
-        self.no_prefills = Segments(torch.zeros(1, **ints), 0)
+        self.no_prefills = Segments(torch.zeros(1, **ints), 0, torch.zeros(0, **ints))
+        part = Rows.make(1, max_num_tokens, batch, device).of_stage(0)
+        self.part_rows = [
+            replace(part, num_keys=rows.num_keys, num_revived=rows.num_revived)
+            for rows in self.rows
+        ]
+        self.window = torch.zeros(3, stages, batch, **ints)
+        none = torch.zeros(batch, **ints)
+        self.decode_window = WindowPart(torch.ones(batch, **ints), none, none)
         self.search = make_search(batch, device)
 
     def attach_kv_cache(
-        self, num_slots: int, num_groups: int, state: PromptState | None, aux: AuxCache | None
+        self,
+        num_slots: int,
+        num_groups: int,
+        state: PromptState | None,
+        aux: AuxCache | None,
+        parked: ParkedStates | None,
     ) -> None:
         """Make what belongs to a KV cache; called whenever vLLM makes one.
 
@@ -66,6 +90,7 @@ class StepBuffers:
         stages = len(self.rows)
         ints = {"dtype": torch.int32, "device": self.device}
         self.aux = aux
+        self.parked = parked
         self.selection = Selection(
             state=state or PromptState.none(batch, self.device),
             counts=self.counts,

@@ -2,9 +2,11 @@
 
 Rows of stage s, in order: ``[decodes | revived | prefill tokens]``. Stage 0 revives nothing. The
 numbers of decode and prefill rows are known on the CPU; which rows are used, and by which token,
-only on the GPU. A decode batch in a CUDA graph is padded with requests of index -1.
+only on the GPU. A decode batch in a CUDA graph is padded with requests of index -1. Prefill rows
+that run before the others (``prefill_rows``) make a step of their own, a part of the step.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -13,9 +15,11 @@ import torch
 
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
+from lazyllm_vllm.runtime.prefill_rows import Prefills, RowPlan, Span
 
 
 class StepKind(Enum):
@@ -48,8 +52,8 @@ class Batch:
 
     Attributes:
         req_ids: the requests, decodes first.
-        num_decodes: requests with one row (padding included).
-        prefill_rows: rows of each prefill in each stage, ``[stages, prefills]`` int32.
+        num_decodes: requests that decode (padding included).
+        prefills: the others.
         positions: ``[rows of stage 0]`` int64.
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         slot_mappings: vLLM's, ``[groups, rows]`` int64, which stage 0 uses.
@@ -58,7 +62,7 @@ class Batch:
 
     req_ids: list[str]
     num_decodes: int
-    prefill_rows: np.ndarray
+    prefills: Prefills
     positions: torch.Tensor
     sampled_tokens: torch.Tensor
     slot_mappings: torch.Tensor
@@ -67,6 +71,11 @@ class Batch:
 
 class Step:
     """Attributes:
+    spans: the prefills' rows in each stage.
+    rows: what the kernels are told of the rows of each stage.
+    is_part: whether this is a part of a step: no decodes, and nothing is sampled.
+    searched: the stages for which the prefills' best tokens have been found.
+    first_prefill: batch index of the first prefill.
     decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
     revives: whether decodes may revive, and rows are set aside for it.
     segments: the prefills' rows in each stage.
@@ -77,51 +86,102 @@ class Step:
     def __init__(
         self, kind: StepKind, batch: Batch, schedule: Schedule, buffers: StepBuffers, selects: bool
     ) -> None:
+        config = schedule.config
         self.kind = kind
         self.batch = batch
         self.schedule = schedule
+        self.buffers = buffers
+        self.plan = RowPlan.make(
+            batch.prefills, batch.num_decodes, buffers.budget, config.score_window
+        )
+        self.rows = buffers.rows
+        self.is_part = False
+        self.searched: set[int] = set()
         self.num_decodes = n = batch.num_decodes
-        self.num_prefills = batch.prefill_rows.shape[1]
-        self.num_requests = n + self.num_prefills
+        self.first_prefill = n
         self.decodes_select = selects
-        rows = batch.prefill_rows
-        self.prefills_select = kind is StepKind.WARM_UP or bool((rows[-1] < rows[0]).any())
-        self.revives = selects and buffers.aux is not None
+        self.prefills_select = kind is StepKind.WARM_UP or bool(batch.prefills.prunes.any())
+        self.revives = selects and schedule.has_aux
         self.revive_rows = schedule.revive_rows(n) if self.revives else 0
         self.max_revived = schedule.largest_quota(n) if self.revives else 0
         self.lists = 2 if self.revives else 1
+        self._place_prefills(self.plan.spans)
+        self.window_part = self._upload_window()
+
+    def part(self, span: Span) -> "Step":
+        """Prefill rows alone, the same in every stage. Until ``show`` is called kernels see no
+        others."""
+        part = copy(self)
+        part.is_part = True
+        part.rows = self.buffers.part_rows
+        part.num_decodes = part.revive_rows = part.max_revived = 0
+        part.revives = part.decodes_select = False
+        part._place_prefills([span] * self.schedule.num_stages)
+        return part
+
+    def _place_prefills(self, spans: list[Span]) -> None:
+        buffers = self.buffers
+        self.spans = spans
+        self.num_prefills = len(spans[0].first)
+        self.num_requests = self.first_prefill + self.num_prefills
         self.decode_schedules: dict[tuple[int, int | None], torch.Tensor] = {}
         self._window_rows: dict[int, torch.Tensor] = {}
-        self._prefill_rows = [int(count) for count in rows.sum(1)]
-        if self.num_prefills:
-            self.longest_prefill = [int(count) for count in rows.max(1)]
-            self.segments, self._query_rows = self._upload(buffers)
-        else:
-            self.segments = [buffers.no_prefills] * schedule.num_stages
-            self._query_rows = [buffers.decode_starts] * schedule.num_stages
+        self._num_prefill_rows = [span.num_rows for span in spans]
+        if not self.num_prefills:
+            self.segments = [buffers.no_prefills] * self.schedule.num_stages
+            self._query_rows = [buffers.decode_starts] * self.schedule.num_stages
+            return
+        self.longest_prefill = [int(span.lengths.max()) for span in spans]
+        self._upload()
+        self.show()
 
-    def _upload(self, buffers: StepBuffers) -> tuple[list[Segments], list[torch.Tensor]]:
+    def _upload(self) -> None:
         """The prefills' bounds in each stage and all current rows, in one copy to the device."""
-        lens, n, stages = self.batch.prefill_rows, self.num_decodes, self.schedule.num_stages
-        starts = np.zeros((stages, self.num_prefills + 1), np.int32)
-        np.cumsum(lens, axis=1, out=starts[:, 1:])
+        count, stages = self.num_prefills, self.schedule.num_stages
+        first, end = (np.stack([getattr(s, name) for s in self.spans]) for name in ("first", "end"))
+        starts = np.zeros((stages, count + 1), np.int32)
+        np.cumsum(end - first, axis=1, out=starts[:, 1:])
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
-        packed = np.concatenate([starts, lens, bases[:, None] + starts[:, 1:] - 1], 1)
-        packed = async_tensor_h2d(packed.astype(np.int32), device=buffers.device)
-        widths = [self.num_prefills + 1, self.num_prefills, self.num_prefills]
-        starts, lens, last_rows = packed.split(widths, 1)
+        # Of a prefill that has no row in a stage some row, which nobody reads.
+        last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
+        packed = np.concatenate([starts, first, end, last_rows], 1).astype(np.int32)
+        packed = async_tensor_h2d(packed, device=self.buffers.device)
+        starts, first, end, last_rows = packed.split([count + 1, count, count, count], 1)
+        self._ends, self._last_rows = end, last_rows
+        by_stage = zip(starts.contiguous(), bases, first.contiguous())
+        self.segments = [Segments(start, int(base), slot) for start, base, slot in by_stage]
+
+    def show(self) -> None:
+        """Let kernels see this step's prefill rows, after a part of it has run."""
+        b, n = self.buffers, self.first_prefill
         mine = slice(n, self.num_requests)
-        buffers.all_rows.num_keys[:, mine] = lens
-        buffers.query_rows[:, mine] = last_rows
-        if n:
-            buffers.query_rows[:, :n] = buffers.decode_starts[:n]
-        segments = [Segments(start, int(base)) for start, base in zip(starts.contiguous(), bases)]
-        return segments, list(buffers.query_rows)
+        b.all_rows.num_keys[:, mine] = self._ends
+        b.query_rows[:, mine] = self._last_rows
+        if self.num_decodes:
+            b.query_rows[:, :n] = b.decode_starts[:n]
+        self._query_rows = list(b.query_rows)
+
+    def _upload_window(self) -> list[WindowPart]:
+        """By stage, and which prefills the boundaries choose tokens of."""
+        b, p, stages = self.buffers, self.batch.prefills, self.schedule.num_stages
+        window = self.schedule.config.score_window
+        parts = [p.window_part(window)]
+        none = np.zeros_like(p.end)
+        parts += [(np.minimum(p.num_prompt, window) * p.prunes, none, none)] * (stages - 1)
+        self._scores = [bool(count.any()) for count, _, _ in parts]
+        if self.num_prefills:
+            mine = slice(self.first_prefill, self.num_requests)
+            active = np.stack([p.prunes] * stages)
+            packed = np.stack([*np.swapaxes(np.array(parts), 0, 1), active]).astype(np.int32)
+            packed = async_tensor_h2d(packed, device=b.device)
+            b.window[:, :, mine] = packed[:3]
+            b.selection.active[1:, mine] = packed[3, 1:]
+        return [WindowPart(*b.window[:, stage]) for stage in range(stages)]
 
     @property
     def drops_nothing(self) -> bool:
         """Whether every row goes on over every boundary, in the same order."""
-        return not (self.prefills_select or self.revives)
+        return self.batch.prefills.runs_alike and not (self.revives or self.prefills_select)
 
     @property
     def decodes(self) -> range:
@@ -131,14 +191,23 @@ class Step:
     @property
     def prefills(self) -> range:
         """Batch indices."""
-        return range(self.num_decodes, self.num_requests)
+        return range(self.first_prefill, self.num_requests)
+
+    def prefills_score(self, stage: int) -> bool:
+        """Whether tokens at a prompt's end score the others in this step."""
+        is_warm_up = self.kind is StepKind.WARM_UP
+        return not self.is_part and (is_warm_up or self._scores[stage])
+
+    def continues(self, stage: int) -> bool:
+        """Whether prefill rows attend to keys of rows that ran before them."""
+        return bool(self.spans[stage].first.any())
 
     def num_decode_rows(self, stage: int) -> int:
         """Current and revived rows."""
         return self.num_decodes + (self.revive_rows if stage else 0)
 
     def num_rows(self, stage: int) -> int:
-        return self.num_decode_rows(stage) + self._prefill_rows[stage]
+        return self.num_decode_rows(stage) + self._num_prefill_rows[stage]
 
     def query_row(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32, each request's current row."""
@@ -146,7 +215,7 @@ class Step:
 
     def window_rows(self, stage: int, window: int) -> torch.Tensor:
         """``[window, prefills]`` int64, each prefill's last rows in the stage, the last one first,
-        counted from the first prefill's. Prompts that are shorter are not scored."""
+        counted from the first prefill's; of one that has fewer, other rows."""
         if stage not in self._window_rows:
             start = self.segments[stage].start
             back = torch.arange(1, window + 1, device=start.device)

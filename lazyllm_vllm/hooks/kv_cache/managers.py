@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
 from lazyllm_vllm.plan.request_plan import RequestPlan
 
 # The plans of the requests of each block pool: all its managers see one plan for a request.
@@ -67,7 +67,19 @@ class _PlannedManager(FullAttentionManager):
 
 class StageManager(_PlannedManager):
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
+        num_tokens = max(num_tokens, plan.num_prompt)  # from the first chunk on
         return cdiv(num_tokens - plan.slots_saved[self.kv_cache_spec.stage], self.block_size)
+
+
+class SharedStageManager(FullAttentionManager):
+    """vLLM's own, but that a prompt's last tokens, which score the others, always run."""
+
+    @classmethod
+    def find_longest_cache_hit(cls, block_hashes, max_length: int, *args, **kwargs):
+        schedule = kwargs["kv_cache_spec"].needs.schedule
+        if schedule.plan(max_length + 1).is_pruned:
+            max_length -= schedule.config.score_window - 1
+        return super().find_longest_cache_hit(block_hashes, max(max_length, 0), *args, **kwargs)
 
 
 class PromptManager(_PlannedManager):
@@ -80,4 +92,7 @@ def register_managers() -> None:
     # vLLM registers its own specs only while nothing else is registered, so it must go first.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(StageSpec, StageManager, uniform_type_base_spec=StageSpec)
+    KVCacheSpecRegistry.register(
+        SharedStageSpec, SharedStageManager, uniform_type_base_spec=SharedStageSpec
+    )
     KVCacheSpecRegistry.register(PromptSpec, PromptManager, uniform_type_base_spec=PromptSpec)

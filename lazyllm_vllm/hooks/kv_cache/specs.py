@@ -31,6 +31,10 @@ class StageSpec(FullAttentionSpec):
     stage: int
     needs: BlockNeeds = field(repr=False)
 
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for layers of one stage; AssertionError for layers of several, which is how
@@ -44,6 +48,16 @@ class StageSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         plan = _neediest_plan(self.needs, vllm_config)
         return self.needs.stage_blocks(plan, self.stage, plan.num_prompt) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedStageSpec(StageSpec):
+    """The same where keys and values depend on what comes before a token and on nothing else, so
+    that requests share them: in stage 0, and in every stage if no prompt is pruned."""
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,123 @@
+"""Which rows of each prefill run in each stage in a step, decided on the CPU.
+
+A prompt that is pruned runs stage 0 chunk by chunk; its last chunk runs the later stages, on the
+tokens that are kept. A prompt that is not pruned runs all stages chunk by chunk. What shared keys
+spared it in stage 0 it must still run in the later stages, which are its own: it catches up.
+
+No layer sees more rows at once than a step's budget of tokens: where a stage has more, parts of
+them run through it first, and the rest, with every prompt's last tokens, runs beside the decodes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prefills:
+    """The prefills of a step, each array ``[prefills]`` int32 but ``kept``.
+
+    Attributes:
+        num_prompt: tokens to be prefilled, over all chunks.
+        first, end: this chunk has the tokens at positions ``first .. end - 1``.
+        caught_up: tokens that have keys in the later stages, of prompts that are not pruned.
+        is_pruned: bool.
+        kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
+    """
+
+    num_prompt: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+    caught_up: np.ndarray
+    is_pruned: np.ndarray
+    kept: np.ndarray
+
+    @classmethod
+    def whole(cls, lengths: list[int], num_stages: int) -> "Prefills":
+        """Prompts that come in one piece, and of which nothing is dropped."""
+        n = np.array(lengths, np.int32)
+        none = np.zeros_like(n)
+        return cls(n, none, n, none, none.astype(bool), np.tile(n, (num_stages, 1)))
+
+    @property
+    def is_last_chunk(self) -> np.ndarray:
+        return self.end == self.num_prompt
+
+    @property
+    def prunes(self) -> np.ndarray:
+        """Whether tokens are chosen in this step."""
+        return self.is_pruned & self.is_last_chunk
+
+    @property
+    def runs_alike(self) -> bool:
+        """Whether all stages run this chunk's rows, and nothing else."""
+        return not self.is_pruned.any() and bool((self.caught_up == self.first).all())
+
+    def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``kernels.score.WindowPart`` in stage 0, of prompts that are pruned."""
+        window_first = np.maximum(self.num_prompt - window, 0)
+        count = np.maximum(self.end - np.maximum(self.first, window_first), 0) * self.is_pruned
+        scored = self.first * (self.first > window_first)
+        return count, self.num_prompt - self.end, scored
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of every prefill in a stage, by slot: ``first .. end - 1``; both ``[prefills]``."""
+
+    first: np.ndarray
+    end: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.end - self.first
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Attributes:
+    spans: by stage, what runs beside the decodes.
+    parts: by stage, what runs through it before, in order.
+    catch_up: what runs through all stages but the first before anything else does.
+    """
+
+    spans: list[Span]
+    parts: list[list[Span]]
+    catch_up: list[Span]
+
+    @classmethod
+    def make(cls, prefills: Prefills, num_decodes: int, budget: int, window: int) -> "RowPlan":
+        """Args:
+        num_decodes: rows of the batch that are not prefills'.
+        budget: most rows that run at once.
+        window: last tokens of each prompt that score, and so run at once in every stage.
+        """
+        p, stages = prefills, len(prefills.kept)
+        spans, parts = [Span(p.first, p.end)], [[]]
+        room = budget - num_decodes - int((p.end - p.first)[~p.is_pruned].sum())
+        for stage in range(1, stages):
+            kept = np.where(p.prunes, p.kept[stage], 0)
+            done = np.zeros_like(kept)
+            if kept.sum() > room:
+                done = kept - np.minimum(kept, window if stage < stages - 1 else 1)
+            parts.append(_cut(done * 0, done, budget))
+            first = np.where(p.is_pruned, done, p.first)
+            spans.append(Span(first, np.where(p.is_pruned, kept, p.end)))
+        behind = np.where(p.is_pruned, 0, p.first - p.caught_up)
+        catch_up = _cut(p.caught_up, p.caught_up + behind, budget)
+        return cls(spans, parts, catch_up)
+
+
+def _cut(first: np.ndarray, end: np.ndarray, size: int) -> list[Span]:
+    """The rows of all prefills, one after the other, in pieces of ``size``."""
+    lengths = end - first
+    before = np.cumsum(lengths) - lengths
+    pieces = []
+    for start in range(0, int(lengths.sum()), size):
+        low, high = (np.clip(at - before, 0, lengths) for at in (start, start + size))
+        pieces.append(Span((first + low).astype(np.int32), (first + high).astype(np.int32)))
+    return pieces
