@@ -1,4 +1,5 @@
-"""One entry point: ``python -m benchmarks speed``, ``families``, ``quality`` or ``report``."""
+"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``quality`` or
+``report``."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 from benchmarks import headline
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
-from benchmarks.speed import families_report, run_families
+from benchmarks.speed import families_report, run_families, run_shared, shared_report
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import run as speed
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 def report() -> None:
     """Plots and tables wherever they are shown."""
     speed_report.main(ROOT / "docs/benchmarks.md")
+    shared_report.main(ROOT / "docs/benchmarks.md")
     families_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
@@ -27,6 +29,9 @@ def main() -> None:
     measured = commands.add_parser("speed", help="LazyLLM beside stock vLLM, on a GPU")
     speed.add_arguments(measured)
     measured.set_defaults(run=speed.main)
+    shared = commands.add_parser("shared", help="shared prefixes and arriving prompts, on a GPU")
+    run_shared.add_arguments(shared)
+    shared.set_defaults(run=run_shared.main)
     others = commands.add_parser("families", help="the same for other model families, in short")
     run_families.add_arguments(others)
     others.set_defaults(run=run_families.main)

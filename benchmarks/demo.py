@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from benchmarks.passkey import passkey_prompt
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PROMPT_TOKENS, SEED = 1500, 0
-CONFIG, NUM_LAYERS = LazyLLMConfig(preset="balanced"), 30
+CONFIG = LazyLLMConfig(preset="balanced")
 
 
 def main() -> None:
@@ -76,7 +77,6 @@ def start(model: str, config: dict | None):
         model,
         max_model_len=4096,
         max_num_batched_tokens=4096,
-        enable_prefix_caching=False,
         additional_config={"lazyllm": config} if config else {},
     )
 
@@ -86,20 +86,22 @@ def answer(llm, prompt: list[int]) -> dict:
     from vllm import SamplingParams
 
     from lazyllm_vllm import request_stats
-    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config, schedule_of
 
     sampling = SamplingParams(temperature=0, max_tokens=16)
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
-    result = {"kept": [len(prompt)], "revived": [], "share_computed": 1.0}
-    if lazyllm_config(llm.llm_engine.vllm_config) is not None:
+    config = llm.llm_engine.vllm_config
+    result = {"kept": [len(prompt)], "revived": [], "share_computed": 1.0, "starts": ()}
+    if lazyllm_config(config) is not None:
         (result,) = request_stats(llm)["requests"]
-    room = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        result |= {"starts": schedule_of(config).starts}
+    room = config.cache_config.kv_cache_size_tokens
     return result | {"answer": output.outputs[0].text.strip(), "room": room}
 
 
 def table(results: dict[str, dict], num_prompt: int, key: str) -> Table:
     """The results side by side, a column for each engine."""
-    stages = [0, *(cut.layer for cut in CONFIG.boundaries(NUM_LAYERS)), NUM_LAYERS]
+    starts = max((result["starts"] for result in results.values()), key=len)
     shown = Table("", title="A pass key hidden in a long text", title_justify="left")
     for label in results:
         shown.add_column(label, justify="right")
@@ -110,7 +112,7 @@ def table(results: dict[str, dict], num_prompt: int, key: str) -> Table:
     row("answer", lambda r: escape(r["answer"]))
     row("  right", lambda r: "[green]yes[/]" if key in r["answer"] else "[red]no[/]")
     row("prompt tokens", lambda r: f"{num_prompt:,}")
-    for stage, (first, end) in enumerate(zip(stages, stages[1:], strict=False)):
+    for stage, (first, end) in enumerate(pairwise(starts)):
         row(
             f"  kept in layers {first + 1} to {end}",
             lambda r, stage=stage: f"{r['kept'][min(stage, len(r['kept']) - 1)]:,}",

@@ -35,10 +35,14 @@ def read(path: Path, kind: type) -> list:
     return [kind(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def replace_section(page: Path, name: str, text: str) -> None:
-    """Put the text between the page's marks for ``name``."""
+def replace_section(page: Path, name: str, text: str, heading: str | None = None) -> None:
+    """Put the text between the page's marks for ``name``; without marks, given a heading, at the
+    page's end under it."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = page.read_text().split(begin)
+    old = page.read_text()
+    if heading and begin not in old:
+        old += f"\n## {heading}\n\n{begin}\n{end}\n"
+    before, rest = old.split(begin)
     after = rest.split(end)[1]
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 

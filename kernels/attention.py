@@ -69,6 +69,7 @@ def _attention_kernel(
     row_position_ptr,  # [rows]
     quota_ptr,  # [1] rows set aside for each request's revived tokens
     num_prompt_ptr,  # [batch]
+    is_pruned_ptr,  # [batch]
     selected_ptr,  # a plane of the prompt state
     state_table_ptr,
     state_table_stride,
@@ -121,7 +122,8 @@ def _attention_kernel(
         other=0.0,
     )
 
-    num_prompt = tl.load(num_prompt_ptr + batch)
+    # Of a prompt that is not pruned every token is seen.
+    num_prompt = tl.load(num_prompt_ptr + batch) * tl.load(is_pruned_ptr + batch)
     keys_table = keys_table_ptr + batch * keys_table_stride
     state_table = state_table_ptr + batch * state_table_stride
     to_log2 = scale * LOG2_E
@@ -214,6 +216,7 @@ def paged_attention_triton(out, lse, q, keys, decodes, form, s):
         rows.position,
         s.quota,
         s.num_prompt,
+        s.is_pruned,
         s.state.selected,
         *s.state.pages.kernel_args,
         n,
@@ -248,7 +251,7 @@ def paged_attention_reference(out, lse, q, keys, decodes, form, s):
             mine += range(first, first + int(rows.num_revived[i]))
         position = keys.positions(i)
         seen = form.sees(rows.position[mine], position)
-        if decodes.strict and keys.stage > 0:
+        if decodes.strict and keys.stage > 0 and s.is_pruned[i]:
             in_prompt = position < s.num_prompt[i]
             at = s.state.at(i, position.where(in_prompt, 0))
             seen &= ~in_prompt | (s.state.selected[at] >= keys.stage)

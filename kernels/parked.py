@@ -222,9 +222,7 @@ def park_tokens(
     run(hidden, residual, slot_mappings, parked)
 
 
-def fetch_tokens(
-    out: torch.Tensor, hidden: torch.Tensor, rows: Rows, parked: ParkedStates
-) -> None:
+def fetch_tokens(out: torch.Tensor, hidden: torch.Tensor, rows: Rows, parked: ParkedStates) -> None:
     """Fill every row of ``out`` (``[rows of stage 1, hidden]``) from the row of stage 0 that
     ``rows.source`` names or, where that is -1, from where its token is parked; unused rows become
     zeros.

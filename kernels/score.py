@@ -267,7 +267,8 @@ def score_tokens_reference(s, queries, keys, batch, active, rule):
         score, before = score[in_prompt], state.score[at]
         if not rule.accumulates:
             before = before.where(position[in_prompt] < scored, 0.0)
-        state.score[at] = score.maximum(before) if rule.peak else score + before
+        is_max = rule.peak or rule.accumulates
+        state.score[at] = score.maximum(before) if is_max else score + before
 
 
 def score_tokens(

@@ -222,7 +222,8 @@ def select_decode(
     """Choose the tokens that the active decodes revive into ``stage``.
 
     Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``num_keys`` and
-    ``num_revived``, and updates ``level``, ``place``, ``selected`` and the requests' ``prompt_keys``.
+    ``num_revived``, and updates ``level``, ``place``, ``selected`` and the requests'
+    ``prompt_keys``.
 
     Args:
         lists: 2: tokens may be revived; 1: the selection is only marked.

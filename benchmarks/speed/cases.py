@@ -16,6 +16,7 @@ from benchmarks.speed.shapes import (
     WHOLE,
     Pruning,
     flop_bound,
+    flops,
 )
 from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
@@ -28,7 +29,7 @@ class Case:
     """One measurement.
 
     Attributes:
-        benchmark, function: what it is called, and which of ``measure``'s functions it is.
+        benchmark, function: what it is called, and which of the plan's functions it is.
         runs: how often it counts; ``warm`` runs before do not.
         engines: the prunings that it is measured on, besides stock vLLM; all of the plan's if none.
     """
@@ -49,6 +50,7 @@ class Plan:
     Attributes:
         name: what rows call it; the shape's name if empty.
         options: further arguments of ``LLM``, for all of its engines.
+        functions: the module whose functions measure the cases.
     """
 
     shape: str
@@ -57,6 +59,7 @@ class Plan:
     cases: tuple[Case, ...]
     name: str = ""
     options: dict = field(default_factory=dict)
+    functions: str = "benchmarks.speed.measure"
 
 
 def ttft(tokens: int, runs: int, **fields) -> Case:
@@ -80,8 +83,6 @@ _ALL = (
             ttft(8192, 7, engines=_DEFAULT),
             ttft(16384, 5),
             ttft(32768, 3),
-            Case("follow-up", "follow_up", {"tokens": 16384, "more": 64}, 5, engines=_DEFAULT),
-            Case("follow-up", "follow_up", {"tokens": 32768, "more": 64}, 3, engines=_DEFAULT),
             decode(384, 1, 3, steps=64, engines=_DEFAULT),
             decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
             decode(8192, 16, 2, engines=_DEFAULT),
@@ -154,7 +155,7 @@ def run(plan: Plan, report: Callable[[Row], None], show: Callable[[str], None]) 
                 "config": pruning.config if pruning else None,
                 "options": _options(plan),
             }
-            engine = Engine(start, arguments, "benchmarks.speed.measure", Path(folder, "log"))
+            engine = Engine(start, arguments, plan.functions, Path(folder, "log"))
             try:
                 versions = engine.ready()
                 for case in cases:
@@ -195,10 +196,20 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
         batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
         unit=case.unit,
     )
+    shape = SHAPES[plan.shape]
+    cuts = pruning.cuts(shape) if pruning else ()
     if case.benchmark == "ttft" and pruning and tokens >= PRUNED_FROM:
-        shape = SHAPES[plan.shape]
-        row.flop_bound = flop_bound(shape, pruning.cuts(shape), tokens)
+        row.flop_bound = flop_bound(shape, cuts, tokens)
+    if "cold" in row.details:
+        row.details["bound"] = _warm_bound(shape, cuts, row.details)
     return row
+
+
+def _warm_bound(shape: dict, cuts: tuple[tuple[int, float], ...], details: dict) -> float:
+    """Milliseconds that a prompt's operations take at the speed of the cold prompt before it, with
+    what the first stage has of their common prefix cached."""
+    warm = flops(shape, cuts, details["tokens"], details["shared"])
+    return details["cold"] * warm / flops(shape, cuts, details["cold_tokens"])
 
 
 def _compare(row: Row, stock: Row) -> None:

@@ -8,7 +8,6 @@ from benchmarks.speed.report import pick, stock_row
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import BALANCED
 
-_NAME = "families"
 _MISSING = "–"
 
 
@@ -18,11 +17,7 @@ def main(page: Path, file: Path = FILE) -> None:
     rows = read(file, Row)
     if not rows:
         return
-    text = page.read_text()
-    begin, end = f"<!-- {_NAME}: begin -->", f"<!-- {_NAME}: end -->"
-    if begin not in text:
-        page.write_text(f"{text}\n## Other model families\n\n{begin}\n{end}\n")
-    replace_section(page, _NAME, section(rows))
+    replace_section(page, "families", section(rows), "Other model families")
 
 
 def section(rows: list[Row]) -> str:
@@ -34,7 +29,7 @@ def section(rows: list[Row]) -> str:
     head += ["time per token", "room"]
     return "\n\n".join(
         (
-            f"{_places(rows)} Random weights of the shapes named, in bf16 but where the name says "
+            f"{places(rows)} Random weights of the shapes named, in bf16 but where the name says "
             f"FP8 (weights, KV cache, or both). The preset `{BALANCED.name}` beside stock vLLM: "
             "time to first token of one request, stock → LazyLLM; the bound is how many times "
             "fewer floating-point operations the schedule takes. Time per output token after "
@@ -45,7 +40,7 @@ def section(rows: list[Row]) -> str:
     )
 
 
-def _places(rows: list[Row]) -> str:
+def places(rows: list[Row]) -> str:
     """Where and when rows were measured, each place once."""
     places = [row.environment for row in rows]
     return " ".join(

@@ -1,9 +1,10 @@
 """What is measured on a running engine. Times are wall-clock, in milliseconds, of the whole engine:
-scheduling, the model, sampling. No prompt is asked twice: stock vLLM would have it cached."""
+scheduling, the model, sampling. No prompt is asked twice, since its prefix would be cached."""
 
 import itertools
 import math
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -12,27 +13,39 @@ from vllm import LLM, SamplingParams
 _SEEDS = itertools.count()
 
 
-def _prompts(count: int, tokens: int) -> list[dict]:
-    """New random ones."""
+def new_ids(count: int, tokens: int) -> list[list[int]]:
+    """Random ones, others in every call."""
     random = torch.Generator().manual_seed(next(_SEEDS))
-    ids = torch.randint(3, 30000, (count, tokens), generator=random).tolist()
-    return [{"prompt_token_ids": prompt} for prompt in ids]
+    return torch.randint(3, 30000, (count, tokens), generator=random).tolist()
 
 
-def _params(max_tokens: int) -> SamplingParams:
+def new_prompts(count: int, tokens: int) -> list[dict]:
+    """The same as ``LLM`` takes them."""
+    return [{"prompt_token_ids": prompt} for prompt in new_ids(count, tokens)]
+
+
+def check_cold(outputs: Iterable) -> None:
+    """Raises RuntimeError if the cache had a part of a prompt."""
+    if cached := sum(output.num_cached_tokens or 0 for output in outputs):
+        raise RuntimeError(f"{cached} prompt tokens were cached, which falsifies the measurement")
+
+
+def params(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def _core(llm: LLM):
+def core(llm: LLM):
     return llm.llm_engine.engine_core.engine_core
 
 
 def ttft(llm: LLM, tokens: int) -> dict:
     """Time to the first token of one request."""
-    prompt = _prompts(1, tokens)
+    prompt = new_prompts(1, tokens)
     start = time.monotonic()
-    llm.generate(prompt, _params(1), use_tqdm=False)
-    return {"value": 1000 * (time.monotonic() - start)}
+    outputs = llm.generate(prompt, params(1), use_tqdm=False)
+    end = time.monotonic()
+    check_cold(outputs)
+    return {"value": 1000 * (end - start)}
 
 
 def check(llm: LLM, tokens: int) -> None:
@@ -41,27 +54,16 @@ def check(llm: LLM, tokens: int) -> None:
     from lazyllm_vllm import request_stats
     from lazyllm_vllm.hooks.engine_config import schedule_of
 
-    params = _params(2)
-    params.logprobs = 1
-    (output,) = llm.generate(_prompts(1, tokens), params, use_tqdm=False)
+    sampling = params(2)
+    sampling.logprobs = 1
+    (output,) = llm.generate(new_prompts(1, tokens), sampling, use_tqdm=False)
     logprobs = [x.logprob for step in output.outputs[0].logprobs for x in step.values()]
     if not all(map(math.isfinite, logprobs)):
         raise RuntimeError(f"{tokens} tokens: log-probabilities {logprobs}")
     kept = list(request_stats(llm)["requests"][-1]["kept"])
-    right = list(schedule_of(_core(llm).vllm_config).plan(tokens).kept)
+    right = list(schedule_of(core(llm).vllm_config).plan(tokens).kept)
     if kept != right:
         raise RuntimeError(f"{tokens} tokens: {kept} were kept, not {right}")
-
-
-def follow_up(llm: LLM, tokens: int, more: int) -> dict:
-    """Time to the first token of a second request that begins with all of the first one's prompt:
-    a conversation's next turn, or another question about one document."""
-    first, rest = _prompts(1, tokens), _prompts(1, more)
-    llm.generate(first, _params(1), use_tqdm=False)
-    second = {"prompt_token_ids": first[0]["prompt_token_ids"] + rest[0]["prompt_token_ids"]}
-    start = time.monotonic()
-    llm.generate(second, _params(1), use_tqdm=False)
-    return {"value": 1000 * (time.monotonic() - start)}
 
 
 def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
@@ -70,12 +72,13 @@ def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
     request revived in one step, in one stage, on average."""
     engine = llm.llm_engine
     ids = [f"decode-{i}" for i in range(batch)]
-    for name, prompt in zip(ids, _prompts(batch, tokens)):
-        engine.add_request(name, prompt, _params(steps + 4 * batch + 8))
+    for name, prompt in zip(ids, new_prompts(batch, tokens)):
+        engine.add_request(name, prompt, params(steps + 4 * batch + 8))
     count = {}
     start = end = None
     while end is None:
-        for output in engine.step():
+        outputs = engine.step()
+        for output in outputs:
             count[output.request_id] = len(output.outputs[0].token_ids)
         least = min((count.get(name, 0) for name in ids), default=0)
         if start is None and least >= 3:
@@ -84,6 +87,7 @@ def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
         elif start is not None and least >= first + steps:
             end = time.monotonic()
             done = least - first
+    check_cold(outputs)
     result = {"value": 1000 * (end - start) / done}
     if revived is not None:
         result["revived"] = (_revived(llm) - revived) / (done * batch)
@@ -98,25 +102,37 @@ def _revived(llm: LLM) -> float | None:
     from lazyllm_vllm import request_stats
     from lazyllm_vllm.hooks.engine_config import lazyllm_config
 
-    if lazyllm_config(_core(llm).vllm_config) is None:
+    if lazyllm_config(core(llm).vllm_config) is None:
         return None
 
     by_stage = request_stats(llm)["total"]["revived"]
     return sum(by_stage) / max(len(by_stage) - 1, 1)
 
 
-def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int) -> dict:
-    """Output tokens a second with all requests there from the start; most that ran at once."""
-    engine, scheduler = llm.llm_engine, _core(llm).scheduler
-    peak = 0
-    prompts = _prompts(requests, tokens)
+def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int, shared: int = 0) -> dict:
+    """Output tokens a second with all requests there from the start; most that ran at once. The
+    first ``shared`` tokens of all are the same, and cached by a request before them."""
+    engine, scheduler = llm.llm_engine, core(llm).scheduler
+    (prefix,) = new_ids(1, shared)
+    prompts = [{"prompt_token_ids": prefix + own} for own in new_ids(requests, tokens - shared)]
+    if shared:
+        llm.generate({"prompt_token_ids": prefix + [3]}, params(1), use_tqdm=False)
+    peak, last = 0, {}
     start = time.monotonic()
     for i, prompt in enumerate(prompts):
-        engine.add_request(f"throughput-{i}", prompt, _params(max_tokens))
+        engine.add_request(f"throughput-{i}", prompt, params(max_tokens))
     while engine.has_unfinished_requests():
-        engine.step()
+        last |= {output.request_id: output for output in engine.step()}
         peak = max(peak, len(scheduler.running))
-    return {"value": requests * max_tokens / (time.monotonic() - start), "peak_running": peak}
+    seconds = time.monotonic() - start
+    if not shared:
+        check_cold(last.values())
+    cached = sum(output.num_cached_tokens or 0 for output in last.values())
+    return {
+        "value": requests * max_tokens / seconds,
+        "peak_running": peak,
+        "cached": cached / requests,
+    }
 
 
 def room(llm: LLM, tokens: int) -> dict:
@@ -125,13 +141,13 @@ def room(llm: LLM, tokens: int) -> dict:
     layers with a sliding window give back what lies behind it, as they do for the scheduler."""
     from vllm.v1.request import Request
 
-    scheduler = _core(llm).scheduler
+    scheduler = core(llm).scheduler
     manager, held = scheduler.kv_cache_manager, []
     while True:
         request = Request(
             request_id=f"room-{len(held)}",
             prompt_token_ids=[3] * tokens,
-            sampling_params=_params(1),
+            sampling_params=params(1),
             pooling_params=None,
         )
         held.append(request)
@@ -161,7 +177,7 @@ def profile(llm: LLM, tokens: int, decode_tokens: int) -> dict:
     steps = 16
 
     def run(tokens: int, count: int) -> None:
-        llm.generate(_prompts(1, tokens), _params(count), use_tqdm=False)
+        llm.generate(new_prompts(1, tokens), params(count), use_tqdm=False)
 
     run(tokens, 1)
     run(decode_tokens, 1 + steps)

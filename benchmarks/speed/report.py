@@ -80,25 +80,6 @@ def section(rows: list[Row]) -> str:
             ],
         ),
     ]
-    if again := pick(rows, "follow-up", engine=BALANCED.name):
-        parts += [
-            "Time to first token of a second prompt that begins with all of the first: a "
-            "conversation's next turn, or another question about one document. Stock vLLM has the "
-            "prefix cached; LazyLLM computes it again.",
-            table(
-                ("configuration", "prefix", "stock ms", "LazyLLM ms", "LazyLLM / stock"),
-                [
-                    (
-                        r.engine,
-                        f"{r.tokens:,}",
-                        _ms(stock_row(rows, r)),
-                        _ms(r),
-                        f"{1 / r.ratio:.1f}",
-                    )
-                    for r in again
-                ],
-            ),
-        ]
     if pick(rows, "memory"):
         parts.append("![Requests that fit](../benchmarks/speed/results/room.svg)")
     more = []

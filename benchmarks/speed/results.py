@@ -12,7 +12,7 @@ class Row:
     """One figure.
 
     Attributes:
-        benchmark: ``ttft``, ``decode``, ``memory`` or ``throughput``.
+        benchmark: ``ttft``, ``decode``, ``memory``, ``throughput``, or one of ``shared``'s.
         engine: ``stock``, or the name of a pruning.
         tokens: prompt length; batch: requests.
         median, least, most: of ``runs`` runs, in ``unit``.
@@ -43,7 +43,7 @@ class Row:
 
     @classmethod
     def of(cls, results: list[dict], **fields) -> "Row":
-        """Of the dicts that ``measure``'s functions return."""
+        """Of the dicts that a measurement returns."""
         values = [result["value"] for result in results]
         details = {
             name: statistics.median(result[name] for result in results)

@@ -51,8 +51,9 @@ class Pruning:
 
     def cuts(self, shape: dict) -> tuple[tuple[int, float], ...]:
         """``(layer, keep)`` in a model of this shape."""
-        config = LazyLLMConfig(**self.config)
-        boundaries = config.boundaries(shape["num_hidden_layers"], full_layers(shape))
+        boundaries = LazyLLMConfig(**self.config).boundaries(
+            shape["num_hidden_layers"], full_layers(shape), parked_pages(shape)
+        )
         return tuple((b.layer, b.keep) for b in boundaries)
 
 
@@ -70,27 +71,39 @@ def full_layers(shape: dict) -> tuple[int, ...] | None:
     return tuple(layer for layer, kind in enumerate(kinds, 1) if kind == "full_attention")
 
 
-def flops(shape: dict, prune: tuple[tuple[int, float], ...], num_tokens: int) -> float:
+def parked_pages(shape: dict) -> int:
+    """As in ``plan.blocks.BlockNeeds``: keys and values are as wide as hidden states."""
+    token = 2 * shape["num_key_value_heads"] * _head_dim(shape)
+    return -(-shape["hidden_size"] // token)
+
+
+def _head_dim(shape: dict) -> int:
+    return shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+
+
+def flops(
+    shape: dict, prune: tuple[tuple[int, float], ...], num_tokens: int, cached: int = 0
+) -> float:
     """Floating-point operations of a prefill: linear layers and causal attention, by stage.
 
     A multiplication and an addition count as two; attention is so many pairs of tokens, for the
     logits and again for the values. Of a token's experts those that it is routed to count, and the
-    router. The language model's head runs on one token.
+    router. The language model's head runs on one token. What the first stage has of the first
+    ``cached`` tokens was there before.
     """
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    head_dim = shape.get("head_dim") or hidden // shape["num_attention_heads"]
-    heads, kv = (shape[f"num_{x}_heads"] * head_dim for x in ("attention", "key_value"))
+    heads, kv = (shape[f"num_{x}_heads"] * _head_dim(shape) for x in ("attention", "key_value"))
     weights = hidden * (2 * heads + 2 * kv) + _mlp_weights(shape)
     full = full_layers(shape)
     total = 2.0 * hidden * shape["vocab_size"]
     bounds = [(0, 1.0), *prune, (layers, 0.0)]
     for (first, keep), (last, _) in zip(bounds, bounds[1:]):
-        n = keep * num_tokens
-        total += (last - first) * 2 * n * weights
+        n, before = keep * num_tokens, cached if first == 0 else 0
+        total += (last - first) * 2 * (n - before) * weights
         for layer in range(first + 1, last + 1):
             has_window = full is not None and layer not in full
             reach = keep * shape["sliding_window"] if has_window else n
-            total += 4 * heads * _pairs(n, reach)
+            total += 4 * heads * (_pairs(n, reach) - _pairs(before, reach))
     return total
 
 

@@ -170,8 +170,6 @@ class Boundary:
         """
         self._select(step, stage, main or step)
         self.place(step, stage)
-        if self.trace and step.kind.has_requests:
-            self.trace.boundary(step, stage, self.buffers)
         if step.drops_nothing and not step.is_part:
             return hidden, residual
         rows, b = step.rows[stage], self.buffers
@@ -212,6 +210,8 @@ class Boundary:
                 step.num_rows(stage),
                 self.block_size,
             )
+        if self.trace and step.kind.has_requests:
+            self.trace.boundary(step, stage, self.buffers)
 
     def _park(self, step: Step, stage: int, which: range, hidden: torch.Tensor) -> None:
         """Write rows of a stage but the first to the Aux Cache. One that goes on is written again at

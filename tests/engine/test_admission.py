@@ -28,9 +28,9 @@ def test_preempted_requests_finish_right(smollm2, tokenizer, open_engine):
         passkey_prompt(tokenizer, 700, seed=i, depth=0.5)[0][-n:] for i, n in enumerate(lengths)
     ]
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_budget": 0, "last_tokens": 32}
-    # A block is 128 tokens of ten layers. The prompts take 3 * (3 + 2 + 1) + (4 + 2 + 1) = 25, and
-    # one each for their state, of the 30 that there are besides vLLM's null block; each needs one
-    # or two more within 24 tokens.
+    # A block is 128 tokens of ten layers and of two pages of hidden states. The prompts take 3 *
+    # (3 + 2 + 1) + (4 + 2 + 1) = 25, and one each of their own, of the 30 that there are besides
+    # vLLM's null block; each needs one or two more within 24 tokens.
     engine = open_engine(
         smollm2,
         config,
@@ -65,10 +65,10 @@ def _prompts(*lengths):
 def test_what_never_fits_is_refused_and_stops_nobody(smollm2, open_engine):
     """Prompts just under ``min_prompt_tokens`` need more blocks than the longest pruned prompt."""
     config = {"prune": PRUNE, "min_prompt_tokens": 1000}
-    # A prompt of 1,200 tokens: 10 + 6 + 4 blocks in the stages and 2 of its own. 999 that are not
+    # A prompt of 1,200 tokens: 10 + 6 + 4 blocks in the stages and 1 of its own. 999 that are not
     # pruned: 24.
     engine = open_engine(
-        smollm2, config, num_gpu_blocks_override=23, max_model_len=1200, block_size=128
+        smollm2, config, num_gpu_blocks_override=22, max_model_len=1200, block_size=128
     )
     fate = engine.run(
         "admit", prompts=_prompts(1190, 999, 900, 897, 890, 3), max_tokens=8, most_steps=60
@@ -88,8 +88,9 @@ def test_a_request_that_outgrows_the_cache_goes_on(tmp_path, open_engine):
         "min_prompt_tokens": 100,
         "revive_budget": 0,
     }
-    # Blocks of 16 tokens of two layers. 256 tokens take 16 in stage 0, 5 and 2 pruned, 1 of their
-    # own; 99 that are not pruned take 21, 128 take 24 and more than there are.
+    # Blocks of 16 tokens of two pages: three for two layers and the hidden states of stage 0, which
+    # has two groups, and one for each of the others. 256 tokens take 2 * 16 in stage 0, 5 and 2
+    # pruned, 2 of their own, as many as there are; 161 that are not pruned take 4 * 11.
     engine = open_engine(
         tiny_model(tmp_path),
         config,
@@ -97,7 +98,7 @@ def test_a_request_that_outgrows_the_cache_goes_on(tmp_path, open_engine):
         skip_tokenizer_init=True,
         max_model_len=256,
         block_size=16,
-        num_gpu_blocks_override=25,
+        num_gpu_blocks_override=42,
     )
     result = engine.generate([[7 + i % 900 for i in range(n)] for n in (90, 3, 200)], 50)
     assert [len(tokens) for tokens in result["tokens"]] == [50] * 3

@@ -46,13 +46,21 @@ def test_requests_without_room_go_on_without_selecting(reviving, noise):
 
 
 def test_aborted_requests_leave_nothing_behind(reviving, smollm2):
+    """Also where prompts come in chunks, and are aborted in the middle of them."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [passkey_prompt(tokenizer, 400, seed=i, depth=0.5)[0] for i in range(5)]
-    result = reviving.run("abort", prompts=prompts, max_tokens=8)
-    assert result["free_blocks"][0] == result["free_blocks"][1]
-    finished = result["tokens"]
-    assert {r for r, t in finished.items() if len(t) == 8} == {"r3", "r4"}
-    assert len(finished.get("r0", [])) < 8 and len(finished.get("r1", [])) < 8
+    answers = []
+    for budget in (4096, 150):
+        reviving.run("reset_prefix_cache")
+        reviving.run("set_budget", tokens=budget)
+        result = reviving.run("abort", prompts=prompts, max_tokens=8)
+        assert result["free_blocks"][0] == result["free_blocks"][1]
+        finished = result["tokens"]
+        assert {r for r, t in finished.items() if len(t) == 8} == {"r3", "r4"}
+        assert len(finished.get("r0", [])) < 8 and len(finished.get("r1", [])) < 8
+        answers.append([finished["r3"], finished["r4"]])
+    # At most three decode at once, and each may revive as much as one alone.
+    assert answers[0] == answers[1]
 
 
 def test_a_trace_that_was_not_asked_for_is_said(reviving):
@@ -62,10 +70,14 @@ def test_a_trace_that_was_not_asked_for_is_said(reviving):
 
 def test_the_batch_does_not_matter(smollm2, open_engine, noise):
     """Without revival, whose quota depends on the batch, a request gets the same answer in a batch
-    with others as by itself."""
+    with others as by itself, whole or in chunks, with a cache or without."""
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_budget": 0, "decode": "strict"}
     engine = open_engine(smollm2, config)
     prompts = [p for p in noise if len(p) >= 128]
     together = engine.generate(prompts, 6, logprobs=5)
     alone = engine.generate(prompts, 6, logprobs=5, together=False)
+    assert not any(together["cached"]) and sum(alone["cached"]) > len(prompts) * 128
     _assert_same(together, alone)
+    engine.run("reset_prefix_cache")
+    engine.run("set_budget", tokens=190)
+    _assert_same(engine.generate(prompts, 6, logprobs=5), alone)

@@ -29,9 +29,9 @@ def test_an_engine_is_measured(engine):
     assert engine.run("follow_up", tokens=600, more=8)["value"] > 0
     decoded = engine.run("decode", tokens=1000, batch=2, steps=6)
     assert decoded["value"] > 0 and 0 < decoded["revived"] <= 15
-    # 63 blocks of two layers, 128 slots each. A prompt of 1,000 takes 8 in stage 0, 5 in stage 1
-    # (500 and a tenth of the rest), and 5 of its own: 1,000 hidden states of 128 bytes, and 16
-    # bytes of state a position, in two pages of 128 slots * 2 heads * 2 * 16 * 2 bytes.
-    assert engine.run("room", tokens=1000)["value"] == 63 // 18
+    # 63 blocks of two pages, 128 slots each. A prompt of 1,000 takes 8 in each of the two groups of
+    # stage 0, which are two layers and a page of hidden states, 5 in stage 1 (500 and a tenth of
+    # the rest), and 1 of its own: 24 bytes of state a position.
+    assert engine.run("room", tokens=1000)["value"] == 63 // 22
     through = engine.run("throughput", requests=3, tokens=600, max_tokens=4)
     assert through["value"] > 0 and through["peak_running"] == 3

@@ -12,9 +12,10 @@ LENGTHS = (300, 480, 700, 1000, 1400, 1950)
 NEW_TOKENS = 24
 QUOTA = 16
 CONFIGS = {
-    # Stages of 11, 9 and 10 layers: one KV cache group each, padded to 11.
+    # Stages of 11, 9 and 10 layers, and two pages of hidden states: one KV cache group each, padded
+    # to 13.
     "resident": {"prune": [{"layer": 11, "keep": 0.5}, {"layer": 20, "keep": 0.25}]},
-    # The paper's scores. The last stage is three groups; no reserve to round up to.
+    # The paper's scores. The first stage is two groups, the last three.
     "strict": {
         "prune": [{"layer": 6, "keep": 0.6}, {"layer": 12, "keep": 0.2}],
         "decode": "strict",

@@ -127,7 +127,7 @@ def generate(
         together: all are there before the first step; else one after the other.
 
     Returns:
-        ``tokens`` and ``logprobs`` by prompt; ``stats`` by prompt, and ``trace``, if any;
+        ``tokens``, ``cached`` (prompt tokens found in the prefix cache) and ``logprobs`` by prompt; ``stats`` by prompt, and ``trace``, if any;
         ``free_blocks`` before and after; ``preemptions``; ``full``, the requests found to have no
         room left for revived tokens; ``seconds``.
     """
@@ -153,6 +153,7 @@ def generate(
     result = {
         "seconds": time.monotonic() - began,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "cached": [output.num_cached_tokens for output in outputs],
         "free_blocks": [before, _free_blocks(llm)],
     } | seen
     if logprobs is not None:
@@ -221,6 +222,15 @@ def trace(llm, on: bool) -> None:
 
     state = _state(llm)
     state.trace = state.boundary.trace = Trace() if on else None
+
+
+def set_budget(llm, tokens: int) -> None:
+    """From now on schedule at most so many tokens a step."""
+    _core(llm).scheduler.max_num_scheduled_tokens = tokens
+
+
+def reset_prefix_cache(llm) -> bool:
+    return llm.reset_prefix_cache()
 
 
 def run_as_on_gpu(llm) -> None:

@@ -1,13 +1,14 @@
 """A random engine state for kernel tests: requests of odd lengths in shuffled blocks, some of their
 prompt tokens present in later stages, every output poisoned."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 
-from lazyllm_vllm.kernels.paged import FP8, StageKeys
+from lazyllm_vllm.kernels.paged import StageKeys
 from lazyllm_vllm.kernels.prompt_pages import PLANES, AuxCache, Pages, PromptState
-from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Selection
+from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 
 LONG = 3  # a seed whose prompts take several tiles, whatever the kernel's tile
@@ -65,6 +66,7 @@ class World:
         self.level: list[torch.Tensor] = []
         self.selected: list[torch.Tensor] = []
         self.score: list[torch.Tensor] = []
+        self.place: list[torch.Tensor] = []
         self.present: list[torch.Tensor] = []
         for i in range(n):
             self._fill_request(i)
@@ -89,6 +91,9 @@ class World:
         self.level.append(level)
         self.selected.append(torch.randint(0, self.stage + 1, (n,), generator=self.random))
         self.score.append(torch.rand(n, generator=self.random))
+        place = torch.full((n,), POISON)
+        place[level > 1] = torch.randperm(int((level > 1).sum()), generator=self.random)
+        self.place.append(place)
         present = (level > self.stage).nonzero()[:, 0]
         present = present[torch.randperm(len(present), generator=self.random)]
         self.present.append(present)
@@ -119,13 +124,19 @@ class World:
     def positions_per_slot(self) -> int:
         return 8 if self.seed % 2 else 10
 
+    @contextmanager
+    def _the_same_again(self):
+        """Draw the same random numbers at every call, and leave those to come as they are."""
+        state = self.random.get_state()
+        self.random.manual_seed(self.seed + 1)
+        yield
+        self.random.set_state(state)
+
     def state(self) -> PromptState:
         """The prompt state, everything else in its buffer poisoned. The same at every call."""
-        torch_state = self.random.get_state()
-        self.random.manual_seed(self.seed + 1)
         slots = -(-max(self.prompts) // self.positions_per_slot)
-        pages, size = self.pages(PLANES * self.positions_per_slot + 1, slots)
-        self.random.set_state(torch_state)
+        with self._the_same_again():
+            pages, size = self.pages(PLANES * self.positions_per_slot + 1, slots)
         words = torch.full((size,), POISON, dtype=torch.int32, device=self.device)
         state = PromptState.of_buffer(words, pages)
         for i, n in enumerate(self.prompts):
@@ -133,6 +144,7 @@ class World:
             state.score[at] = self.score[i].to(self.device)
             state.level[at] = self.level[i].int().to(self.device)
             state.selected[at] = self.selected[i].int().to(self.device)
+            state.place[at] = self.place[i].int().to(self.device)
         return state
 
     def keys(self, lengths: list[int]) -> StageKeys:
@@ -180,23 +192,31 @@ class World:
             tensor.fill_(POISON)
         return rows
 
-    def aux(self, hidden_size: int) -> AuxCache:
-        slots = -(-max(self.prompts) // self.positions_per_slot) + max(self.prompts)
-        pages, size = self.pages(hidden_size, slots)
-        buffer = torch.full((size,), 9e9, dtype=self.dtype, device=self.device)
-        state = PromptState.none(len(self.prompts), self.device)
-        return AuxCache(buffer, self.ints(self.prompts), pages, state)
+    def segments(self, spans: list[tuple[int, int]], base: int) -> Segments:
+        """Rows of prefills from row ``base`` on, with the slots ``first .. end - 1`` of each."""
+        starts = [0]
+        for first, end in spans:
+            starts.append(starts[-1] + end - first)
+        return Segments(self.ints(starts), base, self.ints([first for first, _ in spans]))
 
-    def fp8_aux(self, hidden_size: int) -> AuxCache:
-        """The same in FP8, with the prompt state in the same pages."""
+    def aux(self, hidden_size: int, dtype: torch.dtype) -> AuxCache:
+        """An Aux Cache with the prompt state in the same pages, all of it poisoned but for the
+        places: each position has one, out of order. The same at every call."""
         slots = -(-max(self.prompts) // self.positions_per_slot) + max(self.prompts)
-        pages, size = self.pages(hidden_size, slots)
-        words = torch.full((size // 4 + 1,), POISON, dtype=torch.int32, device=self.device)
+        per_word = 4 // dtype.itemsize
+        with self._the_same_again():
+            pages, size = self.pages(hidden_size, slots)
+            places = [torch.randperm(n, generator=self.random) for n in self.prompts]
+        words = torch.full((size // per_word + 1,), POISON, dtype=torch.int32, device=self.device)
         sizes = ("slot_size", "page_stride", "block_stride")
-        in_words = replace(pages, **{name: getattr(pages, name) // 4 for name in sizes})
+        assert all(getattr(pages, name) % per_word == 0 for name in sizes)
+        in_words = replace(pages, **{name: getattr(pages, name) // per_word for name in sizes})
         assert in_words.slot_size >= PLANES * self.positions_per_slot
         state = PromptState.of_buffer(words, in_words)
-        return AuxCache(words.view(FP8), self.ints(self.prompts), pages, state)
+        for i, place in enumerate(places):
+            at = state.at(i, torch.arange(len(place), device=self.device))
+            state.place[at] = place.int().to(self.device)
+        return AuxCache(words.view(dtype), self.ints(self.prompts), pages, state)
 
 
 def make_world(

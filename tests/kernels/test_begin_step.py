@@ -5,7 +5,7 @@ import torch
 from harness.world import POISON, kept_share, make_world
 
 from lazyllm_vllm.kernels.begin_step import begin_step_reference, begin_step_triton
-from lazyllm_vllm.kernels.selection import Rows, Segments
+from lazyllm_vllm.kernels.selection import Rows
 
 
 @pytest.mark.parametrize("quota", (0, 1, 5))
@@ -18,10 +18,11 @@ def test_begin_step(quota, always, num_decodes, device):
     revive_rows = num_decodes * quota + 1 if quota else 0
     if num_decodes:
         positions = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
-        segments = Segments(w.ints([0]), 0)
+        segments = w.segments([], 0)
     else:
-        positions = torch.cat([torch.arange(p) for p in w.prompts]).to(device)
-        segments = Segments(w.ints([0, *torch.tensor(w.prompts).cumsum(0).tolist()]), 0)
+        spans = [(p // 3, p - 1) for p in w.prompts]  # neither from the start nor to the end
+        positions = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        segments = w.segments(spans, 0)
     results = []
     for run in (begin_step_triton, begin_step_reference):
         s = w.selection(kept_share(w, 0.5), 3)
@@ -55,7 +56,7 @@ def test_begin_step(quota, always, num_decodes, device):
         assert (rows.source[1:, n : n + revive_rows] == -1).all()
         assert rows.source[2, :n].tolist() == list(range(n))
     else:
-        assert s.active[1:, 2].tolist() == [1, 0], "a prefill selects where it keeps less"
+        assert (s.active == POISON).all(), "whether a prefill selects is said elsewhere"
         assert torch.equal(rows.position[0, : len(positions)], positions)
-        owner = torch.repeat_interleave(torch.tensor([0, -1, 2, 3]), torch.tensor(w.prompts))
+        owner = torch.repeat_interleave(torch.tensor([0, -1, 2, 3]), segments.start.diff().cpu())
         assert torch.equal(rows.request[0, : len(positions)].cpu(), owner.int())

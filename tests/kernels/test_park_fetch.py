@@ -1,11 +1,10 @@
 """Hidden states across a boundary: parked, fetched, and found again as they were."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from harness.world import make_world
 
+from lazyllm_vllm.kernels.paged import FP8
 from lazyllm_vllm.kernels.park_fetch import (
     fetch_reference,
     fetch_triton,
@@ -13,12 +12,27 @@ from lazyllm_vllm.kernels.park_fetch import (
     park_triton,
 )
 
-HIDDEN = 40
+HIDDEN = 240
 
 
 @pytest.fixture(params=(0, 1))
 def world(request, device, dtype):
     return make_world(request.param, 1, device=device, dtype=dtype)
+
+
+def _words(aux) -> torch.Tensor:
+    """The buffer, as what equals itself."""
+    return aux.buffer.view(torch.int16)
+
+
+def _expected_address(aux, num_prompt: int, request: int, place: int) -> int:
+    """Of a hidden state, behind the slots that hold the prompt's state."""
+    pages = aux.pages
+    slot = -(-num_prompt // pages.positions_per_slot) + place
+    nth, in_block = divmod(slot, pages.pages * pages.per_page)
+    page, in_page = divmod(in_block, pages.per_page)
+    block = int(pages.block_table[request, nth])
+    return block * pages.block_stride + page * pages.page_stride + in_page * pages.slot_size
 
 
 def test_parked_states_are_fetched(world):
@@ -34,45 +48,76 @@ def test_parked_states_are_fetched(world):
     before.position[2:] = position[order]
     hidden = w.rand(num_rows, HIDDEN)
     is_pruned = w.ints([1, 1, 0, 1])
-    empty = w.aux(HIDDEN)
+    empty = w.aux(HIDDEN, w.dtype)
     results = []
     for park in (park_triton, park_reference):
-        aux = replace(empty, buffer=empty.buffer.clone())
+        aux = w.aux(HIDDEN, w.dtype)
         park(hidden, before, range(2, num_rows), is_pruned, aux)
         results.append(aux)
-    assert torch.equal(results[0].buffer, results[1].buffer)
-    pruned = (before.request[2:] >= 0) & (before.request[2:] != 2)
-    written = int((results[0].buffer.float() < 8e9).sum())
-    assert written == HIDDEN * int(pruned.sum()), "a place for each, and no other was touched"
+    aux = results[0]
+    assert torch.equal(*map(_words, results))
+    pruned = [row for row in range(2, num_rows) if int(before.request[row]) not in (-1, 2)]
+    untouched = torch.ones(len(aux.buffer), dtype=torch.bool, device=w.device)
+    for row in pruned:
+        i, p = int(before.request[row]), before.position[row : row + 1]
+        place = int(aux.state.place[aux.state.at(i, p)])
+        at = _expected_address(aux, w.prompts[i], i, place)
+        assert torch.equal(aux.buffer[at : at + HIDDEN], hidden[row])
+        assert untouched[at : at + HIDDEN].all(), "a place for each"
+        untouched[at : at + HIDDEN] = False
+    ints = {2: torch.int16, 4: torch.int32}[w.dtype.itemsize]
+    both = (x.buffer.view(ints)[untouched] for x in (aux, empty))
+    assert torch.equal(*both), "no other was touched"
 
     # Rows of the stage after: two that go on, one of nobody, then some from the Aux Cache.
-    back = pruned.nonzero()[:20, 0] + 2
+    back = torch.tensor(pruned[:20], device=w.device)
     after = w.rows(3 + len(back))
     after.source[:] = -1
     after.source[:2] = w.ints([7, 1])
     after.request[3:], after.position[3:] = before.request[back], before.position[back]
     for fetch in (fetch_triton, fetch_reference):
         out = torch.full((3 + len(back), HIDDEN), 9e9, device=w.device, dtype=w.dtype)
-        fetch(out, hidden, after, results[0])
+        fetch(out, hidden, after, aux)
         assert torch.equal(out[:2], hidden[[7, 1]])
         assert (out[2] == 0).all(), "an unused row"
         assert torch.equal(out[3:], hidden[back])
 
 
+def test_a_few_kept_rows_fill_as_many_places(world):
+    """Every third token of a prompt; the others have no place, and there is no slot for them."""
+    w, i = world, 2
+    position = torch.arange(0, w.prompts[i], 3, device=w.device)
+    place = torch.randperm(len(position), generator=w.random).int().to(w.device)
+    rows = w.rows(len(position))
+    rows.request[:], rows.position[:], rows.source[:] = i, position, -1
+    hidden = w.rand(len(position), HIDDEN)
+    for park, fetch in ((park_triton, fetch_triton), (park_reference, fetch_reference)):
+        aux = w.aux(HIDDEN, w.dtype)
+        aux.state.place[aux.state.prompt_at(i, aux.num_prompt)] = 2**30
+        aux.state.place[aux.state.at(i, position)] = place
+        park(hidden, rows, range(len(position)), w.ints([1] * 4), aux)
+        for row in range(len(position)):
+            at = _expected_address(aux, w.prompts[i], i, int(place[row]))
+            assert torch.equal(aux.buffer[at : at + HIDDEN], hidden[row])
+        out = torch.full_like(hidden, 9e9)
+        fetch(out, hidden, rows, aux)
+        assert torch.equal(out, hidden)
+
+
 def test_states_in_fp8_come_back_rounded(world):
     """Each with a scale of its own: rows a thousand times larger than others, and one of zeros."""
-    w, hidden_size = world, 200
+    w = world
     request = torch.repeat_interleave(torch.arange(4), torch.tensor(w.prompts))
     position = torch.cat([torch.arange(p) for p in w.prompts])
     num_rows = len(request)
     rows = w.rows(num_rows)
     rows.request[:], rows.position[:] = request.int(), position
     size = 10.0 ** torch.randint(-2, 4, (num_rows, 1), generator=w.random)
-    hidden = w.rand(num_rows, hidden_size) * size.to(w.device, w.dtype)
+    hidden = w.rand(num_rows, HIDDEN) * size.to(w.device, w.dtype)
     hidden[3] = 0
     is_pruned = w.ints([1, 1, 1, 1])
     for park in (park_triton, park_reference):
-        aux = w.fp8_aux(hidden_size)
+        aux = w.aux(HIDDEN, FP8)
         park(hidden, rows, range(num_rows), is_pruned, aux)
         scale = aux.state.scale[aux.state.at(request.to(w.device), position.to(w.device))]
         highest = hidden.float().abs().amax(1)

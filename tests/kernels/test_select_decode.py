@@ -1,6 +1,7 @@
 """Selection for decodes against its reference: who is revived."""
 
 import pytest
+import torch
 from harness.world import LONG, kept_share, make_world, same
 
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens_reference, rank_tokens_triton
@@ -32,20 +33,26 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
         rank_tokens(s, stage, range(n), 2, strict, RULE)
         rows = w.rows(n + n * quota)
         rows.num_revived.zero_()
-        rows.num_keys.copy_(w.ints([40, 7, 90, 3]))
-        rows.slot[:n] = rows.num_keys
+        rows.num_keys.copy_(w.ints([len(p) + d for p, d in zip(w.present, w.decoded)]))
+        rows.slot[:n] = rows.num_keys - 1
+        rows.position[:n] = w.ints([p + d - 1 for p, d in zip(w.prompts, w.decoded)])
         run(s, stage, n, rows, 2, strict)
         s.search.thresholds.zero_()
         s.search.split_counts.zero_()
         results.append((s, rows))
     for mine, theirs in zip(*results):
         same(mine, theirs)
-    _, rows = results[0]
+    s, rows = results[0]
     assert (rows.num_revived <= min(quota, 6)).all() and rows.num_revived[[1, 3]].sum() == 0
     for i in (0, 2):
         first = n + i * quota
         revived = rows.position[first : first + int(rows.num_revived[i])].cpu()
         assert (w.level[i][revived] == stage).all(), "only tokens without keys here"
         assert len(set(revived.tolist())) == len(revived)
+        place = s.state.place[s.state.prompt_at(i, s.num_prompt)].cpu()
+        expected = w.place[i].clone()
+        if stage == 1:  # behind those that have keys, each a place of its own
+            expected[revived] = len(w.present[i]) + torch.arange(len(revived))
+        assert torch.equal(place, expected.int())
     if quota and seed != 1:
         assert rows.num_revived.sum() > 0

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 
+from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, Preset, parse_config
 from lazyllm_vllm.plan.grouping import layers_per_group
 from lazyllm_vllm.plan.presets import PRESETS, preset_cuts
@@ -27,19 +28,23 @@ def test_the_same_object_from_json_files_and_python(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("num_layers", (1, 2, 3, 12, 16, 28, 31, 32, 33, 80))
-def test_presets_fit_any_depth(preset, num_layers):
+@pytest.mark.parametrize("parked_pages", (0, 1, 2, 3, 4))
+def test_presets_fit_any_depth(preset, num_layers, parked_pages):
     config = parse_config(preset)
-    cuts = preset_cuts(preset, num_layers)
+    cuts = preset_cuts(preset, num_layers, parked_pages=parked_pages)
     explicit = LazyLLMConfig(prune=[{"layer": n, "keep": keep} for n, keep in cuts])
-    assert explicit.prune == config.boundaries(num_layers), "and passes its own checks"
-    stages = Schedule.build(config, num_layers).stage_sizes
+    boundaries = config.boundaries(num_layers, parked_pages=parked_pages)
+    assert explicit.prune == boundaries, "and passes its own checks"
+    stages = Schedule.build(config, num_layers, parked_pages=parked_pages).stage_sizes
     assert sum(stages) == num_layers and min(stages) >= 1
     if num_layers >= 12:
         assert [keep for _, keep in cuts] == [keep for _, keep in PRESETS[preset]]
         for (layer, _), (depth, _) in zip(cuts, PRESETS[preset]):
             assert abs(layer / num_layers - depth) <= 0.05
+        stages[0] += parked_pages
         size = layers_per_group(stages)
-        assert sum(math.ceil(stage / size) for stage in stages) <= 8, "KV cache groups"
+        groups = sum(math.ceil(stage / size) for stage in stages)
+        assert groups <= 8 + parked_pages, "KV cache groups: a page is at most one more"
 
 
 def test_presets_are_the_schedules_that_were_measured():
@@ -47,6 +52,24 @@ def test_presets_are_the_schedules_that_were_measured():
     for preset, cuts in PRESETS.items():
         exact = [(round(depth * 30), keep) for depth, keep in cuts]
         assert list(preset_cuts(preset, 30)) == exact
+
+
+def test_a_preset_makes_room_for_hidden_states_too():
+    """By hand, for Llama-3.1-8B: 2,048 numbers of keys and values a token and layer, so that two pages
+    hold a hidden state of 4,096."""
+    schedule = Schedule.build(parse_config("balanced"), 32, parked_pages=2)
+    assert schedule.starts == (0, 6, 10, 22, 32), "each within a layer of its depth"
+    needs = BlockNeeds(schedule, block_size=16, page_size=16 * 2048 * 2, vector_size=4096 * 2)
+    # Groups of four: two, one, three and three.
+    assert needs.parked_pages == 2 and needs.stage_pages == [8, 4, 12, 10] and needs.pages == 4
+    # Of 32,768 tokens stages keep 22,938, 6,554 and 3,277, and have room for a tenth of the others.
+    plan = schedule.plan(32768)
+    assert plan.capacity == (32768, 22938 + 983, 6554 + 2622, 3277 + 2950)
+    blocks = 2 * 2048 + 1496 + 3 * 574 + 3 * 390
+    # And 8 hidden states a page: 97 of them with the state of 341 positions each, 23,921 dropped.
+    blocks += 751
+    assert needs.total(32768, 32768) == blocks
+    assert 2048 * 32 / (blocks * 4) > 1.7, "room, of stock vLLM's"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +141,11 @@ def test_kept_counts():
     assert plan.kept == (1000, 500, 100) and plan.is_pruned
     assert plan.capacity == (1000, 550, 190)  # and a tenth of the dropped
     assert plan.slots_saved == (0, 450, 810)
-    assert plan.aux_slots == 1000 and schedule.plan(99).aux_slots == 0
+    # What has keys in stage 1 may be dropped behind it; nothing that is not pruned is dropped.
+    assert plan.aux_slots == 550 and schedule.plan(99).aux_slots == 0
+    assert plan.state_slots == 1000 and schedule.plan(99).state_slots == 0
+    once = Schedule.build(config.model_copy(update={"prune": config.prune[:1]}), 3)
+    assert once.plan(1000).aux_slots == 0, "what the one boundary drops is parked"
 
 
 def test_what_is_decided_before_a_step_needs_neither_torch_nor_vllm():

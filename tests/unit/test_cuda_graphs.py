@@ -17,7 +17,7 @@ def manager():
     """As vLLM's manager stands after it has captured both graphs of 4 requests."""
     manager = object.__new__(LazyCudaGraphManager)
     manager._graphs_captured = True
-    manager.model_state = SimpleNamespace(selecting={}, to_prune=set())
+    manager.model_state = SimpleNamespace(selecting={}, batch_runs_alike=True)
     manager._lora_dispatch_map, manager._max_lora_case = {1: 1}, 1
     descriptors = {
         case: BatchExecutionDescriptor(
@@ -40,14 +40,14 @@ def test_a_batch_that_may_select_replays_the_selecting_graph(manager):
     assert descriptor.num_active_loras == SELECTING and descriptor.cg_mode == CUDAGraphMode.FULL
 
 
-def test_short_prompts_run_in_pieces_unless_something_is_dropped(manager):
+def test_batches_whose_stages_run_alike_run_in_pieces(manager):
     piecewise = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens=384, num_reqs=None)
     manager._candidates |= {(n, PLAIN): [piecewise] for n in range(5, 385)}
     assert manager.dispatch(2, 300, None, 0) == piecewise
-    manager.model_state.to_prune.add("a")
+    manager.model_state.batch_runs_alike = False
     descriptor = manager.dispatch(2, 300, None, 0)
     assert descriptor.cg_mode == CUDAGraphMode.NONE and descriptor.num_tokens == 300
-    manager.model_state.to_prune.clear()
+    manager.model_state.batch_runs_alike = True
     manager.model_state.selecting["a"] = 0
     assert manager.dispatch(2, 300, None, 0).cg_mode == CUDAGraphMode.NONE
 

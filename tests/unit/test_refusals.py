@@ -8,10 +8,13 @@ from harness.tiny import tiny_model
 
 from vllm import EngineArgs
 
+from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.requests import RequestChecks, RequestError
 from lazyllm_vllm.observe.stats import request_stats
+from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError
+from lazyllm_vllm.plan.presets import preset_cuts
 
 BALANCED = {"lazyllm": {"preset": "balanced"}}
 
@@ -106,26 +109,56 @@ def test_model_runner_v1(tiny, monkeypatch):
         _create(tiny)
 
 
-def test_what_is_switched_off(tiny):
-    """A token budget that holds no whole prompt is replaced, one that does is kept."""
-    small = _create(tiny, max_num_batched_tokens=512)
-    assert small.scheduler_config.max_num_batched_tokens >= 1024
-    off = small.additional_config["lazyllm_switched_off"]
-    assert {"prefix caching", "chunked prefill"} <= set(off)
-    assert any("max_num_batched_tokens=512, less than the 1024 tokens" in what for what in off)
-    assert not small.cache_config.enable_prefix_caching
-    assert not small.scheduler_config.enable_chunked_prefill
-    # Less than a prompt a step would leave it waiting for ever.
-    few = _create(tiny, max_num_scheduled_tokens=512)
-    assert few.scheduler_config.max_num_scheduled_tokens is None
+OFF = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
 
 
 @pytest.mark.parametrize("longest", [1024, None, -1])
-def test_a_budget_that_holds_a_prompt_is_kept(tiny, longest):
-    """Also where the greatest length is the model's own, or left to vLLM."""
-    large = _create(tiny, max_num_batched_tokens=8192, max_model_len=longest)
-    assert large.scheduler_config.max_num_batched_tokens == 8192
-    assert not any("batched" in what for what in large.additional_config["lazyllm_switched_off"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        OFF | {"max_num_batched_tokens": 8192},
+        {"max_num_batched_tokens": 512},  # less than the longest prompt
+        {"max_num_scheduled_tokens": 100, "max_num_batched_tokens": 512},
+        {"long_prefill_token_threshold": 100},
+    ],
+)
+def test_prefixes_chunks_and_budgets_are_the_users(tiny, longest, flags):
+    """As in stock vLLM, whether a prompt of the greatest length fits in a step or not."""
+    mine, stock = (_create(tiny, c, max_model_len=longest, **flags) for c in (BALANCED, {}))
+    assert mine.cache_config.enable_prefix_caching == stock.cache_config.enable_prefix_caching
+    assert mine.cache_config.enable_prefix_caching == flags.get("enable_prefix_caching", True)
+    chunked = mine.scheduler_config.enable_chunked_prefill
+    assert chunked == flags.get("enable_chunked_prefill", True)
+    assert mine.scheduler_config == stock.scheduler_config
+    assert mine.scheduler_config.scheduler_reserve_full_isl
+    for field in ("max_num_batched_tokens", "long_prefill_token_threshold"):
+        assert getattr(mine.scheduler_config, field) == flags.get(
+            field, getattr(stock.scheduler_config, field)
+        )
+    off = mine.additional_config["lazyllm_switched_off"]
+    assert not any(word in what for what in off for word in ("prefix", "chunk", "token"))
+
+
+def test_what_is_switched_off(tiny):
+    """Of a model, torch.compile alone; nothing where nobody asked for it."""
+    assert _create(tiny, enforce_eager=True).additional_config["lazyllm_switched_off"] == []
+    compiled = _create(tiny, compilation_config={"mode": 3})
+    assert "torch.compile of the model" in compiled.additional_config["lazyllm_switched_off"]
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_presets_cuts_go_by_the_pages_of_hidden_states(tmp_path, block_size):
+    """Whatever the block size: 2 * 2 * 32 numbers of keys and values a token and layer, so that a
+    hidden state of 320 takes three pages."""
+    model = tiny_model(tmp_path, hidden_size=320, num_attention_heads=10, num_hidden_layers=32)
+    config = _create(model, block_size=block_size)
+    cuts = preset_cuts("balanced", 32, parked_pages=3)
+    assert cuts != preset_cuts("balanced", 32), "a weak test"
+    schedule = schedule_of(config)
+    assert schedule.starts == (0, *(layer for layer, _ in cuts), 32)
+    page, vector = block_size * 128 * 4, 320 * 4
+    assert BlockNeeds(schedule, block_size, page, vector).parked_pages == 3
 
 
 def test_the_same_arguments_make_the_same_engine_twice(tiny):
@@ -198,13 +231,14 @@ def test_requests(tiny):
 
 
 def test_requests_that_do_not_fit(tiny):
-    """30 blocks of 16 tokens, one kept back by vLLM; each token takes a slot in each of 3 stages
-    until prompts are pruned."""
+    """30 blocks of 16 tokens, one kept back by vLLM. Until prompts are pruned each token takes a slot
+    in each of 3 stages of two layers, and one more for the page where its hidden state is parked,
+    which makes stage 0 two groups."""
     prune = {"prune": [{"layer": 2, "keep": 0.1}, {"layer": 4, "keep": 0.1}]}
     config = {"lazyllm": prune | {"min_prompt_tokens": 200}}
     flags = {"max_model_len": 256, "num_gpu_blocks_override": 30, "block_size": 16}
     checks = RequestChecks(_create(tiny, config, **flags))
-    fits = 9 * 16
+    fits = 29 // 4 * 16
     checks.check(_request(fits - 4))
     checks.check(_request(200))
     for num_prompt, max_tokens in ((fits - 3, 5), (150, 1), (10, 150)):

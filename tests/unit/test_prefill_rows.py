@@ -1,0 +1,212 @@
+"""Which rows of each prefill run where and when, over whole prefills: each token once in each stage
+that it must run, in order, and never more at once than a step has room for."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lazyllm_vllm.runtime.prefill_rows import Prefills, RowPlan, Span
+
+
+@dataclass
+class Prompt:
+    """Attributes:
+    hit: tokens whose first stage was found in the cache.
+    kept: in each stage, of a prompt that is pruned; all of them of another.
+    done: tokens that have run in stage 0, or were found.
+    ran: by stage, the slots that have run, in the order in which they did.
+    """
+
+    length: int
+    hit: int
+    is_pruned: bool
+    kept: list[int]
+    done: int = 0
+    caught_up: int = 0
+    ran: list[list[int]] = field(default_factory=list)
+
+    def must_run(self, stage: int) -> list[int]:
+        if stage == 0:
+            return list(range(self.hit, self.length))
+        return list(range(self.kept[stage] if self.is_pruned else self.length))
+
+
+@st.composite
+def prompts_of(draw, stages: int, window: int) -> Prompt:
+    length = draw(st.integers(1, 120))
+    is_pruned = draw(st.booleans())
+    most_found = max(length - window, 0) if is_pruned else length - 1
+    least_kept = min(length, window)  # a prompt's last tokens are always kept
+    kept = draw(st.lists(st.integers(least_kept, length), min_size=stages - 1, max_size=stages - 1))
+    hit = draw(st.just(0) | st.integers(0, most_found))
+    kept = [length, *sorted(kept, reverse=True)] if is_pruned else [length] * stages
+    return Prompt(length, hit, is_pruned, kept, hit, ran=[[] for _ in range(stages)])
+
+
+@dataclass
+class Work:
+    prompts: list[Prompt]
+    stages: int
+    window: int
+    budget: int
+
+
+@st.composite
+def work(draw) -> Work:
+    stages, window = draw(st.integers(1, 4)), draw(st.integers(1, 16))
+    prompts = draw(st.lists(prompts_of(stages, window), min_size=1, max_size=5))
+    return Work(prompts, stages, window, draw(st.integers(2, 150)))
+
+
+def next_chunks(w: Work, data) -> tuple[list[tuple[Prompt, int]], int]:
+    """Some of the prompts, how many tokens each has in a step, and how many decodes stand beside."""
+    left = [p for p in w.prompts if p.done < p.length]
+    decodes = data.draw(st.integers(0, w.budget - 1))
+    room, chunks = w.budget - decodes, []
+    for prompt in data.draw(st.permutations(left)):
+        if room and (not chunks or data.draw(st.booleans())):
+            size = data.draw(st.integers(1, min(room, prompt.length - prompt.done)))
+            chunks.append((prompt, size))
+            room -= size
+    return chunks, decodes
+
+
+def prefills_of(chunks: list[tuple[Prompt, int]]) -> Prefills:
+    def ints(values) -> np.ndarray:
+        return np.array(list(values), np.int32)
+
+    return Prefills(
+        num_prompt=ints(p.length for p, _ in chunks),
+        first=ints(p.done for p, _ in chunks),
+        end=ints(p.done + size for p, size in chunks),
+        caught_up=ints(p.caught_up for p, _ in chunks),
+        is_pruned=np.array([p.is_pruned for p, _ in chunks]),
+        kept=ints(p.kept for p, _ in chunks).T,
+    )
+
+
+def run(chunks: list[tuple[Prompt, int]], span: Span, stages: range) -> None:
+    for stage in stages:
+        for (prompt, _), first, end in zip(chunks, span.first.tolist(), span.end.tolist()):
+            assert first <= end
+            prompt.ran[stage] += range(first, end)
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=work(), data=st.data())
+def test_every_token_runs_once_in_each_of_its_stages(w, data):
+    while any(p.done < p.length for p in w.prompts):
+        chunks, decodes = next_chunks(w, data)
+        prefills = prefills_of(chunks)
+        plan = RowPlan.make(prefills, decodes, w.budget, w.window)
+        assert len(plan.spans) == len(plan.parts) == w.stages and plan.parts[0] == []
+        assert decodes + plan.spans[0].num_rows <= w.budget
+        for part in [*plan.catch_up, *(part for parts in plan.parts for part in parts)]:
+            assert 0 < part.num_rows <= w.budget
+
+        run(chunks, plan.spans[0], range(1))
+        for (prompt, _), first, end in zip(
+            chunks, *(sum_of(plan.catch_up, at, prefills.caught_up) for at in ("first", "end"))
+        ):
+            is_behind = not prompt.is_pruned and prompt.caught_up < prompt.done
+            if is_behind:
+                assert (first, end) == (prompt.caught_up, prompt.done)
+            else:
+                assert first == end
+        for stage in range(1, w.stages):
+            if stage == 1:
+                for part in plan.catch_up:
+                    run(chunks, part, range(1, w.stages))
+            for part in plan.parts[stage]:
+                run(chunks, part, range(stage, stage + 1))
+            check_main_rows(w, chunks, plan.spans[stage], stage, decodes)
+            run(chunks, plan.spans[stage], range(stage, stage + 1))
+        for prompt, size in chunks:
+            prompt.done += size
+            prompt.caught_up = prompt.done
+            if prompt.is_pruned and prompt.done < prompt.length:
+                assert not any(prompt.ran[1:]), "its tokens are chosen when all have run stage 0"
+    for prompt in w.prompts:
+        for stage in range(w.stages):
+            assert prompt.ran[stage] == prompt.must_run(stage)
+
+
+def sum_of(parts: list[Span], which: str, otherwise: np.ndarray) -> list[int]:
+    """The bounds of parts that follow each other: the first one's first, the last one's end."""
+    if not parts:
+        return otherwise.tolist()
+    return getattr(parts[0 if which == "first" else -1], which).tolist()
+
+
+def check_main_rows(
+    w: Work, chunks: list[tuple[Prompt, int]], span: Span, stage: int, decodes: int
+) -> None:
+    """What runs beside the decodes: every row if there is room; else of pruned prompts the last."""
+    last = w.window if stage < w.stages - 1 else 1  # nobody scores in the last stage
+    scoring = 0
+    for (prompt, size), first, end in zip(chunks, span.first.tolist(), span.end.tolist()):
+        if not prompt.is_pruned:
+            assert (first, end) == (prompt.done, prompt.done + size)
+        elif prompt.done + size < prompt.length:
+            assert first == end
+        else:
+            kept = prompt.kept[stage]
+            assert end == kept and first <= kept - min(kept, last)
+            scoring += min(kept, last)
+    assert decodes + span.num_rows <= w.budget + scoring
+
+
+@settings(max_examples=150, deadline=None)
+@given(w=work(), data=st.data())
+def test_the_window_scores_once_whatever_the_chunks(w, data):
+    scored_by = [[] for _ in w.prompts]
+    while any(p.done < p.length for p in w.prompts):
+        chunks, _ = next_chunks(w, data)
+        part = (x.tolist() for x in prefills_of(chunks).window_part(w.window))
+        for (prompt, size), count, later, scored in zip(chunks, *part):
+            mine = next(s for p, s in zip(w.prompts, scored_by) if p is prompt)
+            first, prompt.done = prompt.done, prompt.done + size
+            assert 0 <= count <= min(size, w.window)
+            if count:
+                assert later == prompt.length - prompt.done
+                # Keys that tokens of the window in earlier chunks have seen: all before this one.
+                assert scored == (first if mine else 0)
+            mine += range(prompt.done - count, prompt.done)
+    for prompt, mine in zip(w.prompts, scored_by):
+        window = range(max(prompt.length - w.window, 0), prompt.length)
+        assert mine == (list(window) if prompt.is_pruned else [])
+
+
+def test_rows_that_run_alike():
+    """All stages run what vLLM gives unless a prompt is pruned, in this step or later, or one that
+    is not has keys to catch up with."""
+    alike = prefills_of([(Prompt(20, 0, False, [20, 20], done=5, caught_up=5), 3)])
+    assert alike.runs_alike and not alike.prunes.any()
+    behind = prefills_of([(Prompt(20, 16, False, [20, 20], done=16, caught_up=0), 3)])
+    assert not behind.runs_alike
+    for size in (3, 15):
+        pruned = prefills_of([(Prompt(20, 0, True, [20, 9], done=5, caught_up=5), size)])
+        assert not pruned.runs_alike
+        assert pruned.prunes.tolist() == [size == 15]
+    whole = Prefills.whole([7, 1], 3)
+    assert whole.runs_alike and whole.is_last_chunk.all()
+    assert whole.kept.tolist() == [[7, 1]] * 3
+
+
+def test_a_step_with_room_has_no_parts():
+    """By hand: two prompts of 30 tokens keep 20 and 10, beside 4 decodes: 44, 34 rows. In steps of
+    43, tokens that do not score run before: 12 of each, in the last stage all but the last."""
+    prompts = [(Prompt(30, 0, True, [30, 20, 10], done=n), 30 - n) for n in (20, 29)]
+    roomy = RowPlan.make(prefills_of(prompts), 4, 44, 8)
+    assert roomy.parts == [[], [], []] and [s.num_rows for s in roomy.spans] == [11, 40, 20]
+    tight = RowPlan.make(prefills_of(prompts), 4, 43, 8)
+    (part,) = tight.parts[1]
+    assert part.first.tolist() == [0, 0] and part.end.tolist() == [12, 12]
+    assert tight.spans[1].first.tolist() == [12, 12] and tight.spans[1].end.tolist() == [20, 20]
+    assert tight.parts[2] == [] and tight.spans[2].num_rows == 20
+    tiny = RowPlan.make(prefills_of(prompts), 4, 15, 8)
+    assert [[p.num_rows for p in parts] for parts in tiny.parts] == [[], [15, 9], [15, 3]]
+    assert tiny.parts[1][0].end.tolist() == [12, 3] and tiny.parts[1][1].first.tolist() == [12, 3]
+    assert tiny.spans[2].first.tolist() == [9, 9]

@@ -1,0 +1,110 @@
+"""The benchmark of shared prefixes and arriving prompts, without an engine."""
+
+import argparse
+
+import pytest
+from harness.tiny import TINY_SHAPE
+
+from benchmarks.results import read, write
+from benchmarks.speed import cases, run_shared, shared_report
+from benchmarks.speed.results import Row
+from benchmarks.speed.shapes import BALANCED, SHAPES, flops, parked_pages
+from benchmarks.speed.shared import ARRIVAL, BENCHMARKS, PLAN, QUESTION, SHARED_PREFIX, TURN
+
+WARM = {"cold": 200.0, "cold_tokens": 16384, "tokens": 16704, "shared": 16448, "cached": 16448}
+
+
+def test_flops_of_a_cached_prefix_by_hand():
+    """Of 1,000 tokens the first stage runs the last hundred, the second its half."""
+    weights = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    pairs = sum(i + 1 for i in range(900, 1000))
+    first = 2 * (2 * 100 * weights + 4 * 64 * pairs)
+    second = 2 * (2 * 500 * weights + 4 * 64 * sum(i + 1 for i in range(500)))
+    exact = first + second + 2 * 64 * 30000
+    assert flops(TINY_SHAPE, ((2, 0.5),), 1000, 900) == pytest.approx(exact, rel=2e-3)
+    whole = flops(TINY_SHAPE, (), 1000) - flops(TINY_SHAPE, (), 900)
+    assert flops(TINY_SHAPE, (), 1000, 900) == pytest.approx(whole + 2 * 64 * 30000)
+
+
+def test_cuts_are_the_engine_s():
+    """Llama-3.1-8B parks 4,096 numbers in pages of 2,048 a token, Llama-2-7B in one of 8,192."""
+    assert [parked_pages(SHAPES[name]) for name in ("Llama-3.1-8B", "Llama-2-7B")] == [2, 1]
+    assert BALANCED.cuts(SHAPES["Llama-3.1-8B"]) == ((6, 0.7), (10, 0.2), (22, 0.1))
+
+
+def _results(engine: str | None) -> dict[str, dict]:
+    """What each case measures: LazyLLM takes half of stock vLLM's time."""
+    value = 50.0 if engine else 100.0
+    return {
+        "second_turn": WARM | {"value": value},
+        "second_question": WARM | {"value": value, "shared": 16000},
+        "arrival": {"value": value, "ttft": 10 * value, "usual": 9.0},
+        "throughput": {"value": 100000 / value, "peak_running": 64, "cached": 0},
+    }
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Stands for real ones; the configurations of those that were opened."""
+    opened = []
+
+    class Engine:
+        def __init__(self, start, arguments, functions, log):
+            assert functions == "benchmarks.speed.measure_shared"
+            assert arguments["options"]["max_num_batched_tokens"] == 8192
+            opened.append(arguments["config"])
+
+        def ready(self) -> dict:
+            return {"gpu": "G", "vllm": "v", "torch": "t", "triton": "3"}
+
+        def run(self, function: str, **arguments) -> dict:
+            return _results(opened[-1])[function]
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(cases, "Engine", Engine)
+    return opened
+
+
+def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
+    file, page = tmp_path / "shared.jsonl", tmp_path / "benchmarks.md"
+    page.write_text("before\n")
+    shared_report.main(page, file)
+    assert page.read_text() == "before\n", "no results yet"
+    run_shared.main(argparse.Namespace(only=None, out=file, commit="c"))
+    assert engines == [None, BALANCED.config]
+    rows = read(file, Row)
+    assert len(rows) == 2 * len(PLAN.cases) == len({row.key for row in rows})
+    for _ in range(2):  # the second finds the section there
+        shared_report.main(page, file)
+        text = page.read_text()
+        assert text.startswith("before\n") and text.count("shared: begin") == 1
+    assert "| 32,768 | 100 | 50 | 0.50 | 1,000 | 500 | 0.50 |" in text
+    assert "| 64 requests of 8,192 tokens, 128 out | 1,000 | 2,000 | 2.00x |" in text
+    assert "sharing 6,144" in text
+    turn = next(r for r in rows if r.benchmark == TURN and r.engine == BALANCED.name)
+    shape, cuts = SHAPES[PLAN.shape], BALANCED.cuts(SHAPES[PLAN.shape])
+    bound = 200 * flops(shape, cuts, 16704, 16448) / flops(shape, cuts, 16384)
+    assert turn.details["bound"] == pytest.approx(bound) and 50 < bound < 150
+    line = f"| 200.0 | 100.0 | 200.0 | 50.0 | {bound:,.1f} | {50 / bound:.2f} | 0.50 |"
+    assert f"| second turn, 64 + 256 tokens after 16,384 {line}" in text
+    for name in ("again.svg", "arrival.svg"):
+        assert "<svg" in (tmp_path / name).read_text()
+
+
+def test_some_by_name(engines, tmp_path):
+    """Rows of others stay; a part of the file makes a report too."""
+    file, page = tmp_path / "shared.jsonl", tmp_path / "benchmarks.md"
+    page.write_text("")
+    for name in (QUESTION, SHARED_PREFIX):
+        run_shared.main(argparse.Namespace(only=[name], out=file, commit="c"))
+    assert {row.benchmark for row in read(file, Row)} == {QUESTION, SHARED_PREFIX}
+    shared_report.main(page, file)
+    assert "second question, 128 tokens after a document of 32,768" in page.read_text()
+    with pytest.raises(SystemExit, match="no such benchmark: third turn; there are "):
+        run_shared.main(argparse.Namespace(only=["third turn"], out=file, commit="c"))
+    write(file, [row for row in read(file, Row) if row.benchmark == SHARED_PREFIX])
+    shared_report.main(page, file)
+    assert "second question" not in page.read_text()
+    assert {TURN, QUESTION, ARRIVAL, SHARED_PREFIX} < set(BENCHMARKS)
