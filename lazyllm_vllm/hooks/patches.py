@@ -181,9 +181,9 @@ def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
     return LazyCudaGraphManager(vllm_config, *args, **kwargs)
 
 
-# A chunk of one token is no decode: its prompt's later stages are yet to run. vLLM sorts it among the
-# decodes and gives the batch a decode's graph. Ends when a model state is asked which requests of a
-# batch decode.
+# A chunk of one token is no decode: its prompt's later stages are yet to run. vLLM sorts it among
+# the decodes and gives the batch a decode's graph. Ends when a model state is asked which requests
+# of a batch decode.
 
 
 def _gather_batch(original, self, scheduler_output, dummy_run):

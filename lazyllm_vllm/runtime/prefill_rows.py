@@ -101,15 +101,20 @@ class RowPlan:
         room = budget - num_decodes - int((p.end - p.first)[~p.is_pruned].sum())
         for stage in range(1, stages):
             kept = np.where(p.prunes, p.kept[stage], 0)
-            done = np.zeros_like(kept)
-            if kept.sum() > room:
-                done = kept - np.minimum(kept, window if stage < stages - 1 else 1)
+            at_least = np.minimum(kept, window if stage < stages - 1 else 1)
+            done = _first(kept - at_least, int(kept.sum()) - room)
             parts.append(_cut(done * 0, done, budget))
             first = np.where(p.is_pruned, done, p.first)
             spans.append(Span(first, np.where(p.is_pruned, kept, p.end)))
         behind = np.where(p.is_pruned, 0, p.first - p.caught_up)
         catch_up = _cut(p.caught_up, p.caught_up + behind, budget)
         return cls(spans, parts, catch_up)
+
+
+def _first(lengths: np.ndarray, count: int) -> np.ndarray:
+    """How many of each prefill's rows are among the first ``count`` of all."""
+    before = np.cumsum(lengths) - lengths
+    return np.clip(count - before, 0, lengths).astype(np.int32)
 
 
 def _cut(first: np.ndarray, end: np.ndarray, size: int) -> list[Span]:

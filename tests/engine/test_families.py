@@ -16,7 +16,10 @@ LENGTHS = (40, 300, 700, 1100)
 NEW_TOKENS = 8
 QUOTA = 8
 CONFIG = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
-OPTIONS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 4096}
+# However many decode, as prompts are done: each may revive as many as QUOTA.
+CONFIG |= {"revive_per_request": QUOTA}
+# The first two prompts come whole, the others in chunks.
+OPTIONS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 512}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,7 @@ def test_a_family(name, tmp_path, prompts, open_engine):
     assert_close(whole.generate(prompts, NEW_TOKENS, logprobs=3), expected)
     result = pruned.generate(prompts, NEW_TOKENS)
     assert ("allow_untested_model lets it run" in pruned.log) == bool(allowed)
+    assert [len(p[-1]["chunks"]) > 1 for p in result["prefills"]] == [False, False, True, True]
     for engine in (stock, whole, pruned):
         engine.close()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -62,15 +66,18 @@ def test_a_family(name, tmp_path, prompts, open_engine):
 
 
 def test_gemma_finds_a_pass_key(gemma3, open_engine):
-    """A real model with sliding windows, its prompts three windows long and more."""
+    """A real model with sliding windows, its prompts three windows long and more, in chunks; asked
+    again it finds its first layers' work done."""
     tokenizer = AutoTokenizer.from_pretrained(gemma3)
     asked = [passkey_prompt(tokenizer, n, seed=n, depth=0.4) for n in (1500, 2500)]
     prompts = [prompt for prompt, _ in asked]
-    options = {"dtype": "bfloat16", "max_model_len": 3072, "max_num_batched_tokens": 8192}
+    options = {"dtype": "bfloat16", "max_model_len": 3072, "max_num_batched_tokens": 1024}
     stock = open_engine(gemma3, **options)
     pruned = open_engine(gemma3, {"preset": "balanced"}, **options)
-    for engine in (stock, pruned):
+    for engine in (stock, pruned, pruned):
         result = engine.generate(prompts, 8)
         for (_, key), tokens in zip(asked, result["tokens"], strict=True):
             assert key in tokenizer.decode(tokens).replace(" ", "")
+    # Less than a block of what may be found is not.
+    assert all(len(p) - 16 - hit < 128 for p, hit in zip(prompts, result["cached"], strict=True))
     assert [stats["kept"][-1] < 300 for stats in result["stats"]] == [True, True]

@@ -10,7 +10,8 @@ from benchmarks.passkey import passkey_prompt
 
 LENGTHS = (300, 480, 700, 1000, 1400, 1950)
 NEW_TOKENS = 24
-QUOTA = 16
+QUOTA = 15
+BUDGETS = {"resident": 8192, "strict": 700}  # whole prompts, and chunks
 CONFIGS = {
     # Stages of 11, 9 and 10 layers, and two pages of hidden states: one KV cache group each, padded
     # to 13.
@@ -41,14 +42,18 @@ def hf_model(smollm2):
 
 @pytest.mark.parametrize("decode", CONFIGS)
 def test_engine_agrees_with_reference(decode, smollm2, prompts, hf_model, open_engine):
+    # However many decode, as prompts are done: each may revive as many as QUOTA.
     common = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
+    common |= {"revive_per_request": QUOTA}
     config = CONFIGS[decode] | common
     engine = open_engine(
         smollm2,
         config | {"revive_budget": QUOTA * len(prompts)},
         {"trace": True},
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=BUDGETS[decode],
     )
     result = engine.generate(prompts, NEW_TOKENS)
+    chunks = [len(prefill["chunks"]) for (prefill,) in result["prefills"]]
+    assert (max(chunks) > 2) == (decode == "strict") and (max(chunks) == 1) == (decode != "strict")
     seen = agreement.compare(hf_model, prompts, config, QUOTA, result)
     seen.check(least_compared=0.6, most_ties=4)

@@ -7,17 +7,18 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from harness.tiny import tiny_model
-from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
-from lazyllm_vllm.plan.blocks import BlockNeeds
-from lazyllm_vllm.plan.config import LazyLLMConfig
-from lazyllm_vllm.plan.schedule import Schedule
 from vllm import EngineArgs, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
+
+from harness.tiny import tiny_model
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
+from lazyllm_vllm.plan.blocks import BlockNeeds
+from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.schedule import Schedule
 
 try:  # vLLM 0.33 asks for the groups first
     from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs

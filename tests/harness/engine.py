@@ -127,7 +127,8 @@ def generate(
         together: all are there before the first step; else one after the other.
 
     Returns:
-        ``tokens``, ``cached`` (prompt tokens found in the prefix cache) and ``logprobs`` by prompt; ``stats`` by prompt, and ``trace``, if any;
+        ``tokens``, ``cached`` (prompt tokens found in the prefix cache) and ``logprobs`` by prompt;
+        ``stats`` by prompt, and ``trace``, if any;
         ``free_blocks`` before and after; ``preemptions``; ``full``, the requests found to have no
         room left for revived tokens; ``seconds``.
     """

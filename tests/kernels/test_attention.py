@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.world import LONG, World, close, make_world
+from harness.world import LONG, World, close, kept_share, make_world
 
 from lazyllm_vllm.kernels.attention import paged_attention_reference, paged_attention_triton
 from lazyllm_vllm.kernels.layer_form import LayerForm
@@ -40,6 +40,11 @@ def attend(run, q, keys, decodes, selection, **form):
     run(out, lse, q, keys, decodes, LayerForm(q.shape[2] ** -0.5, **form), selection)
     lse[1] = 0  # padding has none
     return out, lse
+
+
+def partly_pruned(w: World):
+    """A selection in which the last prompt is kept whole."""
+    return w.selection([*kept_share(w, 0.5)[:3], w.prompts[3]], 0)
 
 
 def positions_of(w: World, i: int) -> list[int]:
@@ -83,7 +88,7 @@ def expected(w: World, q, keys: StageKeys, decodes: DecodeRows, window, sinks):
 def test_attention(seed, stage, strict, device, dtype):
     w = make_world(seed, stage, device=device, dtype=dtype)
     given = inputs(w, strict)
-    selection = w.selection(w.prompts, 0)
+    selection = partly_pruned(w)
     mine, theirs = (attend(run, *given, selection) for run in RUNS)
     for a, b in zip(mine, theirs):
         close(a, b, dtype)
@@ -122,7 +127,7 @@ def test_forms(seed, stage, window, has_sinks, fp8, device, dtype):
 def test_a_window_hides_the_rest_from_strict_too(stage, device, dtype):
     w = make_world(1, stage, device=device, dtype=dtype)
     given = inputs(w, strict=True)
-    selection = w.selection(w.prompts, 0)
+    selection = partly_pruned(w)
     form = {"window": 33, "sinks": w.rand(w.kv_heads * w.group)}
     mine, theirs = (attend(run, *given, selection, **form) for run in RUNS)
     for a, b in zip(mine, theirs):
@@ -151,19 +156,22 @@ def test_what_no_row_sees_is_not_read(stage, device, dtype):
 
 
 def test_strict_leaves_out_what_was_not_selected(device):
-    """What strict leaves out has no influence, what it keeps has."""
+    """What strict leaves out has no influence, what it keeps has; of a prompt that is not pruned it
+    leaves out nothing."""
     w = make_world(0, 1, device=device)
     q, keys, decodes = inputs(w, strict=True)
-    selection = w.selection(w.prompts, 0)
-    outputs = []
-    for touched in (None, 0, 1):  # nothing; an unselected key; a selected one
-        kv = keys.kv_cache.clone()
-        if touched is not None:
-            depth = w.selected[2][w.present[2]]
-            j = int((depth == touched).nonzero()[0, 0])
-            block = int(w.block_table[2][j // w.block_size])
-            kv[block, :, j % w.block_size] += 5.0
-        out, _ = attend(paged_attention_triton, q, replace(keys, kv_cache=kv), decodes, selection)
-        outputs.append(out[2])
-    assert torch.equal(outputs[0], outputs[1])
-    assert not torch.allclose(outputs[0], outputs[2])
+    for selection, leaves_out in ((partly_pruned(w), True), (w.selection(w.prompts, 0), False)):
+        outputs = []
+        for touched in (None, 0, 1):  # nothing; an unselected key; a selected one
+            kv = keys.kv_cache.clone()
+            if touched is not None:
+                depth = w.selected[2][w.present[2]]
+                j = int((depth == touched).nonzero()[0, 0])
+                block = int(w.block_table[2][j // w.block_size])
+                kv[block, :, j % w.block_size] += 5.0
+            given = q, replace(keys, kv_cache=kv), decodes, selection
+            out, theirs = (attend(run, *given)[0] for run in RUNS)
+            close(out, theirs, w.dtype)
+            outputs.append(out[2])
+        assert torch.equal(outputs[0], outputs[1]) == leaves_out
+        assert not torch.allclose(outputs[0], outputs[2])

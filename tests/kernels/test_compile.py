@@ -13,6 +13,7 @@ BF16 = {
     "k_ptr",
     "v_ptr",
     "hidden_ptr",
+    "residual_ptr",
     "aux_ptr",
     "cos_sin_ptr",
     "sinks_ptr",
@@ -20,11 +21,12 @@ BF16 = {
 FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr", "scale_ptr"}
 INT64 = {
     "row_position_ptr",
-    "before_position_ptr",
     "positions_ptr",
     "slot_mapping_ptr",
     "slots_ptr",
+    "slot_ptr",
 }
+CACHES = {"kv_ptr", "aux_ptr", "cache_ptr"}  # of the model's dtype or FP8
 LLAMA = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_PAD": 128}
 STATE = {"PAGES": 8, "PER_PAGE": 8, "SLOT_SIZE": 2048, "PER_SLOT": 512}  # in four-byte words
 AUX = STATE | {"SLOT_SIZE": 4096, "BLOCK": 2048}  # in bf16
@@ -119,6 +121,13 @@ def _variants(kernels):
                 "BLOCK": 1024,
             },
         )
+    for hidden, width in ((4096, 2048), (576, 384), (576, 192)):
+        pad, whole = (1 << (n - 1).bit_length() for n in (width, hidden))
+        page = {"HIDDEN": hidden, "WIDTH": width, "WIDTH_PAD": pad, "BLOCK_SIZE": 16}
+        yield kernels.parked._fetch_kernel, page
+        for has_residual in (False, True):
+            constants = {"HIDDEN_PAD": whole, "HAS_RESIDUAL": has_residual}
+            yield kernels.parked._park_kernel, page | constants
     yield kernels.park_fetch._park_kernel, AUX
     for has_aux in (False, True):
         yield kernels.park_fetch._fetch_kernel, AUX | {"HAS_AUX": has_aux}
@@ -127,7 +136,7 @@ def _variants(kernels):
 def _type_of(name: str, cache: str) -> str:
     if name.endswith("scale"):
         return "fp32"
-    if name in ("kv_ptr", "aux_ptr"):
+    if name in CACHES:
         return cache
     kinds = {"*bf16": BF16, "*fp32": FP32, "*i64": INT64}
     pointer = next((kind for kind, names in kinds.items() if name in names), "*i32")
@@ -156,14 +165,13 @@ def _compile_all() -> None:
     compiled = set()
     for kernel, constants in _variants(kernels):
         names = kernel.arg_names
-        caches = {"kv_ptr", "aux_ptr"} & set(names)
-        for cache in ("*bf16", "*fp8e4nv") if caches else ("",):
+        for cache in ("*bf16", "*fp8e4nv") if CACHES & set(names) else ("",):
             types = {n: "constexpr" if n in constants else _type_of(n, cache) for n in names}
             triton.compile(
                 ASTSource(kernel, types, constexprs=constants), target=GPUTarget("cuda", 90, 32)
             )
-        compiled.add(kernel.__name__)
-    written = {n for m in modules for n in vars(m) if n.endswith("_kernel")}
+        compiled.add((kernel.__module__, kernel.__name__))
+    written = {(m.__name__, n) for m in modules for n in vars(m) if n.endswith("_kernel")}
     assert compiled == written, f"not compiled: {written - compiled}"
     print("compiled", len(compiled))
 

@@ -4,16 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness.world import LONG, close, make_world
+from harness.world import LONG, World, close, make_world
 
 from lazyllm_vllm.kernels.paged import FP8
 from lazyllm_vllm.kernels.score import (
     Queries,
     ScoreRule,
+    WindowPart,
     last_rows_lse,
     score_tokens_reference,
     score_tokens_triton,
 )
+
+
+def in_one_piece(w: World, window: int) -> WindowPart:
+    """The whole window of every prompt, in this step."""
+    none = w.ints([0] * len(w.prompts))
+    return WindowPart(none + window, none, none)
 
 
 @pytest.mark.parametrize("seed", (0, 1, LONG))
@@ -27,7 +34,8 @@ def test_score(seed, stage, window, peak, device, dtype):
     keys = w.keys([c + d for c, d in zip(present, w.decoded)])
     q = w.rand(20, w.kv_heads * w.group, w.head_dim)
     lse = torch.randn(window, 5, q.shape[1], generator=w.random).to(device) + 6
-    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5)
+    part = in_one_piece(w, window)
+    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5, part)
     active = w.ints([1, 1, 1, 0])
     results = []
     for run in (score_tokens_triton, score_tokens_reference):
@@ -63,7 +71,8 @@ def test_fp8_keys_score_as_what_they_stand_for(stage, window, peak, device, dtyp
     keys = replace(keys, kv_cache=fp8.kv_cache.to(dtype) / 2)
     q = w.rand(20, w.kv_heads * w.group, w.head_dim)
     lse = torch.randn(window, 5, q.shape[1], generator=w.random).to(device) + 6
-    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5)
+    part = in_one_piece(w, window)
+    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5, part)
     scores = []
     for run, given in (
         (score_tokens_triton, keys),
@@ -80,17 +89,18 @@ def test_fp8_keys_score_as_what_they_stand_for(stage, window, peak, device, dtyp
 
 
 @pytest.mark.parametrize("has_sinks", (False, True))
-@pytest.mark.parametrize("n", (2, 30))
-def test_last_rows_lse(has_sinks, n):
+@pytest.mark.parametrize("rows, n", ((2, 2), (30, 30), (0, 0), (0, 30), (3, 30), (29, 30)))
+def test_last_rows_lse(has_sinks, rows, n):
+    """``rows`` of a prompt's ``n`` tokens are at hand."""
     random = torch.Generator().manual_seed(n)
     q, k = (torch.randn(n, heads, 16, generator=random) for heads in (6, 2))
     sinks = torch.randn(6, generator=random).bfloat16() if has_sinks else None
-    lse = last_rows_lse(q, k, 0.3, 4, sinks)
+    lse = last_rows_lse(q[n - rows :], k, 0.3, 4, sinks)
     assert lse.shape == (4, 6)
     for back in range(4):
         for head in range(6):
             expected = torch.tensor(0.0)
-            if back < n:
+            if back < rows:
                 logits = 0.3 * k[: n - back, head // 3] @ q[n - 1 - back, head]
                 sink = [sinks[head].float()] if has_sinks else []
                 expected = torch.stack([*logits, *sink]).exp().sum().log()

@@ -10,6 +10,7 @@ from benchmarks.results import read, write
 from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops, full_layers
+from lazyllm_vllm.plan.presets import preset_cuts
 
 
 def test_flops_by_hand():
@@ -69,15 +70,22 @@ def test_flop_bounds_of_the_shapes():
         ("Llama-3.1-8B", 131072, 3.498030907136634),
         ("Llama-2-7B", 4096, 2.75771132819305),
     ):
-        shape = SHAPES[name]
-        assert BALANCED.cuts(shape) == ((5, 0.7), (10, 0.2), (22, 0.1))
-        assert flop_bound(shape, BALANCED.cuts(shape), tokens) == pytest.approx(bound, rel=1e-12)
+        cuts = ((5, 0.7), (10, 0.2), (22, 0.1))
+        assert flop_bound(SHAPES[name], cuts, tokens) == pytest.approx(bound, rel=1e-12)
     for name, plan in families.PLANS.items():
         shape = SHAPES[plan.shape]
         full = full_layers(shape) or range(1, shape["num_hidden_layers"])
         cuts = BALANCED.cuts(shape)
         assert len(cuts) == 3 and all(layer in full for layer, _ in cuts), name
         assert 2 < flop_bound(shape, cuts, families.SHORT) < 4, name
+
+
+def test_cuts_go_by_the_pages_of_hidden_states():
+    """As in an engine: two pages for Llama 3.1, one for Llama 2, whose hidden state is half as large
+    as its keys and values. Found by going through every cut within reach (`plan.presets`)."""
+    for name, pages in (("Llama-3.1-8B", 2), ("Llama-2-7B", 1)):
+        assert BALANCED.cuts(SHAPES[name]) == preset_cuts("balanced", 32, None, pages)
+        assert BALANCED.cuts(SHAPES[name]) != preset_cuts("balanced", 32)
 
 
 def test_flop_bounds():

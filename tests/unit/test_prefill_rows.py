@@ -61,7 +61,7 @@ def work(draw) -> Work:
 
 
 def next_chunks(w: Work, data) -> tuple[list[tuple[Prompt, int]], int]:
-    """Some of the prompts, how many tokens each has in a step, and how many decodes stand beside."""
+    """Some of the prompts, how many tokens each has in a step, and how many decodes there are."""
     left = [p for p in w.prompts if p.done < p.length]
     decodes = data.draw(st.integers(0, w.budget - 1))
     room, chunks = w.budget - decodes, []
@@ -196,17 +196,18 @@ def test_rows_that_run_alike():
 
 
 def test_a_step_with_room_has_no_parts():
-    """By hand: two prompts of 30 tokens keep 20 and 10, beside 4 decodes: 44, 34 rows. In steps of
-    43, tokens that do not score run before: 12 of each, in the last stage all but the last."""
+    """By hand: two prompts of 30 tokens keep 20 and 10, beside 4 decodes: 44 rows in stage 1. In
+    steps of 43 one of them runs before. In steps of 15 all but the 8 that score do, 12 of each; in
+    the last stage, of 20 rows, the 9 for which there is no room."""
     prompts = [(Prompt(30, 0, True, [30, 20, 10], done=n), 30 - n) for n in (20, 29)]
     roomy = RowPlan.make(prefills_of(prompts), 4, 44, 8)
     assert roomy.parts == [[], [], []] and [s.num_rows for s in roomy.spans] == [11, 40, 20]
     tight = RowPlan.make(prefills_of(prompts), 4, 43, 8)
     (part,) = tight.parts[1]
-    assert part.first.tolist() == [0, 0] and part.end.tolist() == [12, 12]
-    assert tight.spans[1].first.tolist() == [12, 12] and tight.spans[1].end.tolist() == [20, 20]
+    assert part.first.tolist() == [0, 0] and part.end.tolist() == [1, 0]
+    assert tight.spans[1].first.tolist() == [1, 0] and tight.spans[1].end.tolist() == [20, 20]
     assert tight.parts[2] == [] and tight.spans[2].num_rows == 20
     tiny = RowPlan.make(prefills_of(prompts), 4, 15, 8)
-    assert [[p.num_rows for p in parts] for parts in tiny.parts] == [[], [15, 9], [15, 3]]
+    assert [[p.num_rows for p in parts] for parts in tiny.parts] == [[], [15, 9], [9]]
     assert tiny.parts[1][0].end.tolist() == [12, 3] and tiny.parts[1][1].first.tolist() == [12, 3]
-    assert tiny.spans[2].first.tolist() == [9, 9]
+    assert tiny.spans[1].first.tolist() == [12, 12] and tiny.spans[2].first.tolist() == [9, 0]

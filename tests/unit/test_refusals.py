@@ -231,9 +231,9 @@ def test_requests(tiny):
 
 
 def test_requests_that_do_not_fit(tiny):
-    """30 blocks of 16 tokens, one kept back by vLLM. Until prompts are pruned each token takes a slot
-    in each of 3 stages of two layers, and one more for the page where its hidden state is parked,
-    which makes stage 0 two groups."""
+    """30 blocks of 16 tokens, one kept back by vLLM. Until prompts are pruned each token takes a
+    slot in each of 3 stages of two layers, and one more for the page where its hidden state is
+    parked, which makes stage 0 two groups."""
     prune = {"prune": [{"layer": 2, "keep": 0.1}, {"layer": 4, "keep": 0.1}]}
     config = {"lazyllm": prune | {"min_prompt_tokens": 200}}
     flags = {"max_model_len": 256, "num_gpu_blocks_override": 30, "block_size": 16}

@@ -1,5 +1,5 @@
-"""Requests that share a prefix: stock vLLM's hits less what a prompt's window must run again, blocks
-of their own for all else, and none lost in whatever order requests come, stop and go."""
+"""Requests that share a prefix: stock vLLM's hits less what a prompt's window must run again,
+blocks of their own for all else, and none lost in whatever order requests come, stop and go."""
 
 from dataclasses import dataclass, field
 
@@ -100,8 +100,8 @@ class Both:
 @settings(max_examples=80, deadline=None)
 @given(schedule=schedules(), vector=vectors, data=st.data())
 def test_hits_are_stock_vllms_less_the_window(schedule, vector, data):
-    """New requests, more chunks, generated tokens, ends, and preemptions in the middle of a prompt or
-    behind it, in any order; in a cache that forgets nothing."""
+    """New requests, more chunks, generated tokens, ends, and preemptions in the middle of a prompt
+    or behind it, in any order; in a cache that forgets nothing."""
     both = Both(manager_of(needs_of(schedule, vector), LONGEST, 8000, caches=True), None)
     both.stock = stock_manager(LONGEST, 8000)
     free = both.ours.block_pool.get_num_free_blocks()
@@ -165,8 +165,8 @@ def test_nothing_is_lost_where_there_is_little_room(schedule, vector, num_blocks
 
 
 def test_private_blocks_are_whole_at_the_first_chunk():
-    """By hand: 200 tokens keep 100 in stage 1 and 50 in stage 2, in blocks of 16. Two requests share
-    the first 160 tokens; the window of 8 leaves 192 that may be found."""
+    """By hand: 200 tokens keep 100 in stage 1 and 50 in stage 2, in blocks of 16. Two requests
+    share the first 160 tokens; the window of 8 leaves 192 that may be found."""
     config = LazyLLMConfig(
         prune=[{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}],
         min_prompt_tokens=100,
@@ -208,7 +208,7 @@ def test_private_blocks_are_whole_at_the_first_chunk():
 
 
 def test_all_stages_are_shared_where_no_prompt_is_pruned():
-    """As in stock vLLM: keys of every stage depend on what comes before a token and on nothing else."""
+    """As in stock vLLM: all keys depend on what comes before a token and on nothing else."""
     schedule = Schedule.build(LazyLLMConfig(prune=[{"layer": 2, "keep": 1}]), 4)
     manager = manager_of(needs_of(schedule), LONGEST, 400, caches=True)
     first, second = (request_of(name, DOCUMENTS[0][:64]) for name in ("first", "second"))
