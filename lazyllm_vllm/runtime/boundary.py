@@ -214,8 +214,8 @@ class Boundary:
             self.trace.boundary(step, stage, self.buffers)
 
     def _park(self, step: Step, stage: int, which: range, hidden: torch.Tensor) -> None:
-        """Write rows of a stage but the first to the Aux Cache. One that goes on is written again at
-        the next boundary; one that does not waits there to be revived."""
+        """Write rows of a stage but the first to the Aux Cache. One that goes on is written again
+        at the next boundary; one that does not waits there to be revived."""
         b = self.buffers
         if b.aux is not None and len(which) and not step.drops_nothing:
             park(hidden, step.rows[stage], which, b.selection.is_pruned, b.aux)

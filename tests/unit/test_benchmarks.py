@@ -81,8 +81,8 @@ def test_flop_bounds_of_the_shapes():
 
 
 def test_cuts_go_by_the_pages_of_hidden_states():
-    """As in an engine: two pages for Llama 3.1, one for Llama 2, whose hidden state is half as large
-    as its keys and values. Found by going through every cut within reach (`plan.presets`)."""
+    """As in an engine: two pages for Llama 3.1, one for Llama 2, whose hidden state is half as
+    large as its keys and values."""
     for name, pages in (("Llama-3.1-8B", 2), ("Llama-2-7B", 1)):
         assert BALANCED.cuts(SHAPES[name]) == preset_cuts("balanced", 32, None, pages)
         assert BALANCED.cuts(SHAPES[name]) != preset_cuts("balanced", 32)
