@@ -81,7 +81,7 @@ def _park_kernel(
             more = tl.load(residual_ptr + row * HIDDEN + j, mask=j < HIDDEN, other=0.0)
             whole = (whole + more.to(tl.float32)).to(x.dtype).to(tl.float32)
         highest = tl.max(tl.abs(whole), 0)
-        scale = tl.where(highest > 0, highest / FP8_MAX, 1.0)
+        scale = tl.where(highest > 0, tl.div_rn(highest, FP8_MAX), 1.0)
         tl.store(scale_ptr + slot, scale, mask=first == 0)
         x = to_stored(x, scale, dtype)
     at = cache_ptr + slot // BLOCK_SIZE * cache_stride + slot % BLOCK_SIZE * WIDTH

@@ -129,6 +129,15 @@ def test_hits_are_stock_vllms_less_the_window(schedule, vector, data):
     free_all(both.ours, live, data.draw(st.permutations(range(len(live)))), free)
 
 
+@settings(max_examples=25, deadline=None)
+@given(schedule=schedules())
+def test_a_prompt_of_any_length_finds_all_that_it_may(schedule):
+    manager = manager_of(needs_of(schedule), LONGEST, 8000, caches=True)
+    assert admit(manager, request_of("whole", DOCUMENTS[0]))
+    found = [hit_of(manager, request_of("r", DOCUMENTS[0][:n])) for n in range(1, LONGEST)]
+    assert found == [most_found(schedule, n) for n in range(1, LONGEST)]
+
+
 @settings(max_examples=80, deadline=None)
 @given(schedule=schedules(), vector=vectors, num_blocks=st.integers(20, 150), data=st.data())
 def test_nothing_is_lost_where_there_is_little_room(schedule, vector, num_blocks, data):
