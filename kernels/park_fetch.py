@@ -47,9 +47,11 @@ def _park_kernel(
         return
     block_table = block_table_ptr + request * block_table_stride
     dtype: tl.constexpr = aux_ptr.dtype.element_ty
-    where = _state_at(
+    where, at = _addresses(
         block_table,
+        tl.load(num_prompt_ptr + request),
         tl.load(row_position_ptr + row),
+        place_ptr,
         page_stride,
         block_stride,
         PAGES,
@@ -57,17 +59,6 @@ def _park_kernel(
         SLOT_SIZE,
         PER_SLOT,
         32 // dtype.primitive_bitwidth,
-    )
-    at = aux_at(
-        block_table,
-        tl.load(num_prompt_ptr + request),
-        tl.load(place_ptr + where),
-        page_stride,
-        block_stride,
-        PAGES,
-        PER_PAGE,
-        SLOT_SIZE,
-        PER_SLOT,
     )
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = i < SLOT_SIZE
@@ -82,9 +73,11 @@ def _park_kernel(
 
 
 @triton.jit
-def _state_at(
+def _addresses(
     block_table_row,
+    num_prompt,
     position,
+    place_ptr,
     page_stride,
     block_stride,
     PAGES: tl.constexpr,
@@ -93,8 +86,9 @@ def _state_at(
     PER_SLOT: tl.constexpr,
     PER_WORD: tl.constexpr,
 ):
-    """``state_at``, of strides and a slot size of which so many elements make four bytes."""
-    return state_at(
+    """Where a position is in each plane of the prompt state, and its hidden state's first element;
+    so many elements make four bytes, a plane's unit."""
+    where = state_at(
         block_table_row,
         position,
         position >= 0,
@@ -105,6 +99,18 @@ def _state_at(
         SLOT_SIZE // PER_WORD,
         PER_SLOT,
     )
+    at = aux_at(
+        block_table_row,
+        num_prompt,
+        tl.load(place_ptr + where),
+        page_stride,
+        block_stride,
+        PAGES,
+        PER_PAGE,
+        SLOT_SIZE,
+        PER_SLOT,
+    )
+    return where, at
 
 
 @step_jit
@@ -140,9 +146,11 @@ def _fetch_kernel(
         request = tl.load(row_request_ptr + row)
         if request >= 0:
             block_table = block_table_ptr + request * block_table_stride
-            where = _state_at(
+            where, at = _addresses(
                 block_table,
+                tl.load(num_prompt_ptr + request),
                 tl.load(row_position_ptr + row),
+                place_ptr,
                 page_stride,
                 block_stride,
                 PAGES,
@@ -150,17 +158,6 @@ def _fetch_kernel(
                 SLOT_SIZE,
                 PER_SLOT,
                 32 // aux_ptr.dtype.element_ty.primitive_bitwidth,
-            )
-            at = aux_at(
-                block_table,
-                tl.load(num_prompt_ptr + request),
-                tl.load(place_ptr + where),
-                page_stride,
-                block_stride,
-                PAGES,
-                PER_PAGE,
-                SLOT_SIZE,
-                PER_SLOT,
             )
             parked = tl.load(aux_ptr + at + i, mask=valid)
             if aux_ptr.dtype.element_ty == tl.float8e4nv:

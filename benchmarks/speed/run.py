@@ -1,7 +1,7 @@
 """Run the speed benchmarks and write the results file; needs a GPU."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,8 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only these of the plans in cases.py (from 0); rows of others stay in the file",
     )
-    parser.add_argument("--out", type=Path, default=FILE, help="the results file")
+    add_file_arguments(parser, FILE)
+
+
+def add_file_arguments(parser: argparse.ArgumentParser, file: Path) -> None:
+    parser.add_argument("--out", type=Path, default=file, help="the results file")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
+
+
+def add_only_arguments(parser: argparse.ArgumentParser, names: Iterable[str], file: Path) -> None:
+    """``--only``, a choice of ``names``, and those of the results file."""
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help=f"only these; rows of others stay in the file: {', '.join(names)}",
+    )
+    add_file_arguments(parser, file)
 
 
 def main(args: argparse.Namespace) -> None:

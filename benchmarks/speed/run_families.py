@@ -2,24 +2,16 @@
 
 import argparse
 import time
-from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.speed import cases
 from benchmarks.speed.families import FILE, PLANS
-from benchmarks.speed.run import recorder
+from benchmarks.speed.run import add_only_arguments, recorder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help=f"only these; rows of others stay in the file: {', '.join(PLANS)}",
-    )
-    parser.add_argument("--out", type=Path, default=FILE, help="the results file")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    add_only_arguments(parser, PLANS, FILE)
 
 
 def main(args: argparse.Namespace) -> None:

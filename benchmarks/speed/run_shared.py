@@ -2,24 +2,16 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.speed import cases
-from benchmarks.speed.run import recorder
+from benchmarks.speed.run import add_only_arguments, recorder
 from benchmarks.speed.shared import BENCHMARKS, FILE, PLAN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="NAME",
-        help=f"only these; rows of others stay in the file: {', '.join(BENCHMARKS)}",
-    )
-    parser.add_argument("--out", type=Path, default=FILE, help="the results file")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    add_only_arguments(parser, BENCHMARKS, FILE)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from benchmarks.speed.family_shapes import FAMILY_SHAPES
+from lazyllm_vllm.plan import grouping
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 _LLAMA = {
@@ -72,9 +73,9 @@ def full_layers(shape: dict) -> tuple[int, ...] | None:
 
 
 def parked_pages(shape: dict) -> int:
-    """As in ``plan.blocks.BlockNeeds``: keys and values are as wide as hidden states."""
-    token = 2 * shape["num_key_value_heads"] * _head_dim(shape)
-    return -(-shape["hidden_size"] // token)
+    """Those of ``plan.grouping``."""
+    kv_heads = shape["num_key_value_heads"]
+    return grouping.parked_pages(shape["hidden_size"], kv_heads, _head_dim(shape))
 
 
 def _head_dim(shape: dict) -> int:

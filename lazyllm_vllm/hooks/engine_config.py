@@ -6,6 +6,7 @@ from typing import Any
 from vllm.config import ModelConfig, VllmConfig
 
 from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, parse_config
+from lazyllm_vllm.plan.grouping import parked_pages
 from lazyllm_vllm.plan.schedule import Schedule
 
 KEY = "lazyllm"
@@ -43,14 +44,9 @@ def schedule_of(vllm_config: VllmConfig) -> Schedule:
     if model.is_moe and "revive_budget" not in config.model_fields_set:
         # Each revived row reads experts of its own, and a step's time is that of reading experts.
         config = config.model_copy(update={"revive_budget": 0})
-    return Schedule.build(config, num_layers, full_layers(model), _parked_pages(vllm_config))
-
-
-def _parked_pages(vllm_config: VllmConfig) -> int:
-    """``BlockNeeds.parked_pages``, whatever the block size: hidden states are stored like keys."""
-    model = vllm_config.model_config
-    token = 2 * model.get_num_kv_heads(vllm_config.parallel_config) * model.get_head_size()
-    return -(-model.get_hidden_size() // token)
+    num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    pages = parked_pages(model.get_hidden_size(), num_kv_heads, model.get_head_size())
+    return Schedule.build(config, num_layers, full_layers(model), pages)
 
 
 def full_layers(model: ModelConfig) -> tuple[int, ...] | None:

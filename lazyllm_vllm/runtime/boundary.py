@@ -22,7 +22,7 @@ class Boundary:
     score; at each boundary ``leave`` and ``enter``, between which parts of a step enter before.
 
     Attributes:
-    parks_all: whether prompts to come may share this one's hidden states at the first boundary.
+        parks_all: whether prompts to come may share this one's hidden states at the first boundary.
         stage_tables: of each stage, ``(group, block table)`` of its KV cache groups.
         trace: ``observe.trace.Trace``, called at every boundary, in debugging; else None.
     """
