@@ -7,6 +7,7 @@ from vllm.triton_utils import triton
 _CHANGING = (
     "after_base",
     "before_base",
+    "first_head",
     "first_request",
     "first_row",
     "marks_always",
@@ -19,4 +20,13 @@ _CHANGING = (
     "stage",
 )
 
-step_jit = triton.jit(do_not_specialize=_CHANGING)
+# And for addresses that are multiples of 16: these are of rows in a table whose width changes.
+_ANYWHERE = (
+    "after_first_ptr",
+    "after_start_ptr",
+    "before_first_ptr",
+    "before_start_ptr",
+    "starts_ptr",
+)
+
+step_jit = triton.jit(do_not_specialize=_CHANGING, do_not_specialize_on_alignment=_ANYWHERE)

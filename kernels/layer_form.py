@@ -31,6 +31,11 @@ class LayerForm:
         back = position[:, None] - key_position[None, :]
         return (back >= 0) if self.window is None else (back >= 0) & (back < self.window)
 
+    @property
+    def flash_window(self) -> list[int]:
+        """The window as FlashAttention takes it: tokens before and after a row's own."""
+        return [-1, -1] if self.window is None else [self.window - 1, 0]
+
 
 @triton.jit
 def is_seen(key_position, row_position, WINDOW: tl.constexpr):

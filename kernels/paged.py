@@ -66,30 +66,6 @@ class StageKeys:
             k, v = k.float() * self.k_scale, v.float() * self.v_scale
         return k, v
 
-    def gather_all(self, batch: range, num_keys: int) -> tuple[torch.Tensor, ...]:
-        """The keys of requests one after the other, for attention over rows that are at hand.
-
-        Args:
-            num_keys: of them all together.
-
-        Returns:
-            Keys and values ``[num_keys, kv_heads, head_dim]``, as ``gather`` has them; positions
-            ``[num_keys]`` int64; first row of each request ``[requests + 1]`` int32.
-        """
-        mine = slice(batch.start, batch.stop)
-        length, table = self.length[mine], self.block_table[mine]
-        starts = torch.nn.functional.pad(length.cumsum(0), (1, 0)).int()
-        at = torch.arange(num_keys, device=length.device)
-        nth = torch.arange(len(batch), device=length.device)
-        nth = nth.repeat_interleave(length.long(), output_size=num_keys)
-        slot = at - starts[nth]
-        block, place = table[nth, slot // self.block_size].long(), slot % self.block_size
-        k, v = self.kv_cache[block, :, place].chunk(2, dim=-1)
-        if self.kv_cache.dtype == FP8:
-            k, v = k.float() * self.k_scale, v.float() * self.v_scale
-        position = slot if self.stage == 0 else self.position[block * self.block_size + place]
-        return k, v, position.long(), starts
-
     def positions(self, request: int) -> torch.Tensor:
         """``[length]`` int64: the position of each of a request's keys."""
         slots = torch.arange(int(self.length[request]), device=self.kv_cache.device)

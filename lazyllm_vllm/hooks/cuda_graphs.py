@@ -10,7 +10,8 @@ Batches with short prompts, of which nothing is dropped, run in pieces: graphs o
 does to each row alone, and attention between them. Stock vLLM takes such pieces out of what
 torch.compile makes of a model; here they are captured from the running model ("breakable" graphs).
 Batches larger than its graphs it runs compiled; nothing is compiled here, so pieces go on to the
-size at which a prefill keeps the GPU busier than the CPU.
+size at which a prefill keeps the GPU busier than the CPU. Stages of pruned prompts run in the same
+pieces; see ``stage_pieces``.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,8 @@ from lazyllm_vllm.hooks.warm_up import warm_up
 from lazyllm_vllm.runtime.step import StepKind
 
 PLAIN, SELECTING = 0, 1
-LARGEST_PIECES, PIECES_APART = 1024, 128  # tokens
+# Tokens of batches that run in pieces, beyond vLLM's largest size.
+PIECES = (*range(128, 1024, 128), *range(1024, 2048 + 1, 256))
 
 
 class LazyCudaGraphManager(ModelCudaGraphManager):
@@ -64,13 +66,10 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         sizes = self.compilation_config.cudagraph_capture_sizes
         if not (self.cudagraph_mode and sizes):
             return
-        first = PIECES_APART * (max(sizes) // PIECES_APART + 1)
-        most = min(LARGEST_PIECES, self.vllm_config.scheduler_config.max_num_batched_tokens)
+        most = self.vllm_config.scheduler_config.max_num_batched_tokens
+        more = [size for size in PIECES if max(sizes) < size <= most]
         self.compilation_config = copy(self.compilation_config)
-        self.compilation_config.cudagraph_capture_sizes = [
-            *sizes,
-            *range(first, most + 1, PIECES_APART),
-        ]
+        self.compilation_config.cudagraph_capture_sizes = [*sizes, *more]
 
     def capture(
         self,

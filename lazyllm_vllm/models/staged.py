@@ -16,11 +16,13 @@ from lazyllm_vllm.hooks.cuda_graphs import between_graphs, captures_pieces
 from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.hooks.patches import install_in_worker
 from lazyllm_vllm.hooks.prompt_cache import add_pages
+from lazyllm_vllm.hooks.stage_pieces import StagePieces
 from lazyllm_vllm.models.decoder_layer import attention_of, decoder_layers
 from lazyllm_vllm.models.families import UNTESTED, Family, family_of
 from lazyllm_vllm.models.rotary import take_rotary
 from lazyllm_vllm.models.sampled_rows import sampled_rows, to_token_layout
 from lazyllm_vllm.models.small_ops import SmallOps
+from lazyllm_vllm.runtime.step import StepKind
 
 
 class StagedDecoder:
@@ -32,7 +34,11 @@ class StagedDecoder:
     Attributes:
         stage_positions: positions of the rows in the stage that is running, ``[rows]``; None where
             every layer has the rows that vLLM gives.
+        pieces: of CUDA graphs, for stages of few rows; None: they cannot run in any. Rows must need
+            no position but in attention, and experts would take padding for rows.
+        is_done: whether the stage that is running has run, in pieces.
         is_over: whether no row is left to run in this step.
+        output: what the last stage gave, if it ran in pieces.
         plain_forwards: the layers' own, as their model has them.
         has_experts: whether rows are routed to experts, which pass over those marked as padding.
     """
@@ -41,17 +47,21 @@ class StagedDecoder:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.schedule = schedule_of(vllm_config)
         self.stage_positions = None
-        self.is_over = False
+        self._begin_step()
         self.has_experts = vllm_config.model_config.is_moe
         model = type(self).__mro__[2]
         family = family_of(model.__module__, model.__name__) or UNTESTED
         layers = decoder_layers(self)
         self.plain_forwards = []
+        rotates = True
         for index, layer in enumerate(layers):
             rotary = take_rotary(layer, family.rotary)
+            rotates = rotates and rotary is not None
             StagedAttention.adopt(attention_of(layer), rotary, self.schedule, index, vllm_config)
             self.plain_forwards.append(layer.forward)
             layer.forward = self._in_stages(layer, index)
+        has_pieces = self.schedule.prunes and rotates and not self.has_experts
+        self.pieces = StagePieces() if has_pieces else None
         self._cut_rows_of(layers[-1], family)
         self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
@@ -84,32 +94,51 @@ class StagedDecoder:
             ``[num_tokens, hidden]``; only the rows that are sampled from are written.
         """
         metadata = _stage_metadata()
-        self.stage_positions = None
-        self.is_over = False
+        self._begin_step()
         if self.small_ops:
             self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
         if metadata is None:  # vLLM's memory profile
             return super().forward(input_ids, positions)
         between_graphs(_begin)
         if captures_pieces():
-            return super().forward(input_ids, positions)
+            return self._capture(input_ids, positions)
         rows = slice(0, metadata.step.num_rows(0))
+        self.input_ids = input_ids
         hidden = super().forward(input_ids[rows], positions[rows])
+        if self.output is not None:
+            return to_token_layout(self.output, metadata.step, metadata.boundary, len(input_ids))
         if self.is_over:
             return hidden.new_zeros(len(input_ids), hidden.shape[1])
         return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
+
+    def _begin_step(self) -> None:
+        self.stage_positions = self.input_ids = self.output = None
+        self.is_done = self.is_over = False
+
+    def _capture(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The forward in pieces, as they are captured."""
+        if self.pieces is None:
+            return super().forward(input_ids, positions)
+        self.pieces.begin(input_ids)
+        self.pieces.mark()
+        hidden = super().forward(input_ids, positions)
+        self.pieces.end(hidden)
+        return hidden
 
     def _in_stages(self, layer: torch.nn.Module, index: int):
         """The forward of decoder layer ``index``, on the rows of its stage."""
         forward, names = layer.forward, list(inspect.signature(layer.forward).parameters)
         stage = self.schedule.stage_of(index)
-        is_first = stage > 0 and index == self.schedule.starts[stage]
+        is_first = index == self.schedule.starts[stage]
 
         def staged(*args, **kwargs):
             given = dict(zip(names, args), **kwargs)
             if is_first and not self.is_over:
-                self._cross(stage, given)
-            if self.is_over:
+                self.is_done = False
+                if stage:
+                    self._cross(stage, given)
+                self._run_pieces(stage, given)
+            if self.is_over or self.is_done:
                 hidden = given["hidden_states"]
                 return (hidden, given["residual"]) if "residual" in given else hidden
             if self.stage_positions is not None:
@@ -128,6 +157,8 @@ class StagedDecoder:
         if captures_pieces():
             states = (hidden,) if residual is None else (hidden, residual)
             between_graphs(partial(_cross_without_drops, stage), *states)
+            if self.pieces is not None:
+                self.pieces.mark(*states)
             return
         step, boundary = metadata.step, metadata.boundary
         hidden, residual = boundary.leave(step, stage, hidden, residual)
@@ -143,6 +174,25 @@ class StagedDecoder:
         self.stage_positions = boundary.buffers.rows[stage].position[rows]
         if self.has_experts:
             get_forward_context().is_padding = boundary.buffers.rows[stage].request[rows] < 0
+
+    def _run_pieces(self, stage: int, given: dict) -> None:
+        """Run a stage in pieces, if there are some for its rows."""
+        metadata = _stage_metadata()
+        if self.pieces is None or metadata is None or self.is_over or captures_pieces():
+            return
+        step, rows = metadata.step, metadata.step.num_rows(stage)
+        if step.kind is not StepKind.RUN or not self.pieces.covers(rows, self.input_ids):
+            return
+        names = ["hidden_states", "residual"][: 1 + ("residual" in given)]
+        after = self.pieces.run(stage, rows, tuple(given[name] for name in names))
+        if stage + 1 < self.schedule.num_stages:
+            given |= dict(zip(names, after))
+            self.is_done = True
+            return
+        # Out of the graphs' memory: the model's last norm still runs, on what nobody reads.
+        self.output = after[0][sampled_rows(step, metadata.boundary)].clone()
+        given |= dict.fromkeys(names, given["hidden_states"])
+        self.is_over = True
 
     def _run_parts(self, stage: int, hidden: torch.Tensor, given: dict) -> None:
         """Run what a step's plan has run before the rest: in turn, each part through its stages.

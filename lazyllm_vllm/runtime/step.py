@@ -139,14 +139,16 @@ class Step:
         """The prefills' bounds in each stage and all current rows, in one copy to the device."""
         count, stages = self.num_prefills, self.schedule.num_stages
         first, end = (np.stack([getattr(s, name) for s in self.spans]) for name in ("first", "end"))
-        starts = np.zeros((stages, count + 1), np.int32)
+        starts, key_starts = np.zeros((2, stages, count + 1), np.int32)
         np.cumsum(end - first, axis=1, out=starts[:, 1:])
+        np.cumsum(end, axis=1, out=key_starts[:, 1:])
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        packed = np.concatenate([starts, first, end, last_rows], 1).astype(np.int32)
+        packed = np.concatenate([starts, key_starts, first, end, last_rows], 1).astype(np.int32)
         packed = async_tensor_h2d(packed, device=self.buffers.device)
-        starts, first, end, last_rows = packed.split([count + 1, count, count, count], 1)
+        sizes = [count + 1, count + 1, count, count, count]
+        starts, self.key_starts, first, end, last_rows = packed.split(sizes, 1)
         self._ends, self._last_rows = end, last_rows
         by_stage = zip(starts.contiguous(), bases, first.contiguous())
         self.segments = [Segments(start, int(base), slot) for start, base, slot in by_stage]

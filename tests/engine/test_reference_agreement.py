@@ -57,3 +57,16 @@ def test_engine_agrees_with_reference(decode, smollm2, prompts, hf_model, open_e
     assert (max(chunks) > 2) == (decode == "strict") and (max(chunks) == 1) == (decode != "strict")
     seen = agreement.compare(hf_model, prompts, config, QUOTA, result)
     seen.check(least_compared=0.6, most_ties=4)
+    _check_pieces(engine, prompts, result)
+
+
+def _check_pieces(engine, prompts, result) -> None:
+    """The same again with stages in the pieces that CUDA graphs would be captured in."""
+    engine.run("run_stages_in_pieces")
+    assert engine.run("reset_prefix_cache")
+    again = engine.generate(prompts, 4)
+    ran = engine.run("stages_in_pieces")
+    assert {stage for stage, _ in ran} == {0, 1, 2}
+    assert again["tokens"] == [tokens[:4] for tokens in result["tokens"]]
+    assert again["prefills"] == result["prefills"], "what is kept"
+    assert again["free_blocks"][0] == again["free_blocks"][1]

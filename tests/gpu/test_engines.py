@@ -6,6 +6,7 @@ room left to revive. For times, see ``python -m benchmarks speed``.
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
 
 import pytest
 import torch
@@ -113,23 +114,25 @@ def test_what_is_kept_and_revived(results, name):
 
 
 @pytest.mark.parametrize(
-    "name, like, most",
+    "name, like, most, average",
     (
-        ("keep 1", "stock", 0.1),
-        # Which attention kernel a decode takes depends on when a full room is seen, rows that pad
-        # a piecewise graph and compiled ops round otherwise, and rounding chooses other tokens
-        # among close scores.
-        ("resident", "resident, eager", 0.4),
-        ("resident, small ops not compiled", "resident, eager", 0.1),
+        ("keep 1", "stock", 0.1, 0.02),
+        # Compiled ops round otherwise, which chooses other tokens among close scores, and so does a
+        # decode's attention kernel, which depends on when a full room is seen: some log-probability
+        # may be far off, most are not.
+        ("resident", "resident, eager", None, 0.02),
+        # Without them pruned prompts in pieces of padded rows are as those run eagerly.
+        ("resident, small ops not compiled", "resident, eager", 0.1, 0.01),
     ),
 )
-def test_engines_agree(results, name, like, most):
+def test_engines_agree(results, name, like, most, average):
     """On the log-probabilities of the tokens before the first that differs."""
     mine, theirs = results[name].result(), results[like].result()
-    drift = 0.0
+    drifts = [0.0]
     for i, tokens in enumerate(zip(mine["tokens"], theirs["tokens"])):
         same = next((at for at, (x, y) in enumerate(zip(*tokens)) if x != y), NEW_TOKENS)
         for x, y in zip(mine["logprobs"][i][:same], theirs["logprobs"][i][:same]):
-            drift = max([drift, *(abs(x[t] - y[t]) for t in x.keys() & y.keys())])
-    print(f"{name} against {like}: logprobs within {drift:.4f}")
-    assert drift < most
+            drifts += (abs(x[t] - y[t]) for t in x.keys() & y.keys())
+    print(f"{name} against {like}: {max(drifts):.4f}, on average {fmean(drifts):.4f}")
+    assert fmean(drifts) < average
+    assert most is None or max(drifts) < most

@@ -55,6 +55,7 @@ def start(
     trace: bool = False,
     random_weights: bool = False,
     compiled_ops: bool = True,
+    only_greedy: bool = True,
 ):
     """A ``vllm.LLM``.
 
@@ -62,13 +63,14 @@ def start(
         trace: record what every boundary decides.
         random_weights: fill the model with ``benchmarks.weights``.
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
+        only_greedy: on a CPU, sample greedily alone; see ``_sample_greedily``.
     """
     os.environ["LAZYLLM_TRACE"] = str(int(trace))
     import torch
 
     from vllm import LLM
 
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and only_greedy:
         _sample_greedily()
 
     if not compiled_ops:
@@ -217,6 +219,123 @@ def _watch(llm):
             del watch.step
 
 
+def serve(llm, requests: list[dict]) -> dict:
+    """Serve requests that arrive one after the other.
+
+    Args:
+        requests: each with its ``prompt`` and ``params`` (of ``SamplingParams``), and perhaps
+            ``at``, the number of steps before it, ``priority`` and ``cache_salt``.
+
+    Returns:
+        By request: ``tokens`` and ``text``, of each of its answers; ``found``, how many tokens
+        each admission found in the prefix cache; ``finished``, after how many steps.
+        ``preemptions``: the ``request``, tokens ``computed`` and tokens ``said`` of each, and how
+        many were ``promised`` to the prefix cache beyond what was computed;
+        ``free_blocks`` before and after; ``prefills``, if traced.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, before, steps = llm.llm_engine, _free_blocks(llm), 0
+    names = [f"s{i}" for i in range(len(requests))]
+    waiting, outputs, finished = dict(zip(names, requests)), {}, {}
+    with _watch_scheduler(llm) as (found, preemptions):
+        while waiting or engine.has_unfinished_requests():
+            for name, request in list(waiting.items()):
+                if request.get("at", 0) > steps:
+                    continue
+                prompt = {"prompt_token_ids": request["prompt"]}
+                if "cache_salt" in request:
+                    prompt["cache_salt"] = request["cache_salt"]
+                params = {"output_kind": RequestOutputKind.FINAL_ONLY} | request["params"]
+                params = SamplingParams(**params)
+                engine.add_request(name, prompt, params, priority=request.get("priority", 0))
+                del waiting[name]
+            for output in engine.step():
+                outputs[output.request_id], finished[output.request_id] = output, steps
+            steps += 1
+        engine.step()
+
+    def name_of(req_id: str) -> int:
+        return names.index(req_id.split("-")[0].split("_")[-1])
+
+    answers = [sorted(outputs[name].outputs, key=lambda one: one.index) for name in names]
+    return {
+        "tokens": [[list(one.token_ids) for one in of_request] for of_request in answers],
+        "text": [[one.text for one in of_request] for of_request in answers],
+        "found": [[n for req_id, n in found if name_of(req_id) == i] for i in range(len(names))],
+        "finished": [finished[name] for name in names],
+        "preemptions": [one | {"request": name_of(one["request"])} for one in preemptions],
+        "free_blocks": [before, _free_blocks(llm)],
+    } | _by_prompt(llm, names)
+
+
+@contextmanager
+def _watch_scheduler(llm):
+    """What admissions find in the prefix cache, and preemptions; see ``serve``."""
+    scheduler = _core(llm).scheduler
+    manager, found, preemptions = scheduler.kv_cache_manager, [], []
+    record, preempt = manager.record_prefix_cache_stats, scheduler._preempt_request
+
+    def note(request, num_hits):
+        found.append((request.request_id, num_hits))
+        return record(request, num_hits)
+
+    def count(request, *args, **kwargs):
+        computed, shared = request.num_computed_tokens, manager.coordinator.single_type_managers[0]
+        promised = shared.num_cached_block.get(request.request_id, 0) * shared.block_size
+        one = {"computed": computed, "said": request.num_output_tokens}
+        one["promised"] = max(promised - computed, 0)
+        preemptions.append({"request": request.request_id} | one)
+        return preempt(request, *args, **kwargs)
+
+    manager.record_prefix_cache_stats, scheduler._preempt_request = note, count
+    try:
+        yield found, preemptions
+    finally:
+        del manager.record_prefix_cache_stats, scheduler._preempt_request
+
+
+def set_room(llm, blocks: int | None) -> None:
+    """Empty the prefix cache, and from now on leave so many blocks of the KV cache free; None:
+    all."""
+    pool = _core(llm).scheduler.kv_cache_manager.block_pool
+    pool.free_blocks(getattr(pool, "held_by_test", []))
+    assert llm.reset_prefix_cache()
+    spare = 0 if blocks is None else pool.get_num_free_blocks() - blocks
+    pool.held_by_test = pool.get_new_blocks(spare)
+
+
+def watch_events(llm) -> None:
+    """From now on keep the KV events that the scheduler publishes."""
+    publisher = _core(llm).scheduler.kv_event_publisher
+    publisher.kept = []
+    publisher.publish = lambda batch: publisher.kept.extend(batch.events)
+
+
+def kv_events(llm) -> list[dict]:
+    """Those kept since the last call, as dicts with their ``type``."""
+    import msgspec
+
+    publisher = _core(llm).scheduler.kv_event_publisher
+    events, publisher.kept = publisher.kept, []
+    return [msgspec.structs.asdict(event) | {"type": type(event).__name__} for event in events]
+
+
+def cached_blocks(llm) -> list[tuple[int, bytes]]:
+    """Group and hash of what the prefix cache holds."""
+    from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+
+    pool = _core(llm).scheduler.kv_cache_manager.block_pool
+    hashed = {block.block_hash for block in pool.blocks if block.block_hash is not None}
+    return sorted((get_group_id(key), bytes(get_block_hash(key))) for key in hashed)
+
+
+def metrics(llm) -> dict[str, int]:
+    """vLLM's counters by name."""
+    return {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}
+
+
 def trace(llm, on: bool) -> None:
     """Start or stop to record what every boundary decides."""
     from lazyllm_vllm.observe.trace import Trace
@@ -256,6 +375,19 @@ def run_as_on_gpu(llm) -> None:
         return metadata is not None and metadata.step.drops_nothing
 
     staged.captures_pieces = in_pieces
+    runner.model_state.model.pieces = None
+
+
+def run_stages_in_pieces(llm) -> None:
+    """From now on; see ``harness.pieces``."""
+    from harness import pieces
+
+    pieces.install(_state(llm).model)
+
+
+def stages_in_pieces(llm) -> list[tuple[int, int]]:
+    """Stage and rows of each that ran so."""
+    return _state(llm).model.pieces.ran
 
 
 def abort(llm, prompts: list[list[int]], max_tokens: int) -> dict:

@@ -54,6 +54,8 @@ def _variants(kernels):
             kernels.combine_splits._combine_kernel,
             LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0, "SINKS": stage > 0},
         )
+        gathered = {"HEADS": 8, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK": 32}
+        yield kernels.gather_keys._gather_keys_kernel, gathered | keys
         for window in (1, 16):
             yield (
                 kernels.score._score_kernel,

@@ -6,7 +6,7 @@ from harness.world import close
 
 from vllm.v1.attention.backends import fa_utils
 
-from lazyllm_vllm.hooks.stage_attention import StageAttention
+from lazyllm_vllm.hooks.prefill_attention import PrefillAttention
 from lazyllm_vllm.kernels.layer_form import LayerForm
 
 
@@ -28,22 +28,20 @@ def test_prefill_attention(ran, has_sinks, device, dtype):
     at_hand = torch.cat([torch.arange(skipped, n) for n, skipped in zip(lens, ran)])
     prompt = torch.arange(4).repeat_interleave(torch.tensor(num_rows))
     q = q[at_hand.to(device) + key_starts[prompt.to(device)]] if any(ran) else q
-    attention = object.__new__(StageAttention)
     sinks = torch.randn(heads, generator=random).to(device, dtype) + 2 if has_sinks else None
-    attention.form = LayerForm(head_dim**-0.5, None, sinks)
-    attention.fa_version = fa_utils.get_flash_attn_version(head_size=head_dim)
+    form = LayerForm(head_dim**-0.5, None, sinks)
+    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=head_dim))
     out = torch.full((len(q), heads, head_dim), 9e9, device=device, dtype=dtype)
-    run = attention.prefill_flash if device == "cuda" else attention.prefill_dense
     back = torch.arange(1, window + 1, device=device)
     window_rows = (row_starts[1:] - back[:, None]).clamp(min=0)
     longest = max(num_rows), max(lens)
-    lse = run(q, k, v, out, row_starts, longest, window_rows, key_starts)
+    lse = attention.attend(q, k, v, out, row_starts, longest, window_rows, key_starts)
     assert lse.shape == (window, len(lens), heads)
     for i, (n, skipped) in enumerate(zip(lens, ran)):
         rows = slice(int(row_starts[i]), int(row_starts[i + 1]))
         mine = slice(int(key_starts[i]), int(key_starts[i]) + n)
         keys, values = (x[mine].double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        logits = torch.einsum("ihd,jhd->hij", q[rows].double(), keys) * attention.form.scale
+        logits = torch.einsum("ihd,jhd->hij", q[rows].double(), keys) * form.scale
         later = torch.ones(n, n, device=device).triu(1).bool()[skipped:]
         logits = logits.masked_fill(later, float("-inf"))
         if has_sinks:  # a key more that all see, with no value
@@ -55,5 +53,5 @@ def test_prefill_attention(ran, has_sinks, device, dtype):
         for back in range(min(window, n - skipped)):
             close(lse[back, i], logits[:, -1 - back].logsumexp(-1), dtype)
     again = torch.empty_like(out)
-    assert run(q, k, v, again, row_starts, longest, None, key_starts) is None
+    assert attention.attend(q, k, v, again, row_starts, longest, None, key_starts) is None
     close(again, out, dtype)

@@ -78,7 +78,7 @@ def test_nothing_selects_in_pieces(monkeypatch):
 @pytest.mark.parametrize(
     "sizes, most, expected",
     (
-        ([1, 512], 8192, [640, 768, 896, 1024]),
+        ([1, 512], 8192, [640, 768, 896, 1024, 1280, 1536, 1792, 2048]),
         ([1, 500], 800, [512, 640, 768]),
         ([1, 4096], 8192, []),
     ),

@@ -1,0 +1,73 @@
+"""Attention of a chunk's rows to keys that ran before, all out of the cache: copied side by side, a
+KV head at a time, or through the block table."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from harness.world import close, make_world
+
+from vllm.v1.attention.backends import fa_utils
+
+from lazyllm_vllm.hooks import prefill_attention
+from lazyllm_vllm.hooks.prefill_attention import PrefillAttention
+from lazyllm_vllm.kernels.layer_form import LayerForm
+from lazyllm_vllm.kernels.selection import Segments
+from lazyllm_vllm.runtime.prefill_rows import Span
+from lazyllm_vllm.runtime.step import StepKind
+
+WAYS = {"copied": (256 << 20, 1), "a head at a time": (1, 1), "by blocks": (256 << 20, 1 << 30)}
+
+
+@pytest.mark.parametrize("stage", (0, 2))
+@pytest.mark.parametrize("has_sinks", (False, True))
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
+    most, least = WAYS[way]
+    monkeypatch.setattr(prefill_attention, "LEAST_ROWS", least)
+    w = make_world(1, stage, device=device, dtype=dtype)
+    present = [len(p) for p in w.present] if stage else w.prompts
+    end = np.array([n - n % 2 for n in present], np.int32)
+    first = end // 3
+    span, rows = Span(first, end), int((end - first).sum())
+    if way == "a head at a time":
+        most = int(end.sum()) * w.head_dim * 2 * w.dtype.itemsize
+    monkeypatch.setattr(prefill_attention, "MOST_COPIED", most)
+    starts, key_starts = (
+        torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (end - first, end)
+    )
+    keys = w.keys(end.tolist())
+    heads = w.kv_heads * w.group
+    q = w.rand(rows, heads, w.head_dim)
+    sinks = w.rand(heads) + 2 if has_sinks else None
+    form = LayerForm(w.head_dim**-0.5, None, sinks)
+    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=w.head_dim))
+    back = torch.arange(1, 3, device=device)
+    window_rows = (starts[1:] - back[:, None]).clamp(min=0)
+    step = SimpleNamespace(
+        kind=StepKind.RUN,
+        spans={stage: span},
+        segments={stage: Segments(starts, 0, w.ints(first.tolist()))},
+        key_starts={stage: key_starts},
+        longest_prefill={stage: int((end - first).max())},
+        prefills=range(len(end)),
+        first_prefill=0,
+        num_requests=len(end),
+    )
+    out = torch.full_like(q, 9e9)
+    lse = attention._run_on(q, out, keys, step, window_rows)
+    assert lse.shape == (2, len(end), heads)
+    for i, (skipped, n, row) in enumerate(zip(first, end, starts.tolist())):
+        k, v = (x[:n].double().repeat_interleave(w.group, 1) for x in keys.gather(i))
+        mine = q[row : row + n - skipped].double()
+        logits = torch.einsum("ihd,jhd->hij", mine, k) * form.scale
+        later = torch.ones(n, n, device=device).triu(1).bool()[skipped:]
+        logits = logits.masked_fill(later, float("-inf"))
+        if has_sinks:
+            sink = sinks.double()[:, None, None].expand(-1, n - skipped, 1)
+            logits = torch.cat([logits, sink], -1)
+        expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1)[..., :n], v)
+        close(out[row : row + n - skipped], expected, dtype)
+        for at in range(2):
+            close(lse[at, i], logits[:, -1 - at].logsumexp(-1), dtype)
