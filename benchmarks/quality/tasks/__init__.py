@@ -1,9 +1,24 @@
 """The tasks, one file each; a file names its tasks in ``TASKS``."""
 
-from benchmarks.quality.tasks import code_completion, few_shot, multi_document, needle
+from benchmarks.quality.tasks import (
+    code_completion,
+    common_words,
+    conversation,
+    few_shot,
+    frequent_words,
+    instructions,
+    key_value,
+    many_shot,
+    multi_document,
+    needle,
+    niah,
+    question_first,
+    questions,
+    variable_tracking,
+)
 
-TASKS = {
-    task.name: task
-    for module in (needle, multi_document, few_shot, code_completion)
-    for task in module.TASKS
-}
+_FIRST = (needle, multi_document, few_shot, code_completion)
+_RULER = (niah, variable_tracking, common_words, frequent_words, questions)
+_OTHERS = (key_value, many_shot, question_first, instructions, conversation)
+
+TASKS = {task.name: task for module in _FIRST + _RULER + _OTHERS for task in module.TASKS}
