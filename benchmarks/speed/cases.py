@@ -13,7 +13,6 @@ from benchmarks.speed.shapes import (
     BALANCED,
     CONSERVATIVE,
     SHAPES,
-    WHOLE,
     Pruning,
     flop_bound,
     flops,
@@ -22,6 +21,9 @@ from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
+BUDGET = 8192  # tokens a step: the default of ``vllm serve``
+# Among them, those of vLLM's default that batches of decodes and second prompts take.
+_SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 144, 256, 272, 384, 512]
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,26 @@ def decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Cas
 
 
 _DEFAULT = (BALANCED,)  # the default preset
+# Tokens: prompts that are not pruned, and those that are.
+_SHORT = (1, 64, 256, 512, 768, PRUNED_FROM - 1)
+_PRUNED = (PRUNED_FROM, 1280, 1536, 2048, 3072, 4096)
 _ALL = (
     Plan(
         "Llama-3.1-8B",
-        (BALANCED, CONSERVATIVE, AGGRESSIVE, WHOLE),
-        max_len=33280,
+        (BALANCED, CONSERVATIVE, AGGRESSIVE),
+        max_len=131072,
         cases=(
-            *(ttft(n, 11, engines=_DEFAULT) for n in (384, PRUNED_FROM - 1, PRUNED_FROM, 2048)),
-            ttft(4096, 11),
-            ttft(8192, 7, engines=_DEFAULT),
+            *(ttft(n, 11) for n in _SHORT + _PRUNED),
+            ttft(8192, 7),
             ttft(16384, 5),
             ttft(32768, 3),
+            ttft(65536, 2, engines=_DEFAULT),
+            ttft(131000, 1, engines=_DEFAULT),
             decode(384, 1, 3, steps=64, engines=_DEFAULT),
-            decode(8192, 1, 3, engines=(BALANCED, WHOLE)),
+            decode(8192, 1, 3, engines=_DEFAULT),
             decode(8192, 16, 2, engines=_DEFAULT),
             decode(8192, 32, 1, engines=_DEFAULT),
+            decode(130000, 1, 1, engines=_DEFAULT),
             Case("memory", "room", {"tokens": 32768}, 1, "requests", 0),
             Case(
                 "throughput",
@@ -100,16 +107,6 @@ _ALL = (
             Case(
                 "profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, _DEFAULT
             ),
-        ),
-    ),
-    Plan(
-        "Llama-3.1-8B",
-        (BALANCED,),
-        max_len=131072,
-        cases=(
-            ttft(65536, 3),
-            ttft(131000, 2, warm=0),
-            decode(130000, 1, 1),
         ),
     ),
     Plan(
@@ -180,8 +177,8 @@ def _options(plan: Plan) -> dict:
     return {
         "max_model_len": plan.max_len,
         "max_num_seqs": 128,
-        # Stock vLLM's prefills of up to 512 tokens run in CUDA graphs too, as they do by default.
-        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512],
+        "max_num_batched_tokens": BUDGET,
+        "cudagraph_capture_sizes": _SIZES,
     } | plan.options
 
 

@@ -61,7 +61,6 @@ class Pruning:
 BALANCED, CONSERVATIVE, AGGRESSIVE = (
     Pruning(preset, {"preset": preset}) for preset in ("balanced", "conservative", "aggressive")
 )
-WHOLE = Pruning("keep 1", {"prune": [{"layer": layer, "keep": 1.0} for layer in (8, 16, 24)]})
 
 
 def full_layers(shape: dict) -> tuple[int, ...] | None:

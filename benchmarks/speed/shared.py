@@ -9,9 +9,6 @@ from benchmarks.speed.shapes import BALANCED
 FILE = Path(__file__).parent / "results" / "shared.jsonl"
 TURN, QUESTION, ARRIVAL = "second turn", "second question", "arrival"
 THROUGHPUT, SHARED_PREFIX = "throughput", "shared prefix"
-BUDGET = 8192  # tokens a step
-# Among them, those of stock vLLM's default that its second prompts and its decodes take.
-_SIZES = [1, 2, 4, 8, 16, 24, 32, 64, 128, 144, 256, 272, 512]
 
 
 def _arrival(tokens: int, runs: int, warm: int = 0) -> Case:
@@ -36,7 +33,6 @@ PLAN = Plan(
         _throughput(THROUGHPUT, 1),
         _throughput(SHARED_PREFIX, 1, shared=6144),
     ),
-    options={"max_num_batched_tokens": BUDGET, "cudagraph_capture_sizes": _SIZES},
     functions="benchmarks.speed.measure_shared",
 )
 BENCHMARKS = tuple(dict.fromkeys(case.benchmark for case in PLAN.cases))

@@ -4,13 +4,13 @@ file alone."""
 from pathlib import Path
 
 from benchmarks.results import figure, read, replace_section, table
+from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.families_report import places
 from benchmarks.speed.report import pick, stock_row
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import BALANCED
 from benchmarks.speed.shared import (
     ARRIVAL,
-    BUDGET,
     FILE,
     PLAN,
     QUESTION,
