@@ -162,6 +162,7 @@ class StagedDecoder:
             return
         step, boundary = metadata.step, metadata.boundary
         hidden, residual = boundary.leave(step, stage, hidden, residual)
+        boundary.recount(step, stage)
         self._run_parts(stage, hidden, given)
         if not step.num_rows(stage):
             self.is_over = True

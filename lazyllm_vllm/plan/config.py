@@ -35,6 +35,11 @@ class LazyLLMConfig(BaseModel):
         min_prompt_tokens: prompts shorter than this many tokens are not pruned.
         first_tokens, last_tokens: so many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
+        min_keep_tokens: every stage keeps so many tokens of a prompt, or all of a shorter one,
+            however small its share.
+        keep_mass: share of the sum of all scores that the tokens kept at a boundary must hold.
+            ``keep`` is then the most, for which there is room, and ``min_keep_tokens`` the least.
+            None: ``keep`` is what is kept.
         score: how a token is scored. ``peak``: the highest attention that any head pays to it, in
             prefill in any layer so far; queries before the last four count a quarter. ``mean``:
             the mean over the heads in the last layer before a boundary (the paper).
@@ -60,6 +65,8 @@ class LazyLLMConfig(BaseModel):
     min_prompt_tokens: int = Field(default=1024, ge=1)
     first_tokens: int = Field(default=4, ge=0)
     last_tokens: int = Field(default=16, ge=1)
+    min_keep_tokens: int = Field(default=0, ge=0)
+    keep_mass: float | None = Field(default=None, gt=0, lt=1)
     score: Literal["peak", "mean"] = "peak"
     score_window: int = Field(default=16, ge=1)
     score_pool: int = Field(default=13, ge=1)
@@ -108,6 +115,10 @@ class LazyLLMConfig(BaseModel):
                 raise ValueError(
                     f"prune: keep may not rise with depth, got {after.keep} after {before.keep}"
                 )
+        if self.keep_mass is not None and self.prune and self.prune[-1].keep == 1:
+            raise ValueError(
+                "prune: with keep_mass the last keep, the most that is kept, must be less than 1"
+            )
         return self
 
     def boundaries(

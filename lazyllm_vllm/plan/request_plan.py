@@ -11,7 +11,8 @@ class RequestPlan:
     Attributes:
         num_prompt: tokens that are prefilled: the prompt, and after a preemption also what had
             been generated.
-        kept: prompt tokens that each stage keeps, all of them in stage 0.
+        kept: prompt tokens that each stage keeps, all of them in stage 0; with ``keep_mass`` the
+            most that it may keep.
         capacity: most prompt tokens that may ever have keys in each stage: the kept ones and a
             reserve for revived ones.
     """

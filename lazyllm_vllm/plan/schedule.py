@@ -72,6 +72,12 @@ class Schedule:
         return self.config.revive_budget > 0 and self.prunes
 
     @property
+    def least_kept(self) -> int:
+        """Tokens that every stage keeps, of a prompt that has them."""
+        config = self.config
+        return max(config.first_tokens + config.last_tokens, config.min_keep_tokens)
+
+    @property
     def is_strict(self) -> bool:
         return self.config.decode == "strict"
 
@@ -85,15 +91,16 @@ class Schedule:
     def plan(self, num_prompt: int) -> RequestPlan:
         """What a prompt of ``num_prompt`` tokens keeps, and most that it may ever have.
 
-        k_s, the tokens that stage s keeps, is ``ceil(keep_s * num_prompt)``, but at least the
-        always-kept ones; all of them for a prompt under ``min_prompt_tokens``.
+        k_s, the tokens that stage s keeps (with ``keep_mass`` at most), is
+        ``ceil(keep_s * num_prompt)``, but at least ``least_kept``; all of them for a prompt under
+        ``min_prompt_tokens``.
         """
         config = self.config
         if num_prompt < config.min_prompt_tokens:
             kept = (num_prompt,) * self.num_stages
         else:
-            always = min(num_prompt, config.first_tokens + config.last_tokens)
-            kept = tuple(max(ceil_share(keep, num_prompt), always) for keep in self.keeps)
+            least = min(num_prompt, self.least_kept)
+            kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in self.keeps)
         reserve = config.revive_reserve if self.has_aux else 0
         capacity = tuple(k + ceil_share(reserve, num_prompt - k) for k in kept)
         return RequestPlan(num_prompt, kept, capacity)

@@ -3,6 +3,7 @@
 import torch
 
 from lazyllm_vllm.kernels.begin_step import begin_step
+from lazyllm_vllm.kernels.mass import keep_by_mass
 from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.park_fetch import fetch, park
 from lazyllm_vllm.kernels.parked import fetch_tokens, park_tokens
@@ -19,7 +20,7 @@ from lazyllm_vllm.runtime.step import Step
 
 class Boundary:
     """All boundaries of a model. In a step, in this order: ``begin``; ``score`` in the layers that
-    score; at each boundary ``leave`` and ``enter``, between which parts of a step enter before.
+    score; at each boundary ``leave``, ``recount`` and ``enter``; parts of a step enter before it.
 
     Attributes:
         parks_all: whether prompts to come may share this one's hidden states at the first boundary.
@@ -149,6 +150,23 @@ class Boundary:
         elif b.parked is not None and (self.parks_all or not step.drops_nothing):
             park_tokens(hidden, residual, step.batch.slot_mappings, b.parked)
         return hidden, residual
+
+    def recount(self, step: Step, stage: int) -> None:
+        """With ``keep_mass``, find how many tokens prompts keep in ``stage``, and let the step go
+        by that. Waits for the device, since what is started depends on it."""
+        config = self.schedule.config
+        if config.keep_mass is None or not (step.num_prefills and step.prefills_select):
+            return
+        longest = int(step.batch.prefills.num_prompt.max())
+        kept = keep_by_mass(
+            self.buffers.selection,
+            stage,
+            step.prefills,
+            longest,
+            config.keep_mass,
+            self.schedule.least_kept,
+        )
+        step.replan(stage, kept.tolist())
 
     def enter(
         self,

@@ -7,7 +7,7 @@ that run before the others (``prefill_rows``) make a step of their own, a part o
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 import numpy as np
@@ -86,14 +86,11 @@ class Step:
     def __init__(
         self, kind: StepKind, batch: Batch, schedule: Schedule, buffers: StepBuffers, selects: bool
     ) -> None:
-        config = schedule.config
         self.kind = kind
         self.batch = batch
         self.schedule = schedule
         self.buffers = buffers
-        self.plan = RowPlan.make(
-            batch.prefills, batch.num_decodes, buffers.budget, config.score_window
-        )
+        self._make_plan()
         self.rows = buffers.rows
         self.is_part = False
         self.searched: set[int] = set()
@@ -107,6 +104,21 @@ class Step:
         self.lists = 2 if self.revives else 1
         self._place_prefills(self.plan.spans)
         self.window_part = self._upload_window()
+
+    def _make_plan(self) -> None:
+        window = self.schedule.config.score_window
+        batch, budget = self.batch, self.buffers.budget
+        self.plan = RowPlan.make(batch.prefills, batch.num_decodes, budget, window)
+
+    def replan(self, stage: int, kept: list[int]) -> None:
+        """Go on from the boundary before ``stage`` with so many tokens of each prefill kept in it,
+        and no more in later stages. Stages that have run stay as they were."""
+        prefills = self.batch.prefills
+        counts = prefills.kept.copy()
+        counts[stage:] = np.minimum(counts[stage:], kept)
+        self.batch = replace(self.batch, prefills=replace(prefills, kept=counts))
+        self._make_plan()
+        self._place_prefills(self.plan.spans)
 
     def part(self, span: Span) -> "Step":
         """Prefill rows alone, the same in every stage. Until ``show`` is called kernels see no

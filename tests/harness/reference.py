@@ -89,7 +89,8 @@ class ReferenceSequence:
 
     Attributes (P = most positions there can be, N = ``num_prompt``, S = ``num_stages``):
         starts: first layer of each stage, then the number of layers.
-        kept_count: k_s for each stage.
+        kept_count: k_s for each stage; with ``keep_mass`` at most, until its boundary is reached.
+        least: tokens that every stage keeps.
         room: most prompt tokens that may ever have keys in each stage.
         keys, values: by layer, [kv heads, P, head dim], by position, NaN until computed.
         level: [P] int64: number of stages in which a position has keys (invariant 1).
@@ -107,8 +108,9 @@ class ReferenceSequence:
         self.starts = [0, *(b.layer for b in boundaries), num_layers]
         self.num_stages = len(boundaries) + 1
 
-        always = min(n, config.first_tokens + config.last_tokens)
-        self.kept_count = [n] + [max(_ceil_share(b.keep, n), always) for b in boundaries]
+        least = max(config.first_tokens + config.last_tokens, config.min_keep_tokens)
+        self.least = min(n, least)
+        self.kept_count = [n] + [max(_ceil_share(b.keep, n), self.least) for b in boundaries]
         if n < config.min_prompt_tokens:
             self.kept_count = [n] * self.num_stages
         self.room = [k + _ceil_share(config.revive_reserve, n - k) for k in self.kept_count]
@@ -142,6 +144,7 @@ class ReferenceSequence:
         for s in range(1, self.num_stages):
             candidates = self.level[: self.num_prompt] >= s
             ranking, pooled, margin = self._rank(s, score, candidates)
+            self._keep_by_mass(s, ranking, pooled)
             kept = sorted(ranking[: self.kept_count[s]])
             hidden = self._exchange(s, hidden, rows, kept)
             rows = kept
@@ -210,6 +213,20 @@ class ReferenceSequence:
         best = [rank_by[p] for p in ranking] + [None] * self.num_prompt
         k = self.kept_count[s]
         return ranking, pooled, (best[k - 1], best[k])
+
+    def _keep_by_mass(self, s: int, ranking: list[int], pooled: Tensor) -> None:
+        """With ``keep_mass``: the least k that hold the share, between the floor and the most."""
+        n, mass = self.num_prompt, self.config.keep_mass
+        if mass is None or n < self.config.min_prompt_tokens or self.kept_count[-1] == n:
+            return
+        units = [0 if self.always_kept[p] else int(float(pooled[p]) * 2**30) for p in ranking]
+        wanted, held, count = math.ceil(sum(units) * mass), 0, 0
+        while count == 0 or held < wanted:
+            held += units[count]
+            count += 1
+        most = min(self.kept_count[s - 1 : s + 1])
+        self.kept_count[s] = min(max(count, self.least), most)
+        self.kept_count[s + 1 :] = [min(k, self.kept_count[s]) for k in self.kept_count[s + 1 :]]
 
     def _exchange(self, s: int, hidden: Tensor, rows: list[int], next_rows: list[int]) -> Tensor:
         """Boundary s: rows leave stage s - 1 for the Aux Cache, and those that stage s runs come

@@ -87,6 +87,14 @@ def test_a_preset_makes_room_for_hidden_states_too():
         ({"score_pool": 4}, "score_pool: must be odd"),
         ({"last_tokens": 0}, "last_tokens"),
         ({"last_tokens": 8, "score_window": 9}, "score_window: 9 is more than last_tokens"),
+        ({"min_keep_tokens": -1}, "min_keep_tokens"),
+        ({"keep_mass": 0}, "keep_mass"),
+        ({"keep_mass": 1.0}, "keep_mass"),
+        (
+            {"keep_mass": 0.9, "prune": [{"layer": 3, "keep": 0.5}, {"layer": 5, "keep": 1}]},
+            "keep may not rise",
+        ),
+        ({"keep_mass": 0.9, "prune": [{"layer": 3, "keep": 1}]}, "with keep_mass the last keep"),
         ({"revive_budget": -1}, "revive_budget"),
         ({"decode": "lazy"}, "decode"),
         ("no-such-file", "neither JSON, a file, nor a preset"),
@@ -146,6 +154,15 @@ def test_kept_counts():
     assert plan.state_slots == 1000 and schedule.plan(99).state_slots == 0
     once = Schedule.build(config.model_copy(update={"prune": config.prune[:1]}), 3)
     assert once.plan(1000).aux_slots == 0, "what the one boundary drops is parked"
+
+
+def test_the_least_that_is_kept():
+    fields = {"prune": [{"layer": 1, "keep": 0.5}, {"layer": 2, "keep": 0.1}]}
+    schedule = Schedule.build(parse_config(fields | {"min_keep_tokens": 1200}), 3)
+    assert schedule.plan(1100).kept == (1100, 1100, 1100) and not schedule.plan(1100).is_pruned
+    assert schedule.plan(2000).kept == (2000, 1200, 1200) and schedule.plan(2000).is_pruned
+    assert schedule.plan(20000).kept == (20000, 10000, 2000)
+    assert Schedule.build(parse_config(fields), 3).plan(2000).kept == (2000, 1000, 200)
 
 
 def test_what_is_decided_before_a_step_needs_neither_torch_nor_vllm():
