@@ -4,11 +4,9 @@ from pathlib import Path
 
 from benchmarks.results import read, replace_section, table
 from benchmarks.speed.families import DECODED, FILE, LONG, PLANS, SHORT
-from benchmarks.speed.report import pick, stock_row
+from benchmarks.speed.report import MISSING, pick, stock_row
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import BALANCED
-
-_MISSING = "–"
 
 
 def main(page: Path, file: Path = FILE) -> None:
@@ -57,16 +55,16 @@ def _line(rows: list[Row], shape: str) -> tuple[str, ...]:
     for tokens in (SHORT, LONG):
         cells += _first_token(rows, shape, tokens)
     decoded = pick(rows, "decode", shape=shape, engine=BALANCED.name)
-    cells.append(f"{1 / decoded[0].ratio:.2f}x" if decoded else _MISSING)
+    cells.append(f"{1 / decoded[0].ratio:.2f}x" if decoded else MISSING)
     room = pick(rows, "memory", shape=shape, engine=BALANCED.name)
-    cells.append(f"{room[0].ratio:.2f}x" if room else _MISSING)
+    cells.append(f"{room[0].ratio:.2f}x" if room else MISSING)
     return tuple(cells)
 
 
 def _first_token(rows: list[Row], shape: str, tokens: int) -> list[str]:
     found = pick(rows, "ttft", shape=shape, engine=BALANCED.name, tokens=tokens)
     if not found:
-        return [_MISSING] * 4
+        return [MISSING] * 4
     (row,) = found
     return [
         f"{stock_row(rows, row).median:,.1f} → {row.median:,.1f}",

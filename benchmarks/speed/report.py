@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from benchmarks.results import figure, read, replace_section, table
+from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.results import FILE, Row
 from benchmarks.speed.shapes import BALANCED
+
+MISSING = "–"
 
 
 def main(page: Path, file: Path = FILE) -> None:
@@ -28,31 +31,19 @@ def pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
 def section(rows: list[Row]) -> str:
     """Markdown: what was measured, where and when, then a table a benchmark."""
     place = rows[0].environment
+    shapes = dict.fromkeys(row.shape for row in pick(rows, "ttft"))
     parts = [
         f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
         f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
         "the shapes named. Stock vLLM is at its defaults: prefix caching, chunked prefill, "
-        "FlashAttention and CUDA graphs. No prompt was asked twice. Medians, with the fastest and "
-        "slowest run where there were several.",
+        f"FlashAttention and CUDA graphs. Both have at most {BUDGET:,} tokens a step, the default "
+        "of `vllm serve`. No prompt was asked twice. Medians; times per output token with the "
+        "fastest and slowest run, where there were several.",
         "![Time to first token](../benchmarks/speed/results/ttft.svg)",
-        "Time to first token, one request. The bound is how many times fewer floating-point "
-        "operations the schedule takes. Shorter prompts than `min_prompt_tokens` are not pruned.",
-        table(
-            ("shape", "configuration", "prompt", "stock ms", "LazyLLM ms", "speed-up", "bound"),
-            [
-                (
-                    r.shape,
-                    r.engine,
-                    f"{r.tokens:,}",
-                    _ms(stock_row(rows, r)),
-                    _ms(r),
-                    f"{r.ratio:.2f}x",
-                    f"{r.flop_bound:.2f}x" if r.flop_bound else "not pruned",
-                )
-                for r in rows
-                if r.benchmark == "ttft" and r.engine != "stock"
-            ],
-        ),
+        "Time to first token of one request, and how many times sooner it comes than in stock "
+        "vLLM. The bound is how many times fewer floating-point operations the schedule takes. "
+        "Shorter prompts than `min_prompt_tokens` are not pruned.",
+        *(_first_tokens(rows, shape) for shape in shapes),
         "Time per output token, with revival. A prompt too short to be pruned, and a schedule that "
         "keeps every token, run as in stock vLLM.",
         table(
@@ -105,10 +96,42 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _first_tokens(rows: list[Row], shape: str) -> str:
+    """A line for each length of prompt, columns for each configuration."""
+    measured = pick(rows, "ttft", shape=shape)
+    engines = dict.fromkeys(row.engine for row in measured if row.engine != "stock")
+    head = [f"{shape}: prompt", "stock, ms"]
+    for engine in engines:
+        head += [f"`{engine}`, ms", "speed-up"]
+        if engine == BALANCED.name:
+            head.append("share of the bound")
+    lines = []
+    for stock in pick(measured, "ttft", engine="stock"):
+        cells = [f"{stock.tokens:,}", _median(stock)]
+        for engine in engines:
+            found = pick(measured, "ttft", engine=engine, tokens=stock.tokens)
+            cells += [_median(found[0]), f"{found[0].ratio:.2f}x"] if found else [MISSING] * 2
+            if engine == BALANCED.name:
+                cells.append(_share(found))
+        lines.append(tuple(cells))
+    return table(tuple(head), lines)
+
+
+def _share(found: list[Row]) -> str:
+    if not found:
+        return MISSING
+    (row,) = found
+    return f"{row.ratio / row.flop_bound:.0%}" if row.flop_bound else "not pruned"
+
+
 def stock_row(rows: list[Row], row: Row) -> Row:
     """Stock vLLM's, beside another engine's."""
     fields = {"shape": row.shape, "tokens": row.tokens, "batch": row.batch}
     return pick(rows, row.benchmark, engine="stock", **fields)[0]
+
+
+def _median(row: Row) -> str:
+    return f"{row.median:,.1f}"
 
 
 def _ms(row: Row) -> str:
@@ -132,10 +155,13 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
         color="#d1495b",
         label="stock / FLOP bound",
     )
+    shown = _spaced(tokens)
     for s, r in zip(stock, lazy):
+        if r.tokens not in shown:
+            continue
         axes.annotate(
             f"{s.median / r.median:.2f}x",
-            (r.tokens, r.median),
+            (r.tokens, min(r.median, s.median / r.flop_bound)),  # below both lines
             textcoords="offset points",
             xytext=(0, -14),
             ha="center",
@@ -143,11 +169,20 @@ def draw_ttft(rows: list[Row], path: Path) -> None:
             color="#0a6ebd",
         )
     axes.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="ms")
-    axes.set_xticks(tokens, [f"{t:,}" for t in tokens])
+    axes.set_xticks(shown, [f"{t:,}" for t in shown])
     axes.minorticks_off()
     axes.margins(y=0.12)
     axes.legend()
     plot.savefig(path, metadata={"Date": None})
+
+
+def _spaced(tokens: list[int]) -> list[int]:
+    """Those of rising lengths that lie far enough apart, on a logarithmic axis, for labels."""
+    shown = tokens[:1]
+    for count in tokens:
+        if count > 1.9 * shown[-1]:
+            shown.append(count)
+    return shown
 
 
 def draw_room(rows: list[Row], path: Path) -> None:

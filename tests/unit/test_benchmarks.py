@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic and machinery, which run without a GPU."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,11 +147,29 @@ def test_the_report_is_made_from_the_results_alone(tmp_path):
     report.main(page, file)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| 16,384 | 500.0 | 200.0 | 2.50x | 2.10x |" in text
+    assert "| 16,384 | 500.0 | 200.0 | 2.50x | 119% |" in text
     assert "| 8,192 | 1 | 5.00 | 5.50 | 1.100 |" in text
     assert "| 26 | 45 | 1.73x |" in text and "| 100 | 250 | 2.50x |" in text
     assert "<svg" in (tmp_path / "ttft.svg").read_text()
     assert "<svg" in (tmp_path / "room.svg").read_text()
+
+
+def test_first_tokens_by_length(tmp_path):
+    """A prompt that is not pruned, a preset that was measured on one length only, two shapes."""
+    rows = [row for row in _rows() if row.benchmark == "ttft"]
+    rows += [replace(row, tokens=512, flop_bound=None) for row in rows[:2]]
+    rows.append(replace(rows[1], engine="conservative", median=80.0, ratio=1.25))
+    lines = report.section(rows + _rows("Llama-2-7B")).splitlines()
+    assert "| 4,096 | 100.0 | 50.0 | 2.00x | 95% | 80.0 | 1.25x |" in lines
+    assert "| 16,384 | 500.0 | 200.0 | 2.50x | 119% | – | – |" in lines
+    assert "| 512 | 100.0 | 50.0 | 2.00x | not pruned | – | – |" in lines
+    assert "| 4,096 | 100.0 | 50.0 | 2.00x | 95% |" in lines
+    assert sum(line.startswith(("| Llama-3.1-8B: ", "| Llama-2-7B: ")) for line in lines) == 2
+    # Lengths too near each other for labels have points, and no labels.
+    near = [replace(row, tokens=5000) for row in rows[:2]]
+    report.draw_ttft(rows[:2] + near + rows[2:4], tmp_path / "ttft.svg")
+    plot = (tmp_path / "ttft.svg").read_text()
+    assert "<!-- 4,096 -->" in plot and "<!-- 16,384 -->" in plot and "<!-- 5,000 -->" not in plot
 
 
 def test_the_report_of_families(tmp_path):
