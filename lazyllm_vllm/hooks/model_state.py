@@ -67,15 +67,17 @@ class LazyModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         req_id = new_req_data.req_id
-        plan = self.schedule.plan(len(new_req_data.prefill_token_ids))
+        params = new_req_data.sampling_params
+        setting = self.schedule.setting(params and params.extra_args)
+        plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
         # Where no prompt is pruned, later stages' keys are shared like the first's.
         self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
         if plan.is_pruned:
-            if self.schedule.is_strict or self.schedule.has_aux:
+            if self.schedule.is_strict or plan.capacity != plan.kept:
                 self.selecting[req_id] = req_index
-        elif _reads_prompt(new_req_data.sampling_params):
+        elif _reads_prompt(params):
             self.wants_prompt.add(req_id)
         self.table.add(req_index, plan)
 

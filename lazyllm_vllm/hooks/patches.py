@@ -20,6 +20,8 @@ def install() -> None:
         RuntimeError: a function is gone or takes other arguments than it did.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
 
     _wrap(EngineArgs, "add_cli_args", ["parser"], _add_cli_args)
@@ -42,6 +44,9 @@ def install() -> None:
         "kv_hints",
     ]
     _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
+    _wrap(KVCacheManager, "get_computed_blocks", ["self", "request"], _get_computed_blocks)
+    parameters = ["self", "request", "timestamp", "drop_stale_output"]
+    _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
 
 
 def install_in_worker() -> None:
@@ -165,6 +170,41 @@ def _process_inputs(original, self, *args, **kwargs):
     if (checks := _CHECKS[self]) is not None:
         checks.check(request)
     return request
+
+
+# Blocks by what a request sets for itself. Ends when a group's manager is told of the request that
+# it allocates for, not of its name alone.
+
+
+def _get_computed_blocks(original, self, request):
+    from lazyllm_vllm.hooks.kv_cache.managers import note_request
+
+    note_request(self.block_pool, request)
+    return original(self, request)
+
+
+# With priorities vLLM may withdraw a chunk in the step that scheduled it, and its blocks stay in
+# the prefix cache though nobody computes them: the request finds them when it begins again, and
+# answers wrongly. Ends with vLLM's pull request 43569.
+
+
+def _preempt_request(original, self, request, *args, **kwargs):
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+
+    if lazyllm_config(self.vllm_config) is None:
+        return original(self, request, *args, **kwargs)
+    manager = self.kv_cache_manager
+    first_promised = request.num_computed_tokens // self.block_size
+    groups = self.kv_cache_config.kv_cache_groups
+    promised = {
+        block.block_id
+        for group, blocks in zip(groups, manager.get_blocks(request.request_id).blocks)
+        if group.kv_cache_spec.prefix_cacheable
+        for block in blocks[first_promised:]
+    }
+    result = original(self, request, *args, **kwargs)
+    manager.evict_blocks(promised)
+    return result
 
 
 # Two CUDA graphs a batch size; vLLM captures one and picks by size alone. Ends when a model state

@@ -9,6 +9,8 @@ from vllm.v1.engine import EngineCoreRequest
 
 from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.plan.blocks import BlockNeeds
+from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import DEFAULT, KEEP, OFF, SCHEDULE, SettingError
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -34,17 +36,25 @@ class RequestChecks:
                 parameter="resumable",
             )
         num_prompt = len(request.prompt_token_ids)
+        try:
+            setting = self.schedule.setting(params.extra_args)
+        except SettingError as error:
+            raise RequestError(str(error), parameter=error.field) from None
+        plan = self.schedule.plan(num_prompt, setting)
         for field in ("prompt_logprobs", "prompt_logprob_token_ids"):
             if getattr(params, field, None) is None:
                 continue
-            if self.schedule.plan(num_prompt).is_pruned:
+            if plan.is_pruned:
                 raise RequestError(
                     f"lazyllm: {field} does not work for a prompt of {num_prompt} tokens, which is "
                     "pruned: dropped tokens have no logits; leave it out (and echo with logprobs), "
-                    f"or raise min_prompt_tokens, now {self.schedule.config.min_prompt_tokens}",
+                    f"set {SCHEDULE} to {OFF} for this request, or raise min_prompt_tokens, now "
+                    f"{self.schedule.config.min_prompt_tokens}",
                     parameter=field,
                 )
         self._check_fits(num_prompt, params.max_tokens or 1)
+        if setting != DEFAULT:
+            self._check_own_fits(plan)
 
     def _check_fits(self, num_prompt: int, max_tokens: int) -> None:
         """vLLM's own check at start makes sure that every request fits, except where the number of
@@ -63,13 +73,32 @@ class RequestChecks:
                 parameter="max_tokens",
             )
 
+    def _check_own_fits(self, plan: RequestPlan) -> None:
+        """vLLM makes sure at start that every prompt fits with the engine's own schedule. With one
+        that keeps more it would wait for ever."""
+        config = self.vllm_config
+        engines = config.parallel_config.data_parallel_size
+        blocks = (config.cache_config.num_gpu_blocks or 0) // engines - 1
+        needed = self._needs.total_of(plan, plan.num_prompt)
+        if needed > blocks:
+            raise RequestError(
+                f"lazyllm: a prompt of {plan.num_prompt} tokens needs {needed} blocks of the KV "
+                f"cache by the request's own setting, and there are {blocks}; keep less of it, or "
+                f"leave out {SCHEDULE} and {KEEP}",
+                parameter=SCHEDULE,
+            )
+
     @cached_property
     def _longest_unpruned(self) -> int:
+        blocks = self.vllm_config.cache_config.num_gpu_blocks_override
+        return self._needs.longest_unpruned(blocks - 1)
+
+    @cached_property
+    def _needs(self) -> BlockNeeds:
         """Read once the engine is up: vLLM may change the block size before."""
         config, model = self.vllm_config, self.vllm_config.model_config
         size, block_size = get_dtype_size(model.dtype), config.cache_config.block_size
         token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-        needs = BlockNeeds(
+        return BlockNeeds(
             self.schedule, block_size, block_size * token * size, model.get_hidden_size() * size
         )
-        return needs.longest_unpruned(config.cache_config.num_gpu_blocks_override - 1)

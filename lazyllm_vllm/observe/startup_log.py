@@ -29,6 +29,9 @@ def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCa
             f"  stage {stage}: layers {layers[0] + 1} to {layers[-1] + 1}, "
             f"keep {keep:g} of the prompt"
         )
+    for name, keeps in schedule.others:
+        shares = ", ".join(f"{keep:g}" for keep in keeps)
+        lines.append(f"  requests may choose {name}: keep {shares} by stage")
     aux = f"{config.revive_budget} rows a step" if schedule.has_aux else "off, no Aux Cache"
     lines += [
         f"  decode: {config.decode}; revival: {aux}; prompts under "

@@ -34,11 +34,12 @@ class Trace:
                 self._chunk(req_id, step.batch.prefills, i - step.num_decodes)
 
     def _chunk(self, req_id: str, prefills, at: int) -> None:
-        num_prompt, first, end = (
-            int(x[at]) for x in (prefills.num_prompt, prefills.first, prefills.end)
+        p, seen = prefills, self.prefills[req_id]
+        num_prompt, first, end, caught_up = (
+            int(x[at]) for x in (p.num_prompt, p.first, p.end, p.caught_up)
         )
-        seen = self.prefills[req_id]
-        if not (seen and seen[-1]["chunks"][-1][1] == first and first < seen[-1]["num_prompt"]):
+        goes_on = seen and seen[-1]["chunks"][-1][1] == first == caught_up  # not after preemption
+        if not (goes_on and first < seen[-1]["num_prompt"]):
             seen.append({"num_prompt": num_prompt, "chunks": []})
             self.keys[req_id] = {}
         seen[-1]["chunks"].append((first, end))

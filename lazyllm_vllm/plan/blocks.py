@@ -76,9 +76,16 @@ class BlockNeeds:
         slots = ceil_div(plan.state_slots, self.positions_per_slot) + plan.aux_slots
         return ceil_div(slots, self.slots_per_block)
 
+    def most_prompt_blocks(self, longest: int) -> int:
+        """The same whatever a request keeps of a prompt of up to ``longest`` tokens."""
+        return self.prompt_blocks(RequestPlan(longest, (longest - 1,) * 3, (longest,) * 3))
+
     def total(self, num_prompt: int, num_total: int) -> int:
         """In all groups together."""
-        plan = self.schedule.plan(num_prompt)
+        return self.total_of(self.schedule.plan(num_prompt), num_total)
+
+    def total_of(self, plan: RequestPlan, num_total: int) -> int:
+        """The same for a request with a plan of its own."""
         in_stages = sum(
             math.ceil(pages / self.pages) * self.stage_blocks(plan, stage, num_total)
             for stage, pages in enumerate(self.stage_pages)

@@ -2,12 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lazyllm_vllm.plan.presets import PRESETS, preset_cuts
+from lazyllm_vllm.plan.request_setting import OFF
 
 Preset = Literal["conservative", "balanced", "aggressive"]
 
@@ -25,6 +34,11 @@ class PruneAt(BaseModel):
     keep: float = Field(gt=0, le=1)
 
 
+def _pairs(value: Any) -> Any:
+    """A mapping as pairs, which can be hashed, as vLLM hashes what describes its KV cache."""
+    return tuple(value.items()) if isinstance(value, dict) else value
+
+
 class LazyLLMConfig(BaseModel):
     """What to prune, when, and how decoding treats what was pruned.
 
@@ -32,6 +46,8 @@ class LazyLLMConfig(BaseModel):
         prune: boundaries in order of depth; empty: nothing is pruned. Left out: ``preset`` fills
             it from the number of layers.
         preset: ``conservative``, ``balanced`` or ``aggressive``.
+        schedules: others by name, each a preset or boundaries, that a request may choose. Given as
+            a mapping. The stages are those of all boundaries together.
         min_prompt_tokens: prompts shorter than this many tokens are not pruned.
         first_tokens, last_tokens: so many tokens at either end of the prompt are always kept
             (``last_tokens`` at least 1: the last token is the one that scores the others).
@@ -62,6 +78,9 @@ class LazyLLMConfig(BaseModel):
 
     prune: tuple[PruneAt, ...] | None = None
     preset: Preset | None = None
+    schedules: Annotated[
+        tuple[tuple[str, Preset | tuple[PruneAt, ...]], ...], BeforeValidator(_pairs)
+    ] = ()
     min_prompt_tokens: int = Field(default=1024, ge=1)
     first_tokens: int = Field(default=4, ge=0)
     last_tokens: int = Field(default=16, ge=1)
@@ -108,18 +127,34 @@ class LazyLLMConfig(BaseModel):
             return self
         if self.preset is not None:
             raise ValueError("prune and preset both set the schedule; give one of them")
-        for before, after in zip(self.prune, self.prune[1:]):
-            if after.layer <= before.layer:
-                raise ValueError(f"prune: layers must rise, got {after.layer} after {before.layer}")
-            if after.keep > before.keep:
-                raise ValueError(
-                    f"prune: keep may not rise with depth, got {after.keep} after {before.keep}"
-                )
+        _check_cuts("prune", self.prune)
         if self.keep_mass is not None and self.prune and self.prune[-1].keep == 1:
             raise ValueError(
                 "prune: with keep_mass the last keep, the most that is kept, must be less than 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_schedules(self) -> "LazyLLMConfig":
+        names = [name for name, _ in self.schedules]
+        for name in names:
+            if not name or name == OFF or name == self.own_name or names.count(name) > 1:
+                raise ValueError(f"schedules: the name {name!r} is taken or empty; choose another")
+        for name, cuts in self.schedules:
+            if not isinstance(cuts, str):
+                _check_cuts(f"schedules.{name}", cuts)
+        return self
+
+    @property
+    def own_name(self) -> str | None:
+        """What requests call the engine's own schedule."""
+        return None if self.prune is not None else self.preset or "balanced"
+
+    def named(self, name: str) -> "LazyLLMConfig":
+        """The same with one of ``schedules`` as its own."""
+        cuts = dict(self.schedules)[name]
+        own = {"preset": cuts, "prune": None} if isinstance(cuts, str) else {"prune": cuts}
+        return self.model_copy(update={"preset": None, "schedules": ()} | own)
 
     def boundaries(
         self,
@@ -153,6 +188,16 @@ class LazyLLMConfig(BaseModel):
                     f"which of all tokens matter; use {', '.join(map(str, places))}"
                 )
         return self.prune
+
+
+def _check_cuts(field: str, cuts: tuple[PruneAt, ...]) -> None:
+    for before, after in zip(cuts, cuts[1:]):
+        if after.layer <= before.layer:
+            raise ValueError(f"{field}: layers must rise, got {after.layer} after {before.layer}")
+        if after.keep > before.keep:
+            raise ValueError(
+                f"{field}: keep may not rise with depth, got {after.keep} after {before.keep}"
+            )
 
 
 def parse_config(value: "LazyLLMConfig | dict[str, Any] | str") -> LazyLLMConfig:
@@ -200,7 +245,7 @@ def _one_line(error: ValidationError) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = PruneAt if where.startswith("prune.") else LazyLLMConfig
+            known = PruneAt if where.startswith(("prune.", "schedules.")) else LazyLLMConfig
             text = f"unknown field; known: {', '.join(known.model_fields)}"
         else:
             text = problem["msg"].removeprefix("Value error, ")

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import accumulate
 
-from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import DEFAULT, OFF, RequestSetting
 
 
 @cache
@@ -26,11 +28,13 @@ class Schedule:
     Attributes:
         starts: first layer (0-based) of each stage, then the number of layers: S + 1 entries.
         keeps: share of the prompt kept by each stage, 1.0 for stage 0.
+        others: the same of other schedules that a request may choose, by name.
     """
 
     starts: tuple[int, ...]
     keeps: tuple[float, ...]
     config: LazyLLMConfig
+    others: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @classmethod
     def build(
@@ -41,11 +45,23 @@ class Schedule:
         parked_pages: int = 0,
     ) -> "Schedule":
         """See ``LazyLLMConfig.boundaries``, which raises ConfigError."""
-        boundaries = config.boundaries(num_layers, full_layers, parked_pages)
+        place = num_layers, full_layers, parked_pages
+        own = config.boundaries(*place)
+        named = [(name, config.named(name).boundaries(*place)) for name, _ in config.schedules]
+        layers = sorted(
+            {b.layer for boundaries in (own, *dict(named).values()) for b in boundaries}
+        )
+
+        def keeps(boundaries: tuple[PruneAt, ...]) -> tuple[float, ...]:
+            """At each of all boundaries, what was kept last."""
+            at = {b.layer: b.keep for b in boundaries}
+            return tuple(accumulate(layers, lambda keep, layer: at.get(layer, keep), initial=1.0))
+
         return cls(
-            starts=(0, *(b.layer for b in boundaries), num_layers),
-            keeps=(1.0, *(b.keep for b in boundaries)),
+            starts=(0, *layers, num_layers),
+            keeps=keeps(own),
             config=config,
+            others=tuple((name, keeps(boundaries)) for name, boundaries in named),
         )
 
     @property
@@ -64,7 +80,28 @@ class Schedule:
     @property
     def prunes(self) -> bool:
         """Whether any stage may drop a token of any prompt."""
-        return self.keeps[-1] < 1
+        return any(keeps[-1] < 1 for keeps in (self.keeps, *dict(self.others).values()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the schedules that a request may choose."""
+        own = self.config.own_name
+        return (*((own,) if own else ()), *dict(self.others))
+
+    def setting(self, extra_args: dict | None) -> RequestSetting:
+        """What a request sets for itself; raises SettingError."""
+        return RequestSetting.of(extra_args, self.names)
+
+    def may_prune(self, num_prompt: int) -> bool:
+        """Whether a request with so long a prompt may choose to have it pruned."""
+        settings = (RequestSetting(name) for name in (None, *dict(self.others)))
+        return any(self.plan(num_prompt, setting).is_pruned for setting in settings)
+
+    def _keeps(self, setting: RequestSetting) -> tuple[float, ...]:
+        if setting.schedule == OFF:
+            return (1.0,) * self.num_stages
+        keeps = dict(self.others).get(setting.schedule, self.keeps)
+        return tuple(min(keep * setting.keep, 1.0) for keep in keeps)
 
     @property
     def has_aux(self) -> bool:
@@ -88,7 +125,7 @@ class Schedule:
         """The stage that decoder layer ``layer`` (0-based) belongs to."""
         return next(s for s in range(self.num_stages) if layer < self.starts[s + 1])
 
-    def plan(self, num_prompt: int) -> RequestPlan:
+    def plan(self, num_prompt: int, setting: RequestSetting = DEFAULT) -> RequestPlan:
         """What a prompt of ``num_prompt`` tokens keeps, and most that it may ever have.
 
         k_s, the tokens that stage s keeps (with ``keep_mass`` at most), is
@@ -100,8 +137,9 @@ class Schedule:
             kept = (num_prompt,) * self.num_stages
         else:
             least = min(num_prompt, self.least_kept)
-            kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in self.keeps)
-        reserve = config.revive_reserve if self.has_aux else 0
+            keeps = self._keeps(setting)
+            kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in keeps)
+        reserve = config.revive_reserve if self.has_aux and setting.revive else 0
         capacity = tuple(k + ceil_share(reserve, num_prompt - k) for k in kept)
         return RequestPlan(num_prompt, kept, capacity)
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,7 @@ from benchmarks.passkey import passkey_prompt
 CONFIG = {
     "prune": [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}],
     "min_prompt_tokens": 256,
+    "schedules": {"mild": [{"layer": 20, "keep": 0.6}]},
 }
 
 
@@ -100,6 +103,19 @@ def test_serve(server, smollm2):
     for asked in ({"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}):
         bad = httpx.post(f"{address}/v1/completions", json=body | asked, timeout=60)
         assert bad.status_code == 400 and "prompt_logprobs" in bad.text
+
+    # Settings of requests: side by side, one that keeps every token and so has them after all.
+    asked = body | {"max_tokens": 1, "prompt_logprobs": 1, "vllm_xargs": {"lazyllm": "off"}}
+    with ThreadPoolExecutor() as pool:
+        bodies = (asked, body, body | {"vllm_xargs": {"lazyllm": "mild", "lazyllm_keep": 1.2}})
+        post = partial(httpx.post, f"{address}/v1/completions", timeout=300)
+        off, *pruned = pool.map(lambda each: post(json=each), bodies)
+    assert off.status_code == 200 and len(off.json()["choices"][0]["prompt_logprobs"]) > 800
+    assert all(r.status_code == 200 and answer in r.json()["choices"][0]["text"] for r in pruned)
+    for wrong in ({"lazyllm": "fastest"}, {"lazyllm_keep": 0.5}, {"lazyllm_revive": "maybe"}):
+        bad = httpx.post(f"{address}/v1/completions", json=body | {"vllm_xargs": wrong}, timeout=60)
+        (field,) = wrong
+        assert bad.status_code == 400 and field in bad.text, bad.text
 
     # A prompt that is not pruned has them.
     short = body | {"prompt": "The sky is blue", "max_tokens": 1, "echo": True, "logprobs": 1}

@@ -3,6 +3,7 @@
 ``start`` and the functions after it run in that process, ``EngineUnderTest`` in the test's.
 """
 
+import itertools
 import os
 import tempfile
 import time
@@ -122,11 +123,13 @@ def generate(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     together: bool = True,
+    extra_args: list[dict | None] | None = None,
 ) -> dict:
     """Generate greedily for token-id prompts.
 
     Args:
         together: all are there before the first step; else one after the other.
+        extra_args: of each prompt's ``SamplingParams``.
 
     Returns:
         ``tokens``, ``cached`` (prompt tokens found in the prefix cache) and ``logprobs`` by prompt;
@@ -136,22 +139,23 @@ def generate(
     """
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=max_tokens,
-        ignore_eos=True,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )
-    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            extra_args=extra,
+        )
+        for extra in extra_args or [None] * len(prompts)
+    ]
+    asked = [({"prompt_token_ids": prompt}, own) for prompt, own in zip(prompts, params)]
+    batches = [asked] if together else [[one] for one in asked]
     before, began = _free_blocks(llm), time.monotonic()
     with _watch(llm) as seen:
         outputs = [
-            output
-            for batch in batches
-            for output in llm.generate(
-                [{"prompt_token_ids": p} for p in batch], params, use_tqdm=False
-            )
+            output for batch in batches for output in llm.generate(*zip(*batch), use_tqdm=False)
         ]
     result = {
         "seconds": time.monotonic() - began,
@@ -219,12 +223,16 @@ def _watch(llm):
             del watch.step
 
 
+_SERVED = itertools.count()
+
+
 def serve(llm, requests: list[dict]) -> dict:
     """Serve requests that arrive one after the other.
 
     Args:
-        requests: each with its ``prompt`` and ``params`` (of ``SamplingParams``), and perhaps
-            ``at``, the number of steps before it, ``priority`` and ``cache_salt``.
+        requests: each with its ``prompt`` and ``params`` (of ``SamplingParams``, but ``grammar``,
+            of ``StructuredOutputsParams``), and perhaps ``at``, the number of steps before it,
+            ``priority`` and ``cache_salt``.
 
     Returns:
         By request: ``tokens`` and ``text``, of each of its answers; ``found``, how many tokens
@@ -234,10 +242,10 @@ def serve(llm, requests: list[dict]) -> dict:
         ``free_blocks`` before and after; ``prefills``, if traced.
     """
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     engine, before, steps = llm.llm_engine, _free_blocks(llm), 0
-    names = [f"s{i}" for i in range(len(requests))]
+    names = [f"s{next(_SERVED)}" for _ in requests]
     waiting, outputs, finished = dict(zip(names, requests)), {}, {}
     with _watch_scheduler(llm) as (found, preemptions):
         while waiting or engine.has_unfinished_requests():
@@ -248,12 +256,15 @@ def serve(llm, requests: list[dict]) -> dict:
                 if "cache_salt" in request:
                     prompt["cache_salt"] = request["cache_salt"]
                 params = {"output_kind": RequestOutputKind.FINAL_ONLY} | request["params"]
+                if grammar := params.pop("grammar", None):
+                    params["structured_outputs"] = StructuredOutputsParams(**grammar)
                 params = SamplingParams(**params)
                 engine.add_request(name, prompt, params, priority=request.get("priority", 0))
                 del waiting[name]
             for output in engine.step():
                 outputs[output.request_id], finished[output.request_id] = output, steps
             steps += 1
+            assert steps < 400, "somebody waits in vain"
         engine.step()
 
     def name_of(req_id: str) -> int:
@@ -322,13 +333,13 @@ def kv_events(llm) -> list[dict]:
     return [msgspec.structs.asdict(event) | {"type": type(event).__name__} for event in events]
 
 
-def cached_blocks(llm) -> list[tuple[int, bytes]]:
-    """Group and hash of what the prefix cache holds."""
-    from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
+def cached_blocks(llm) -> list[tuple[int, int]]:
+    """Group and hash, as in events, of each block of the prefix cache."""
+    from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 
     pool = _core(llm).scheduler.kv_cache_manager.block_pool
-    hashed = {block.block_hash for block in pool.blocks if block.block_hash is not None}
-    return sorted((get_group_id(key), bytes(get_block_hash(key))) for key in hashed)
+    keys = [block.block_hash for block in pool.blocks if block.block_hash is not None]
+    return [(get_group_id(key), maybe_convert_block_hash(get_block_hash(key))) for key in keys]
 
 
 def metrics(llm) -> dict[str, int]:
@@ -347,6 +358,12 @@ def trace(llm, on: bool) -> None:
 def set_budget(llm, tokens: int) -> None:
     """From now on schedule at most so many tokens a step."""
     _core(llm).scheduler.max_num_scheduled_tokens = tokens
+
+
+def set_chunk(llm, tokens: int) -> None:
+    """From now on, while there are several requests, schedule at most so many tokens of a prompt a
+    step; 0: whatever fits."""
+    _core(llm).scheduler.scheduler_config.long_prefill_token_threshold = tokens
 
 
 def reset_prefix_cache(llm) -> bool:

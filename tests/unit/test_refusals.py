@@ -210,6 +210,7 @@ def test_experts_in_data_parallel_replicas(tmp_path):
 
 def _request(num_prompt, resumable=False, **params):
     fields = {"prompt_logprobs": None, "prompt_logprob_token_ids": None, "max_tokens": 5}
+    fields["extra_args"] = None
     return SimpleNamespace(
         prompt_token_ids=[1] * num_prompt,
         sampling_params=SimpleNamespace(**fields | params),

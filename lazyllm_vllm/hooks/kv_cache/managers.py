@@ -10,12 +10,23 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
 from lazyllm_vllm.plan.request_plan import RequestPlan
 
 # The plans of the requests of each block pool: all its managers see one plan for a request.
 _PLANS: WeakKeyDictionary[BlockPool, dict[str, RequestPlan]] = WeakKeyDictionary()
+# What requests set for themselves (vLLM's ``extra_args``), if they do, until they leave.
+_EXTRA_ARGS: WeakKeyDictionary[BlockPool, dict[str, dict]] = WeakKeyDictionary()
+
+
+def note_request(pool: BlockPool, request: Request) -> None:
+    """Called with every request before blocks are asked for it."""
+    extra = _EXTRA_ARGS.get(pool)
+    params = request.sampling_params
+    if extra is not None and params is not None and params.extra_args:
+        extra[request.request_id] = params.extra_args
 
 
 class _PlannedManager(FullAttentionManager):
@@ -29,6 +40,7 @@ class _PlannedManager(FullAttentionManager):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.plans = _PLANS.setdefault(self.block_pool, {})
+        self.extra_args = _EXTRA_ARGS.setdefault(self.block_pool, {})
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         """Blocks for a request of ``num_tokens`` tokens so far."""
@@ -44,7 +56,9 @@ class _PlannedManager(FullAttentionManager):
         if apply_admission_cap and not self.req_to_blocks.get(request_id):
             plan = self.plans.get(request_id)
             if plan is None or plan.num_prompt != num_tokens:
-                self.plans[request_id] = self.kv_cache_spec.needs.schedule.plan(num_tokens)
+                schedule = self.kv_cache_spec.needs.schedule
+                setting = schedule.setting(self.extra_args.get(request_id))
+                self.plans[request_id] = schedule.plan(num_tokens, setting)
         return self._missing_blocks(request_id, num_tokens)
 
     def allocate_new_blocks(
@@ -59,6 +73,7 @@ class _PlannedManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.plans.pop(request_id, None)
+        self.extra_args.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(self, *args, **kwargs) -> None:
@@ -77,7 +92,7 @@ class SharedStageManager(FullAttentionManager):
     @classmethod
     def find_longest_cache_hit(cls, block_hashes, max_length: int, *args, **kwargs):
         schedule = kwargs["kv_cache_spec"].needs.schedule
-        if schedule.plan(max_length + 1).is_pruned:
+        if schedule.may_prune(max_length + 1):
             max_length -= schedule.config.score_window - 1
         return super().find_longest_cache_hit(block_hashes, max(max_length, 0), *args, **kwargs)
 

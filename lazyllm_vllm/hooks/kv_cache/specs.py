@@ -86,4 +86,4 @@ class PromptSpec(KVCacheSpec):
         return self.needs.prompt_blocks(plan) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        return max(1, self.needs.prompt_blocks(self.needs.schedule.plan(max_len)))
+        return self.needs.most_prompt_blocks(max_len)
