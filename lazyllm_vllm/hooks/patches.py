@@ -44,7 +44,8 @@ def install() -> None:
         "kv_hints",
     ]
     _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
-    _wrap(KVCacheManager, "get_computed_blocks", ["self", "request"], _get_computed_blocks)
+    parameters = ["self", "request", "max_cache_hit_length"]  # the last from 0.33 on
+    _wrap(KVCacheManager, "get_computed_blocks", parameters, _get_computed_blocks, newer=1)
     parameters = ["self", "request", "timestamp", "drop_stale_output"]
     _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
 
@@ -70,11 +71,16 @@ def install_in_worker() -> None:
         setattr(WorkerBase, name, method)
 
 
-def _wrap(owner, name, parameters, wrapper) -> None:
-    """Make ``wrapper(original, *arguments)`` stand for ``owner.name``, of the same kind."""
+def _wrap(owner, name, parameters, wrapper, newer: int = 0) -> None:
+    """Make ``wrapper(original, *arguments)`` stand for ``owner.name``, of the same kind.
+
+    Args:
+        newer: how many of the last parameters an older release that works does not have.
+    """
     raw = inspect.getattr_static(owner, name, None)
     function = getattr(raw, "__func__", raw)
-    if function is None or list(inspect.signature(function).parameters) != parameters:
+    allowed = (parameters, parameters[: len(parameters) - newer])
+    if function is None or list(inspect.signature(function).parameters) not in allowed:
         raise RuntimeError(
             f"lazyllm: vLLM's {owner.__name__}.{name} is not the one that LazyLLM wraps; install a "
             f"release of vLLM {' or '.join(SUPPORTED)}"
@@ -176,11 +182,11 @@ def _process_inputs(original, self, *args, **kwargs):
 # it allocates for, not of its name alone.
 
 
-def _get_computed_blocks(original, self, request):
+def _get_computed_blocks(original, self, request, *args, **kwargs):
     from lazyllm_vllm.hooks.kv_cache.managers import note_request
 
     note_request(self.block_pool, request)
-    return original(self, request)
+    return original(self, request, *args, **kwargs)
 
 
 # With priorities vLLM may withdraw a chunk in the step that scheduled it, and its blocks stay in
