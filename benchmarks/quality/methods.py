@@ -1,10 +1,13 @@
 """Ways to drop tokens, all through the same engine: LazyLLM, parts of it, and what it is compared
-with. At the same schedule they take the same prefill.
+with. At the same schedule they take the same prefill. ``rivals`` has those with cuts of their own.
 
-The two that LazyLLM does not have are scorers of their own, see ``scorers``.
+What LazyLLM does not have are scorers of their own, see ``scorers``.
 """
 
 from dataclasses import dataclass
+
+from benchmarks.quality.compression import Compression
+from benchmarks.quality.rules import VARIANTS
 
 NO_REVIVAL = {"revive_budget": 0}
 UNLIMITED = {"revive_budget": 1 << 20, "revive_per_request": 1 << 20, "revive_reserve": 1.0}
@@ -25,12 +28,13 @@ PAPER = (
 class Method:
     """Attributes:
     config: fields of LazyLLM's configuration that differ from the defaults; None: stock vLLM.
-    scorer: name of one of ``scorers.SCORERS``; None: LazyLLM's own.
+    scorer: name of one of ``scorers.SCORERS``; None: LazyLLM's own. Where stock vLLM answers
+        compressed prompts: how they are compressed.
     """
 
     name: str
     config: dict | None
-    scorer: str | None = None
+    scorer: str | Compression | None = None
 
 
 FULL = Method("full model", None)
@@ -68,4 +72,15 @@ REVIVAL = (
         for n in (0, 16, 64)
     ),
     Method("unlimited", UNLIMITED),
+)
+# Ways to score, all without revival: other scorers, whose chunks stand for pooling, and windows.
+SCORES = (
+    *(
+        Method(name, NO_REVIVAL | ({"score_pool": 1} if rule.block > 1 else {}), name)
+        for name, rule in VARIANTS.items()
+    ),
+    *(
+        Method(f"window {n}", NO_REVIVAL | {"score_window": n, "last_tokens": max(n, 16)})
+        for n in (1, 4, 16, 32, 64, 128)
+    ),
 )

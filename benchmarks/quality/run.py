@@ -7,8 +7,9 @@ from benchmarks.cpu import use_cpu_settings
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.jobs import Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, REVIVAL
+from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, REVIVAL, SCORES
 from benchmarks.quality.results import FILE
+from benchmarks.quality.rivals import LIKE, rivals
 from benchmarks.quality.sample import Task
 from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
@@ -17,12 +18,12 @@ from benchmarks.quality.tasks.published import Published, longbench, ruler
 HALVES = {"choosing": evaluate.choosing, "reporting": evaluate.reporting}
 
 
-def _abilities(schedules: list[Schedule]) -> list[Job]:
+def _abilities(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """The full model alone, up to lengths where it breaks."""
     return [Job("abilities", FULL, agreement=False)]
 
 
-def _sweep(schedules: list[Schedule]) -> list[Job]:
+def _sweep(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """LazyLLM at every schedule and the other methods at some, or at those asked for."""
     return [
         Job("sweep", method, at)
@@ -31,17 +32,40 @@ def _sweep(schedules: list[Schedule]) -> list[Job]:
     ]
 
 
-def _options(schedules: list[Schedule]) -> list[Job]:
+def _options(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """One default changed at a time."""
     return [Job("options", method, at) for at in schedules or [COMPARED] for method in OPTIONS]
 
 
-def _revival(schedules: list[Schedule]) -> list[Job]:
+def _revival(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """What revival buys."""
     return [Job("revival", method, at) for at in schedules or [COMPARED] for method in REVIVAL]
 
 
-PARTS = {"abilities": _abilities, "sweep": _sweep, "options": _options, "revival": _revival}
+def _scores(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """Other ways to score."""
+    return [Job("scores", method, at) for at in schedules or [COMPARED] for method in SCORES]
+
+
+def _rivals(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """Others with cuts of their own, at as many operations as LazyLLM at these schedules."""
+    jobs, like = [], schedules or LIKE
+    for method, at in rivals(like, _path(args), args.lengths):
+        if at is None:
+            print(f"left out: {method.name}, which cannot take as few operations")
+        else:
+            jobs.append(Job("rivals", method, at))
+    return jobs
+
+
+PARTS = {
+    "abilities": _abilities,
+    "sweep": _sweep,
+    "options": _options,
+    "revival": _revival,
+    "scores": _scores,
+    "rivals": _rivals,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +135,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     if unknown := set(args.parts) - set(PARTS):
         raise SystemExit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
     schedules = [SWEEP[index] for index in args.schedules]
-    asked = [job for part in args.parts or PARTS for job in PARTS[part](schedules)]
+    asked = [job for part in args.parts or PARTS for job in PARTS[part](schedules, args)]
     if args.methods:
         names = list(dict.fromkeys(job.method.name for job in asked))
         if unknown := set(args.methods) - set(names):
@@ -120,13 +144,17 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     return [Job("full", FULL)] * any(job.agreement for job in asked) + asked
 
 
+def _path(args: argparse.Namespace) -> Path:
+    from benchmarks.checkpoints import smollm2
+
+    return args.model or smollm2()
+
+
 def _model(args: argparse.Namespace) -> Model:
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
-    from benchmarks.checkpoints import smollm2
-
-    path = args.model or smollm2()
+    path = _path(args)
     config = AutoConfig.from_pretrained(path)
     longest = int(1.2 * max(args.lengths)) + 512  # LongBench's summaries are as long as that
     on_gpu = torch.cuda.is_available()

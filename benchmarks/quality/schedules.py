@@ -1,10 +1,11 @@
 """The schedules of the sweep: where to prune, as shares of a model's depth, and what to keep."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.speed.shapes import flop_bound
+from benchmarks.speed.shapes import flops
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,81 @@ class Schedule:
         """As in LazyLLM's configuration."""
         return [{"layer": round(d * num_layers), "keep": keep} for d, keep in self.cuts]
 
-    def flop_bound(self, model: Path, num_tokens: int) -> float:
-        """How many times fewer operations than the full model a prefill takes."""
-        shape = json.loads((model / "config.json").read_text())
+    def operations(self, model: Path, num_tokens: int) -> float:
+        """Floating-point operations of a prefill."""
+        shape = _shape(model)
         cuts = self.prune(shape["num_hidden_layers"])
-        return flop_bound(shape, tuple((c["layer"], c["keep"]) for c in cuts), num_tokens)
+        return flops(shape, tuple((c["layer"], c["keep"]) for c in cuts), num_tokens)
+
+    def flop_bound(self, model: Path, num_tokens: int) -> float | None:
+        """How many times fewer operations than the full model a prefill takes; None: that depends
+        on the prompt."""
+        return flops(_shape(model), (), num_tokens) / self.operations(model, num_tokens)
+
+
+@dataclass(frozen=True)
+class ByMass(Schedule):
+    """Keeps are the most; how much it is follows each prompt (``keep_mass``)."""
+
+    @property
+    def name(self) -> str:
+        return f"by mass after {', '.join(f'{depth:.2f}' for depth, _ in self.cuts)}"
+
+    def flop_bound(self, model: Path, num_tokens: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Anew(Schedule):
+    """``keep`` of the prompt is chosen after ``depth`` of the layers, and all layers run on that
+    alone, from the first; what chooses before the first layer costs nothing. One cut."""
+
+    @property
+    def name(self) -> str:
+        ((depth, keep),) = self.cuts
+        return f"{keep:g} anew after {depth:.2f}"
+
+    def prune(self, num_layers: int) -> list[dict]:
+        """The engine drops nothing."""
+        return []
+
+    def operations(self, model: Path, num_tokens: int) -> float:
+        shape = _shape(model)
+        ((depth, keep),) = self.cuts
+        chosen_after = round(depth * shape["num_hidden_layers"])
+        chosen = flops(shape, ((chosen_after, 0.0),), num_tokens)
+        return chosen + flops(shape, (), keep * num_tokens) - flops(shape, (), 0)  # one head
+
+
+def at_equal_operations(
+    make: Callable[[float], Schedule],
+    like: Schedule,
+    model: Path,
+    lengths: list[int],
+    least: int = 0,
+) -> Schedule | None:
+    """``make(keep)`` with the keep at which prompts of these lengths take as many operations, all
+    together, as by ``like``. None: there is none, even if all but ``least`` tokens are dropped, or
+    no token is.
+
+    Args:
+        make: operations rise with its keep.
+    """
+
+    def operations(schedule: Schedule) -> float:
+        return sum(schedule.operations(model, n) for n in lengths)
+
+    wanted = operations(like)
+    low, high = least / min(lengths), 1.0
+    if not operations(make(low)) <= wanted <= operations(make(high)):
+        return None
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if operations(make(middle)) <= wanted else (low, middle)
+    return make(high)
+
+
+def _shape(model: Path) -> dict:
+    return json.loads((model / "config.json").read_text())
 
 
 def _schedules(*cuts: tuple[tuple[float, float], ...]) -> tuple[Schedule, ...]:

@@ -1,7 +1,11 @@
 """What tokens are chosen by, in the methods that LazyLLM is compared with."""
 
+from functools import partial
+
 import torch
 
+from benchmarks.quality.rule_scorer import RuleScorer
+from benchmarks.quality.rules import RULES
 from lazyllm_vllm.runtime import scorers
 
 
@@ -28,7 +32,11 @@ class StaticScorer(scorers.AttentionScorer):
             super().score_prefills(s, queries, keys, batch, is_first_layer)
 
 
-SCORERS = {"random": RandomScorer, "static": StaticScorer}
+SCORERS = {
+    "random": RandomScorer,
+    "static": StaticScorer,
+    **{name: partial(RuleScorer, rule) for name, rule in RULES.items()},
+}
 
 
 def use(name: str | None) -> None:

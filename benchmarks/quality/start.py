@@ -1,8 +1,10 @@
 """An engine on SmolLM2, or on any model in a folder."""
 
+from benchmarks.quality.compression import CompressingLLM, Compression
 
-def start(model: str, config: dict | None, scorer: str | None, options: dict):
-    """A ``vllm.LLM``.
+
+def start(model: str, config: dict | None, scorer: str | Compression | None, options: dict):
+    """A ``vllm.LLM``, or one that compresses prompts.
 
     Args:
         config: LazyLLM's; None: stock vLLM.
@@ -14,7 +16,7 @@ def start(model: str, config: dict | None, scorer: str | None, options: dict):
         from benchmarks.quality import scorers
 
         scorers.use(scorer)
-    return LLM(
+    llm = LLM(
         model,
         seed=0,
         enable_prefix_caching=False,
@@ -22,3 +24,4 @@ def start(model: str, config: dict | None, scorer: str | None, options: dict):
         additional_config={"lazyllm": config} if config is not None else {},
         **options,
     )
+    return CompressingLLM(llm, scorer) if isinstance(scorer, Compression) else llm
