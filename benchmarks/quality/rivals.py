@@ -14,7 +14,6 @@ from benchmarks.quality.schedules import (
     Schedule,
     at_equal_operations,
 )
-from lazyllm_vllm.plan.config import LazyLLMConfig
 
 FASTKV_DEPTH = 1 / 2
 GEMFILTER_DEPTH = 13 / 32
@@ -76,9 +75,7 @@ AT_LIKE = tuple(
 
 
 def uniprefill() -> list[tuple[Method, Schedule]]:
-    """By shares of the attention mass; none without the setting that it needs."""
-    if "keep_mass" not in LazyLLMConfig.model_fields:
-        return []
+    """By shares of the attention mass."""
     # Layers 8, 12, ... 28 of 32.
     schedule = ByMass(tuple((n / 8, 0.99) for n in range(2, 8)))
     return [
