@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.quality import report as quality
 from benchmarks.quality import results as quality_results
+from benchmarks.quality import tables
+from benchmarks.quality.report import by_model
 from benchmarks.quality.shares import Full
+from benchmarks.quality.worst import preset_runs, worst
 from benchmarks.speed import report as speed
 from benchmarks.speed import results as speed_results
 from benchmarks.speed.shapes import BALANCED
@@ -28,14 +30,8 @@ def section(rows: list, answers: list) -> str:
     """Markdown: first token, room in the KV cache, answers."""
     stock, lazy = _pair(rows, "ttft", _LENGTH)
     held, holds = _pair(rows, "memory", _ROOM_LENGTH)
-    full = Full(answers)
-    swept = [row for row in answers if row.part == "sweep"]
-    mine = quality.preset_rows(swept, BALANCED.name)
-    mean, error = full.share(mine, "reporting")
-    tasks = {row.task for row in mine if row.half == "reporting"}
-    shares = {task: full.share(mine, "reporting", task)[0] for task in tasks}
-    worst = min((task for task in tasks if shares[task] == shares[task]), key=shares.get)
-    place, judged = stock.environment, answers[0].environment
+    scores = _scores(answers)
+    place = stock.environment
     return "\n\n".join(
         (
             results.table(
@@ -53,19 +49,36 @@ def section(rows: list, answers: list) -> str:
                         f"{holds.median:,.0f}",
                         f"{holds.median / held.median:.1f} times as many",
                     ),
-                    (
-                        "Score over eight tasks, as a share of stock vLLM's",
-                        "100%",
-                        f"{mean:.1%} ± {error:.1%}",
-                        f"worst task, {worst}: {shares[worst]:.0%}",
-                    ),
+                    *(line for line, _ in scores),
                 ],
             ),
             f"The default preset, `{BALANCED.name}`. Speed and room: {stock.shape} shape on one "
             f"{place['gpu']}, stock vLLM {place['vllm']} at its defaults ({place['date']}). "
-            f"Answers: SmolLM2-135M, prompts of 1,000 and 2,000 tokens ({judged['date']}).",
+            f"Answers: {'; '.join(told for _, told in scores)}.",
         )
     )
+
+
+def _scores(answers: list) -> list[tuple[tuple[str, ...], str]]:
+    """By model on which the default preset was measured: the table's line, and of which prompts."""
+    full, found = Full(answers), []
+    for model, parts in by_model(answers).items():
+        run = preset_runs(parts).get(BALANCED.name)
+        lowest = worst(full, run.rows, "reporting") if run else None
+        if lowest is None:
+            continue
+        counted = [r for r in run.rows if r.half == "reporting" and full.counts(r)]
+        lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in counted}))
+        share = tables.percent((lowest.share, lowest.error))
+        line = (
+            f"Score of {model} over {lowest.counted} tasks, as a share of stock vLLM's",
+            "100%",
+            tables.percent(full.share(run.rows, "reporting")),
+            f"worst task, {lowest.task}: {share}",
+        )
+        date = max(r.environment["date"] for r in counted)
+        found.append((line, f"{model}, prompts of {lengths} tokens ({date})"))
+    return found
 
 
 def _pair(rows: list, benchmark: str, tokens: int) -> tuple:

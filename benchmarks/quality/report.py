@@ -1,161 +1,191 @@
-"""Plot and tables of docs/quality.md, from the results file alone."""
+"""Plots and tables of docs/quality.md, from the results file alone.
 
-import statistics
-from collections import defaultdict
-from dataclasses import replace
+``python -m benchmarks.quality.report FILE`` prints them for another results file, without plots.
+"""
+
+import sys
 from pathlib import Path
 
-from benchmarks.quality.evaluate import AGREEMENT
-from benchmarks.quality.jobs import COMPUTED
-from benchmarks.quality.methods import FULL, LAZYLLM
+from benchmarks.quality import frontier, tables
+from benchmarks.quality.choice import FLOORS, HALVES, candidates, choose
 from benchmarks.quality.results import FILE, Row
-from benchmarks.quality.schedules import COMPARED, SWEEP
-from benchmarks.quality.shares import Full, mean_of, same_samples
-from benchmarks.results import figure, read, replace_section, table
-from lazyllm_vllm.plan.config import LazyLLMConfig
-from lazyllm_vllm.plan.presets import PRESETS
+from benchmarks.quality.schedules import COMPARED
+from benchmarks.quality.shares import LEAST, Full, is_task
+from benchmarks.quality.worst import FLOOR, Run, preset_runs, runs, worst
+from benchmarks.results import read, replace_section, table
 
-_MODEL_LAYERS = 30  # SmolLM2-135M's
-
-# Columns: tasks that begin alike are shown together.
-_KINDS = ("needle", "multi-document", "few-shot", "code completion")
-_AGREEMENT = {"top 1": "next token equal", "KL": "KL, nats", "continuation": "continuation equal"}
+_PLOTS = "../benchmarks/quality/results"
 
 
 def main(page: Path, file: Path = FILE) -> None:
-    """Draw the plot beside the results file and rewrite the page's section on quality."""
+    """Draw the plots beside the results file, rewrite the page's section on quality, and print the
+    worst tasks of the presets and what presets might be."""
     rows = read(file, Row)
     if not rows:
         return
     full = Full(rows)
-    draw_sweep(rows, full, file.with_name("sweep.svg"))
+    for model, parts in by_model(rows).items():
+        measured = [run for part in ("sweep", "rivals") for run in runs(parts.get(part, []))]
+        frontier.draw(measured, preset_runs(parts), full, file.parent, model)
     replace_section(page, "quality", section(rows, full))
+    print("\n".join(summary(rows, full)))
 
 
-def section(rows: list[Row], full: Full) -> str:
-    """Markdown."""
-    place = rows[0].environment
-    commits = ", ".join(sorted({r.environment["commit"] for r in rows}))
-    parts = {row.part: [r for r in rows if r.part == row.part] for row in rows}
-    swept, at = parts["sweep"], [r for r in parts["sweep"] if r.schedule == COMPARED.name]
-    defaults = [replace(r, method="the defaults") for r in at if r.method == LAZYLLM.name]
-    methods, options = _comparable(at), _comparable(defaults + parts["options"])
-    lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in swept if r.tokens}))
+def by_model(rows: list[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by model and part."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row.model, {}).setdefault(row.part, []).append(row)
+    return found
+
+
+def section(rows: list[Row], full: Full, plots: str | None = _PLOTS) -> str:
+    """Markdown.
+
+    Args:
+        plots: where the page finds them; None: nowhere.
+    """
     sections = [
-        f"SmolLM2-135M-Instruct, bf16, on one {place['gpu']}; {place['date']}, commits {commits}. "
-        f"Eight tasks of {lengths} tokens, their seeds split into a half for choosing defaults and "
-        "one for reporting them. The share of the full model's score is that of the means over all "
-        "tasks, ± its standard error over samples that both answer; the bound is how many times "
-        "fewer operations a prefill takes. Requests run in batches, and each may revive what it "
-        "could alone.",
-        "![Quality against speed](../benchmarks/quality/results/sweep.svg)",
-        "The presets, by the samples they were chosen by and by the others "
-        f"({_samples(parts['full'])}):",
-        _presets(swept, full),
-        f"Ways to drop tokens, all keeping {COMPARED.name} (layers), on the samples for reporting "
-        f"({_samples(methods)}); tasks as shares of the full model's score, then agreement with "
-        "its next tokens on real text:",
-        _by_method(methods, full, "reporting"),
-        "One default changed at a time, at the same schedule, on the samples for choosing "
-        f"({_samples(options)}):",
-        _by_method(options, full, "choosing"),
-        "What revival buys, on the samples for reporting, each request with all of the budget "
-        f"({_samples(parts['revival'])}):",
-        _by_method(parts["revival"], full, "reporting"),
-        "What the full model can do, by prompt length, on the samples for reporting "
-        f"({_samples(parts['abilities'])}):",
-        _abilities([r for r in parts["abilities"] if r.half == "reporting"]),
+        "Seeds are split into a half for choosing defaults and one for reporting them. A task "
+        f"counts at the lengths at which the full model scores at least {LEAST:g}. Its share is "
+        "that of the full model's score, over these lengths together, ± the standard error over "
+        "samples that both answer. The worst task is the one with the lowest share: of many tasks "
+        "the lowest is in part bad luck, so look at the other half too. The mean is the share of "
+        "the mean score. The bound is how many times fewer operations a prefill takes. Requests "
+        "run in batches, and each may revive what it could alone.",
+        _choice(rows, full),
     ]
+    for model, parts in by_model(rows).items():
+        sections += [f"### {model}", *_of_model(model, parts, full, plots)]
     return "\n\n".join(sections)
 
 
-def _comparable(rows: list[Row]) -> list[Row]:
-    tasks = same_samples([row for row in rows if row.task != COMPUTED])
-    return tasks + [row for row in rows if row.task == COMPUTED]
-
-
-def _samples(rows: list[Row]) -> str:
-    (count,) = {row.samples for row in rows if row.task != COMPUTED}
-    return f"{count} of each task at each length"
-
-
-def groups(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows of tasks by method and schedule."""
-    rows_of = defaultdict(list)
-    for row in rows:
-        if row.task != COMPUTED:
-            rows_of[row.method, row.schedule].append(row)
-    return rows_of
-
-
-def _percent(share: tuple[float, float]) -> str:
-    return f"{share[0]:.1%} ± {share[1]:.1%}"
-
-
-def _plain(mean: tuple[float, float]) -> str:
-    return f"{mean[0]:.3f} ± {mean[1]:.3f}"
-
-
-def preset_rows(swept: list[Row], preset: str) -> list[Row]:
-    """Of the sweep, those of a preset's schedule."""
-    prune = [b.model_dump() for b in LazyLLMConfig(preset=preset).boundaries(_MODEL_LAYERS)]
-    name = next(s.name for s in SWEEP if s.prune(_MODEL_LAYERS) == prune)
-    return groups(swept)[LAZYLLM.name, name]
-
-
-def _presets(swept: list[Row], full: Full) -> str:
+def summary(rows: list[Row], full: Full) -> list[str]:
+    """Lines to print: each preset's worst task on each model, and which schedules hold."""
     lines = []
-    for preset in PRESETS:
-        mine = preset_rows(swept, preset)
-        bound = statistics.fmean(row.flop_bound for row in mine)
-        shares = [_percent(full.share(mine, half)) for half in ("choosing", "reporting")]
-        kinds = [f"{full.share(mine, 'reporting', kind)[0]:.0%}" for kind in _KINDS]
-        lines.append((f"`{preset}`", mine[0].schedule, f"{bound:.2f}x", *shares, *kinds))
-    return table(("", "keeps", "bound", "chosen by", "reported", *_KINDS), lines)
+    for model, parts in by_model(rows).items():
+        for preset, run in preset_runs(parts).items():
+            told = [_in_words(full, run, half) for half in HALVES]
+            lines.append(f"{model}, {preset}: worst task, {'; '.join(told)}")
+    found, left_out = candidates(rows, full)
+    for floor in FLOORS.values():
+        best = choose(found, floor)
+        told = f"{best.bound:.2f}x, {best.schedule}" if best else "no schedule"
+        lines.append(
+            f"worst task at least {floor:.0%} everywhere: {told} ({len(found)} of "
+            f"{len(found) + left_out} schedules measured everywhere)"
+        )
+    return lines
 
 
-def _by_method(rows: list[Row], full: Full, half: str) -> str:
-    computed = {r.method: f"{r.mean:.1%}" for r in rows if r.task == COMPUTED}
+def _in_words(full: Full, run: Run, half: str) -> str:
+    found = worst(full, run.rows, half)
+    if not found:
+        return f"{half}: none counts"
+    under = f"{len(found.under)} of {found.counted} tasks under {FLOOR:.0%}"
+    return f"{half}: {found.task} {tables.percent((found.share, found.error))}, {under}"
+
+
+def _choice(rows: list[Row], full: Full) -> str:
+    """What presets might be, by the worst task."""
+    found, left_out = candidates(rows, full)
     lines = []
-    for (method, _), mine in groups(rows).items():
-        kinds = [f"{full.share(mine, half, kind)[0]:.0%}" for kind in _KINDS]
-        agree = [_plain(mean_of(mine, half, f"{AGREEMENT}: {name}")) for name in _AGREEMENT]
-        line = (method, _percent(full.share(mine, half)), *kinds, *agree)
-        lines.append((*line, computed.get(method, "")) if computed else line)
-    head = ("", "of the full model", *_KINDS, *_AGREEMENT.values())
-    return table((*head, "prompt computed") if computed else head, lines)
-
-
-def _abilities(rows: list[Row]) -> str:
-    lengths = sorted({row.tokens for row in rows})
-    score = {(row.task, row.tokens): row for row in rows}
-    lines = [
-        (task, *(f"{score[task, n].mean:.2f} ± {score[task, n].error:.2f}" for n in lengths))
-        for task in dict.fromkeys(row.task for row in rows if row.task != COMPUTED)
-    ]
-    return table(("", *(f"{n:,}" for n in lengths)), lines)
-
-
-def draw_sweep(rows: list[Row], full: Full, path: Path) -> None:
-    """Share of the full model's score against the FLOP-bound speed-up: a curve a method, and of
-    LazyLLM's schedules one through those that no faster one outdoes."""
-    reported = [r for r in rows if r.part == "sweep" and r.half == "reporting"]
-    curves = defaultdict(list)
-    for (method, _), mine in groups(reported).items():
-        speed = statistics.fmean(row.flop_bound for row in mine)
-        curves[method].append((speed, *full.share(mine, "reporting")))
-    plot, axes = figure("Answers kept, against how much less a prefill computes")
-    axes.axhline(1, color="#888888", label=FULL.name)
-    for index, (method, points) in enumerate(curves.items()):
-        style = {"color": f"C{index}", "linewidth": 0.8}
-        if method == LAZYLLM.name:
-            axes.plot(*zip(*[p[:2] for p in points]), ".", color=style["color"], alpha=0.4)
-            points = [p for p in points if not any(q[0] > p[0] and q[1] > p[1] for q in points)]
-            style["linewidth"] = 2.2
-        speeds, shares, errors = zip(*sorted(points))
-        axes.errorbar(speeds, shares, errors, marker="o", markersize=4, label=method, **style)
-    axes.set(
-        xlabel="times fewer operations", ylabel="share of the full model's score", ylim=(0, 1.1)
+    for floor in FLOORS.values():
+        line = [f"{floor:.0%}"]
+        for errors in (0, 2):
+            best = choose(found, floor, errors)
+            if best:
+                at = best.worst
+                told = f"{at.task}, {tables.percent((at.share, at.error))}"
+                line += [best.schedule, f"{best.bound:.2f}x", told]
+            else:
+                line += ["none", "", ""]
+        lines.append(tuple(line))
+    head = ("of the worst task", "fastest that holds", "bound", "its worst")
+    return (
+        f"By the worst task on {' and '.join(by_model(rows))}, in both halves: of {len(found)} "
+        "schedules of the sweep, the one with the largest bound that keeps so much (of several "
+        f"models, the lowest bound). {left_out} more were not measured on all that counts. On the "
+        "right, the same with two standard errors in each task's favour, which lets more through "
+        "the fewer samples there are:\n\n"
+        + table((*head, "with two errors", "bound", "its worst"), lines)
     )
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
-    plot.savefig(path, metadata={"Date": None})
+
+
+def _of_model(model: str, parts: dict[str, list[Row]], full: Full, plots: str | None) -> list[str]:
+    """Of all that was measured; a part that was not is left out."""
+    swept = parts.get("sweep", [])
+    presets = preset_runs(parts)
+    sections = [_facts(parts, full)]
+    if plots and swept:
+        sections += [
+            f"![{title}]({frontier.plot_file(Path(plots), kind, model)})"
+            for kind, title in (("worst", "Worst task"), ("mean", "Mean over tasks"))
+        ]
+    if presets:
+        rows = [r for run in presets.values() for r in run.rows]
+        sections += [
+            f"The presets ({tables.samples(rows)}):",
+            tables.presets(presets, full),
+            "By task, on the samples for reporting:",
+            tables.by_task(presets, full, parts.get("full", [])),
+        ]
+    if default := presets.get("balanced"):
+        sections += [
+            "`balanced` by task and length, on the samples for reporting:",
+            tables.by_length(default, full),
+        ]
+    at = [r for r in swept if r.schedule == COMPARED.name]
+    named = {"LazyLLM": "the defaults"}
+    for rows, half, title in (
+        (at, "reporting", f"Ways to drop tokens, all keeping {COMPARED.name} (layers)"),
+        (tables.with_defaults(at, parts.get("scores")), "choosing", "Ways to score"),
+        (tables.with_defaults(at, parts.get("options")), "choosing", "One default changed"),
+        (parts.get("revival"), "reporting", "What revival buys, each with all of the budget"),
+    ):
+        if rows and len(runs(rows)) > 1:
+            rows = tables.comparable(rows)
+            named_here = named if half == "choosing" else {}
+            sections += [
+                f"{title}, on the samples for {half} ({tables.samples(rows)}):",
+                tables.by_method(runs(rows), full, half, named_here),
+            ]
+    if rivals := parts.get("rivals"):
+        rows = tables.comparable(rivals)
+        for title, equal in tables.at_equal_operations(runs(rows)):
+            sections += [
+                f"{title}, on the samples for reporting ({tables.samples(rows)}):",
+                tables.by_method(equal, full, "reporting"),
+            ]
+    if kept := tables.kept([run for part in parts.values() for run in runs(part)]):
+        sections += ["What share of each prompt was computed:", kept]
+    if abilities := [r for r in parts.get("abilities", []) if r.half == "reporting"]:
+        sections += [
+            "What the full model can do, by prompt length, on the samples for reporting "
+            f"({tables.samples(abilities)}):",
+            tables.abilities(abilities),
+        ]
+    return sections
+
+
+def _facts(parts: dict[str, list[Row]], full: Full) -> str:
+    rows = [r for part in parts.values() for r in part]
+    told = {
+        name: ", ".join(sorted({str(r.environment.get(name, "unknown")) for r in rows}))
+        for name in ("gpu", "date", "commit")
+    }
+    asked = [r for r in parts.get("full", []) if is_task(r)]
+    lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in asked}))
+    tasks = dict.fromkeys(r.task for r in asked)
+    counted = {r.task for r in asked if full.counts(r)}
+    others = [task for task in tasks if task not in counted]
+    return (
+        f"bf16, on {told['gpu']}; {told['date']}, commits {told['commit']}. {len(tasks)} tasks of "
+        f"{lengths} tokens, of which {len(counted)} count"
+        + (f" (not {', '.join(others)})." if others else ".")
+    )
+
+
+if __name__ == "__main__":
+    measured = read(Path(sys.argv[1]), Row)
+    print(section(measured, Full(measured), None))

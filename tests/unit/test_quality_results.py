@@ -1,44 +1,41 @@
 """What is told of the quality results, by hand and of the committed file."""
 
 import math
+from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
 from benchmarks.quality import evaluate, report
 from benchmarks.quality.methods import FULL, LAZYLLM
-from benchmarks.quality.results import FILE, Row
+from benchmarks.quality.results import FILE, Row, model_name
 from benchmarks.quality.schedules import SWEEP
 from benchmarks.quality.shares import Full, mean_of, same_samples
+from benchmarks.quality.worst import preset_schedule, runs
 from benchmarks.results import read
-from lazyllm_vllm.plan.presets import PRESETS, preset_cuts
+from lazyllm_vllm.plan.presets import PRESETS
+
+HALVES = ("choosing", "reporting")
+
+
+def row(part, values, task="easy", tokens=10, half="choosing", **fields):
+    method = FULL.name if part == "full" else LAZYLLM.name
+    mean, error = evaluate.mean_and_error(values)
+    return Row(part, method, "", task, tokens, half, mean, error, len(values), values, **fields)
 
 
 def test_shares_of_the_full_model_by_hand():
     """The error is that of the differences: samples that both get wrong make none."""
-
-    def row(part, values, task="easy", tokens=10):
-        return Row(
-            part,
-            FULL.name if part == "full" else "LazyLLM",
-            "",
-            task,
-            tokens,
-            "choosing",
-            sum(values) / len(values),
-            0.0,
-            len(values),
-            values,
-        )
-
     rows = [
         row("full", [1, 1, 1, 0]),
-        row("full", [0, 0, 0, 0], "hard"),
+        row("full", [1, 0, 0, 0], "hard"),
         row("sweep", [1, 1, 1, 0]),
         row("sweep", [1, 1, 1, 1], "hard"),
     ]
     full = Full(rows)
     assert full.share(rows[2:], "choosing") == (1, 0), "what the full model cannot do is left out"
     assert all(math.isnan(x) for x in full.share(rows[2:], "choosing", "hard"))
+    assert Full(rows, least=0.2).share(rows[2:], "choosing", "hard")[0] == 4
     worse, error = full.share([row("sweep", [1, 0, 1, 0])], "choosing")
     assert worse == pytest.approx(2 / 3)
     differences = [1 / 3, -2 / 3, 1 / 3, 0]
@@ -46,43 +43,83 @@ def test_shares_of_the_full_model_by_hand():
     assert error == pytest.approx(math.sqrt(variance / 4) / 0.75)
 
 
-def test_rows_are_compared_over_the_same_samples():
-    def row(values):
-        mean, error = evaluate.mean_and_error(values)
-        return Row("sweep", "x", "", "easy", 10, "choosing", mean, error, len(values), values)
+def test_a_cell_counts_by_both_halves_of_its_own_model():
+    """Half of it right in one half and a quarter in the other: under a half together."""
+    rows = [
+        row("full", [1, 1, 0, 0], half="choosing"),
+        row("full", [1, 0, 0, 0], half="reporting"),
+        row("full", [1, 1, 0, 0], half="choosing", tokens=20),
+        row("full", [1, 1, 1, 0], half="reporting", tokens=20),
+    ]
+    full = Full(rows)
+    assert [full.counts(r) for r in rows] == [False, False, True, True]
+    assert not full.counts(replace(rows[2], model="another"))
+    assert not full.counts(row("sweep", [1], tokens=20)), "one sample has no standard error"
 
-    few, many = same_samples([row([1, 0]), row([1, 1, 0, 0])])
+
+def test_shares_are_over_the_samples_that_both_have():
+    """Whichever of them has more."""
+    full = Full([row("full", [1, 0, 1, 1])])
+    assert full.share([row("sweep", [1, 0])], "choosing") == (1, 0)
+    assert full.share([row("sweep", [1, 0, 1, 1, 0, 0])], "choosing") == (1, 0)
+
+
+def test_a_task_is_not_another_whose_name_contains_its_own():
+    rows = [row("full", [1, 1], "needle"), row("full", [1, 1], "one needle")]
+    mine = [row("sweep", [1, 1], "needle"), row("sweep", [0, 0], "one needle")]
+    assert Full(rows).share(mine, "choosing", "needle") == (1, 0)
+
+
+def test_rows_are_compared_over_the_same_samples():
+    few, many, other = same_samples(
+        [row("sweep", [1, 0]), row("sweep", [1, 1, 0, 0]), row("sweep", [1, 1, 1], tokens=20)]
+    )
     assert (few.mean, few.samples) == (0.5, 2)
     assert (many.mean, many.error, many.samples, many.values) == (1, 0, 2, [1, 1])
-    mean, error = mean_of([row([1, 0]), row([1, 1, 0, 0])], "choosing", "easy")
+    assert other.samples == 3, "each cell by itself"
+    mean, error = mean_of([row("x", [1, 0]), row("x", [1, 1, 0, 0])], "choosing", "easy")
     assert mean == 0.5 and error == pytest.approx(math.sqrt(0.5**2 + (1 / 3) / 4) / 2)
 
 
-def test_presets_are_the_fastest_that_keep_what_they_promise():
-    """By the committed results, on the samples for choosing and on those for reporting."""
+def test_rows_of_two_models_are_kept_apart(smollm2, gemma3, tmp_path):
+    assert model_name(smollm2) == row("full", [1]).model == "SmolLM2-135M-Instruct"
+    assert model_name(gemma3) == "Gemma 3 270M"
+    (tmp_path / "Qwen3-8B").mkdir()
+    assert model_name(tmp_path / "Qwen3-8B") == "Qwen3-8B"
+    assert row("full", [1]).key != row("full", [1], model="Gemma 3 270M").key
+
+
+def test_presets_are_the_fastest_that_keep_what_they_promised():
+    """By the committed results, by which they were chosen: the mean over tasks, on the samples for
+    choosing and on those for reporting."""
     rows = read(FILE, Row)
-    full, by_schedule = Full(rows), report.groups([row for row in rows if row.part == "sweep"])
-    speeds, kept = {}, {}
-    for schedule in SWEEP:
-        mine = by_schedule[LAZYLLM.name, schedule.name]
-        cuts = tuple((cut["layer"], cut["keep"]) for cut in schedule.prune(30))
-        speeds[cuts] = sum(row.flop_bound for row in mine) / len(mine)
-        kept[cuts] = min(full.share(mine, half)[0] for half in ("choosing", "reporting"))
+    full = Full(rows)
+    swept = [r for r in rows if r.part == "sweep" and r.method == LAZYLLM.name]
+    found = {run.schedule: run for run in runs(swept)}
+    assert found.keys() == {schedule.name for schedule in SWEEP}
+    kept = {
+        name: min(full.share(run.rows, half)[0] for half in HALVES) for name, run in found.items()
+    }
+    speeds = {name: fmean(r.flop_bound for r in run.rows) for name, run in found.items()}
     for preset, bar in (("conservative", 0.99), ("balanced", 0.97), ("aggressive", 0.9)):
-        cuts = preset_cuts(preset, 30)
-        assert kept[cuts] >= bar
-        faster = [other for other, speed in speeds.items() if speed > speeds[cuts]]
+        mine = preset_schedule(preset)
+        assert kept[mine] >= bar
+        faster = [other for other, speed in speeds.items() if speed > speeds[mine]]
         assert all(kept[other] < bar for other in faster)
 
 
-def test_the_report_is_made_from_the_committed_results(tmp_path):
+def test_the_report_is_made_from_the_committed_results(tmp_path, capsys):
     """All parts that docs/quality.md shows are in the results file, with a row for each preset."""
     file = tmp_path / "quality.jsonl"
     file.write_text(FILE.read_text())
     page = tmp_path / "quality.md"
-    page.write_text("before\n<!-- quality: begin -->\nold\n<!-- quality: end -->\nafter\n")
+    page.write_text("before\n<!-- quality: begin -->\nstale text\n<!-- quality: end -->\nafter\n")
     report.main(page, file)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
     assert all(f"| `{preset}` |" in text for preset in PRESETS) and "nan" not in text
-    assert "<svg" in (tmp_path / "sweep.svg").read_text()
+    plots = list(tmp_path.glob("*.svg"))
+    assert len(plots) == 2 * len({r.model for r in read(FILE, Row)})
+    assert all("<svg" in plot.read_text() and plot.name in text for plot in plots)
+    printed = capsys.readouterr().out
+    assert all(f", {preset}: worst task, " in printed for preset in PRESETS)
