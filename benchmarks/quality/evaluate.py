@@ -46,14 +46,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's folder, its tokenizer and depth, how its engine is started.
+    """A checkpoint's folder, its tokenizer, how its engine is started.
 
     What it is asked is made once, however many engines of it are asked.
     """
 
     path: Path
     tokenizer: object
-    num_layers: int
     options: dict
     _made: dict = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)

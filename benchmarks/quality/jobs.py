@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import AGREEMENT, Cell, Evaluation, Expected, Model
 from benchmarks.quality.methods import FULL, Method
-from benchmarks.quality.results import Row
+from benchmarks.quality.results import Row, model_name
 from benchmarks.quality.schedules import Schedule
 
 COMPUTED = "share of the prompts computed"
@@ -94,7 +94,7 @@ class Jobs:
 
     def _run(self, index: int) -> None:
         job, model = self.jobs[index], self.setting.model
-        prune = job.schedule.prune(model.num_layers) if job.schedule else None
+        prune = job.schedule.prune_in(model.path) if job.schedule else None
         try:
             evaluation = self.open_evaluation(model, job.method, prune)
             try:
@@ -152,6 +152,7 @@ class Jobs:
         if schedule and not is_count:
             bound = schedule.flop_bound(setting.model.path, tokens)
         row = Row(
+            model=model_name(setting.model.path),
             part=job.part,
             method=job.method.name,
             schedule=schedule.name if schedule else "",

@@ -7,13 +7,22 @@ from benchmarks.cpu import use_cpu_settings
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
 from benchmarks.quality.jobs import Job, Jobs, Setting
-from benchmarks.quality.methods import FULL, LAZYLLM, METHODS, OPTIONS, REVIVAL, SCORES
+from benchmarks.quality.methods import (
+    FULL,
+    LAZYLLM,
+    METHODS,
+    OPTIONS,
+    REVIVAL,
+    SCORES,
+    Method,
+)
 from benchmarks.quality.results import FILE
 from benchmarks.quality.rivals import LIKE, rivals
 from benchmarks.quality.sample import Task
 from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import Published, longbench, ruler
+from lazyllm_vllm.plan.presets import PRESETS
 
 HALVES = {"choosing": evaluate.choosing, "reporting": evaluate.reporting}
 
@@ -58,8 +67,14 @@ def _rivals(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def _presets(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """As a user gets them, their cuts where they suit the model."""
+    return [Job("presets", Method(name, {"preset": name})) for name in PRESETS]
+
+
 PARTS = {
     "abilities": _abilities,
+    "presets": _presets,
     "sweep": _sweep,
     "options": _options,
     "revival": _revival,
@@ -172,4 +187,4 @@ def _model(args: argparse.Namespace) -> Model:
             "gpu_memory_utilization": 0.1,
             "max_num_seqs": 256,
         }
-    return Model(path, AutoTokenizer.from_pretrained(path), config.num_hidden_layers, options)
+    return Model(path, AutoTokenizer.from_pretrained(path), options)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.speed.shapes import flops
+from benchmarks.speed.shapes import flops, full_layers
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,30 @@ class Schedule:
     def name(self) -> str:
         return ", ".join(f"{keep:g} after {depth:.2f}" for depth, keep in self.cuts)
 
-    def prune(self, num_layers: int) -> list[dict]:
-        """As in LazyLLM's configuration."""
-        return [{"layer": round(d * num_layers), "keep": keep} for d, keep in self.cuts]
+    def prune(self, num_layers: int, places: tuple[int, ...] | None = None) -> list[dict]:
+        """As in LazyLLM's configuration.
+
+        Args:
+            places: layers after which a cut may be, of which each takes the nearest; of two on one
+                the later one counts. None: any.
+        """
+        cuts = {}
+        for depth, keep in self.cuts:
+            layer = round(depth * num_layers)
+            if places is not None:
+                layer = min(places, key=lambda place: abs(place - depth * num_layers))
+            cuts[layer] = keep
+        return [{"layer": layer, "keep": keep} for layer, keep in cuts.items()]
+
+    def prune_in(self, model: Path) -> list[dict]:
+        """The same for the model in a folder, whose layers with a sliding window end no stage."""
+        shape = _shape(model)
+        layers, full = shape["num_hidden_layers"], full_layers(shape)
+        return self.prune(layers, full and tuple(n for n in full if n < layers))
 
     def operations(self, model: Path, num_tokens: int) -> float:
         """Floating-point operations of a prefill."""
-        shape = _shape(model)
-        cuts = self.prune(shape["num_hidden_layers"])
+        shape, cuts = _shape(model), self.prune_in(model)
         return flops(shape, tuple((c["layer"], c["keep"]) for c in cuts), num_tokens)
 
     def flop_bound(self, model: Path, num_tokens: int) -> float | None:
@@ -58,7 +74,7 @@ class Anew(Schedule):
         ((depth, keep),) = self.cuts
         return f"{keep:g} anew after {depth:.2f}"
 
-    def prune(self, num_layers: int) -> list[dict]:
+    def prune(self, num_layers: int, places: tuple[int, ...] | None = None) -> list[dict]:
         """The engine drops nothing."""
         return []
 

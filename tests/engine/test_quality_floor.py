@@ -6,7 +6,7 @@ The worst task decides, not the mean.
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.quality import evaluate
 from benchmarks.quality.evaluate import Cell, Model
@@ -28,8 +28,7 @@ FLOOR = 0.9  # of the full model's score
 @pytest.fixture(scope="module")
 def model(smollm2):
     options = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True}
-    layers = AutoConfig.from_pretrained(smollm2).num_hidden_layers
-    return Model(smollm2, AutoTokenizer.from_pretrained(smollm2), layers, options)
+    return Model(smollm2, AutoTokenizer.from_pretrained(smollm2), options)
 
 
 @pytest.fixture(scope="module")

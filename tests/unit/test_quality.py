@@ -16,7 +16,7 @@ from benchmarks.quality.jobs import COMPUTED, Job, Jobs, Setting
 from benchmarks.quality.methods import FULL, LAZYLLM, UNLIMITED, Method
 from benchmarks.quality.results import Row
 from benchmarks.quality.sample import Sample, Task, Writer
-from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP
+from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import longbench, ruler
 from benchmarks.results import read
@@ -163,7 +163,7 @@ def setting(smollm2, tmp_path):
 
     seeds = evaluate.choosing(3)
     cells = [Cell(Task("counted", make, "f1", 1), tokens, seeds) for tokens in (10, 20)]
-    model = Model(smollm2, None, 30, {})
+    model = Model(smollm2, None, {})
     halves = {"choosing": seeds}
     return Setting(model, cells, [10, 20], halves, tmp_path / "rows", "abc"), lengths
 
@@ -270,3 +270,11 @@ def test_tasks_are_chosen_and_read_from_folders(tmp_path):
     (tmp_path / "lcc.jsonl").write_text(json.dumps(line) + "\n")
     assert names("--longbench", str(tmp_path)) == [*TASKS, "LongBench lcc"]
     assert names("--longbench", str(tmp_path), "--tasks", "LongBench lcc") == ["LongBench lcc"]
+
+
+def test_cuts_move_to_layers_that_see_all_tokens():
+    """By hand, for a model of 18 layers of which 6, 12 and 18 do."""
+    schedule = Schedule(((1 / 6, 0.7), (1 / 3, 0.2), (2 / 3, 0.1)))
+    assert [tuple(c.values()) for c in schedule.prune(18)] == [(3, 0.7), (6, 0.2), (12, 0.1)]
+    moved = [tuple(c.values()) for c in schedule.prune(18, (6, 12))]
+    assert moved == [(6, 0.2), (12, 0.1)], "of two on one layer the later counts"
