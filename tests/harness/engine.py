@@ -3,10 +3,12 @@
 ``start`` and the functions after it run in that process, ``EngineUnderTest`` in the test's.
 """
 
+import multiprocessing
 import os
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from benchmarks.engine import Engine
@@ -26,7 +28,9 @@ class EngineUnderTest:
     ) -> None:
         self.log_file = Path(tempfile.mkstemp(suffix=".log")[1])
         given = {"model": str(model), "lazyllm": lazyllm, "options": options}
-        self.engine = Engine(start, given | (arguments or {}), __name__, self.log_file)
+        has_workers = options.get("tensor_parallel_size", 1) > 1
+        given |= arguments or {}
+        self.engine = Engine(start, given, __name__, self.log_file, has_workers)
         self._is_up = False
 
     def run(self, function: str, **arguments):
@@ -56,6 +60,7 @@ def start(
     random_weights: bool = False,
     compiled_ops: bool = True,
     only_greedy: bool = True,
+    forks_workers: bool = False,
 ):
     """A ``vllm.LLM``.
 
@@ -64,6 +69,8 @@ def start(
         random_weights: fill the model with ``benchmarks.weights``.
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
         only_greedy: on a CPU, sample greedily alone; see ``_sample_greedily``.
+        forks_workers: on a CPU, fork the processes of tensor parallelism, which spares them vLLM's
+            import.
     """
     os.environ["LAZYLLM_TRACE"] = str(int(trace))
     import torch
@@ -72,6 +79,11 @@ def start(
 
     if torch.version.cuda is None and only_greedy:
         _sample_greedily()
+
+    if forks_workers:
+        from vllm.v1.executor import multiproc_executor
+
+        multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
 
     if not compiled_ops:
         from lazyllm_vllm.models import staged
@@ -108,7 +120,9 @@ def _runner(llm):
 
 
 def _state(llm):
-    return _runner(llm).model_state
+    """The model's state; None: it is in other processes, one a rank."""
+    has_ranks = _core(llm).vllm_config.parallel_config.world_size > 1
+    return None if has_ranks else _runner(llm).model_state
 
 
 def _free_blocks(llm) -> int:
@@ -184,7 +198,8 @@ def _by_prompt(llm, names: list[str]) -> dict:
 
     requests = request_stats(llm)["requests"]
     result = {"stats": in_order({entry["request_id"]: entry for entry in requests})}
-    if _state(llm).trace is not None:
+    state = _state(llm)
+    if os.environ["LAZYLLM_TRACE"] == "1" if state is None else state.trace is not None:
         trace = llm.collective_rpc("lazyllm_trace")[0]
         result |= {what: in_order(trace[what]) for what in ("prefills", "decodes")}
     return result
@@ -341,7 +356,7 @@ def trace(llm, on: bool) -> None:
     from lazyllm_vllm.observe.trace import Trace
 
     state = _state(llm)
-    state.trace = state.boundary.trace = Trace() if on else None
+    state.trace = state.boundary.trace = Trace(state.group) if on else None
 
 
 def set_budget(llm, tokens: int) -> None:
@@ -451,3 +466,12 @@ def facts(llm) -> dict:
 def call_worker(llm, method: str) -> list:
     """``collective_rpc``."""
     return llm.collective_rpc(method)
+
+
+def forget_reduction(llm) -> None:
+    """From now on each rank goes by the scores of its own heads."""
+    llm.collective_rpc(_forget_reduction)
+
+
+def _forget_reduction(worker) -> None:
+    worker.model_runner.model_state.boundary.reduction = None
