@@ -29,7 +29,7 @@ def _dense_scores_kernel(
     active_ptr,
     first_request,
     splits,
-    factor,
+    scale,
     BACK: tl.constexpr,  # into the prompt state; else out of it
     MAX_BATCH: tl.constexpr,
     PAGES: tl.constexpr,
@@ -55,7 +55,7 @@ def _dense_scores_kernel(
         )
         dense = dense_ptr + first.to(tl.int64) + p
         if BACK:
-            tl.store(at, tl.load(dense, mask=valid) * factor, mask=valid)
+            tl.store(at, tl.load(dense, mask=valid) * scale, mask=valid)
         else:
             tl.store(dense, tl.load(at, mask=valid), mask=valid)
 

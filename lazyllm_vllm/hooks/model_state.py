@@ -101,7 +101,8 @@ class LazyModelState(DefaultModelState):
 
     def report_stats(self) -> dict:
         """See ``stats.request_stats``. The first rank counts for all, which do the same."""
-        live = {req_id: self.table.row(index) for req_id, index in self.index_of.items()}
+        live = self.index_of.items() if self.group.is_first_rank else ()
+        live = {req_id: self.table.row(index) for req_id, index in live}
         return self.stats.report(live)
 
     def report_trace(self) -> dict:

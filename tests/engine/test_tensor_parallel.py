@@ -6,8 +6,10 @@ import random
 
 import pytest
 import torch
-from harness import agreement, families
+from harness import agreement, families, reference
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lazyllm_vllm.plan.config import parse_config
 
 LENGTHS = (40, 300, 700, 1100)
 NEW_TOKENS = 6
@@ -33,7 +35,7 @@ MODES = {
 KV_HEADS = {"resident": 2, "strict": 1}
 OPTIONS = {
     "skip_tokenizer_init": True,
-    "block_size": 32,
+    "block_size": 16,
     "max_num_batched_tokens": 512,
     "max_num_seqs": 8,
 }
@@ -125,19 +127,23 @@ def test_aborted_requests_leave_nothing_behind(ranks):
     assert two["free_blocks"][0] == two["free_blocks"][1]
 
 
-def test_little_room(ranks):
-    """Requests are preempted, and those that are not say what they do with room for all."""
-    prompts = [PROMPTS[3][i : 300 + i] for i in range(4)]
-    roomy = ranks.two.generate(prompts, 30)
-    ranks.two.run("set_room", blocks=90)
-    tight = ranks.two.generate(prompts, 30)
+def test_preempted_requests_finish_right(ranks):
+    """Each prefill's tokens are the reference's for the prompt and what had been generated."""
+    prompts = [PROMPTS[3][i : 300 + i] for i in range(3)]
+    need = ranks.two.run("blocks_needed", num_tokens=300)
+    ranks.two.run("set_room", blocks=3 * need + 2)
+    result = ranks.two.generate(prompts, 20)
     ranks.two.run("set_room", blocks=None)
-    assert tight["preemptions"] > 0, "nothing was preempted: the test shows nothing"
-    assert tight["free_blocks"][0] == tight["free_blocks"][1]
-    assert [len(tokens) for tokens in tight["tokens"]] == [30] * 4
-    # What one may revive depends on how many decode.
-    alone = [tokens[:1] for tokens in roomy["tokens"]]
-    assert [tokens[:1] for tokens in tight["tokens"]] == alone
+    assert result["preemptions"] > 0, "nothing was preempted: the test shows nothing"
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
+    config = parse_config(ranks.config | {"revive_budget": QUOTA})
+    for prompt, tokens, prefills in zip(prompts, result["tokens"], result["prefills"], strict=True):
+        starts = [prefill["num_prompt"] - len(prompt) for prefill in prefills]
+        assert starts[0] == 0 and len(tokens) == 20
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            ref = reference.generate(model, prompt + tokens[:start], config, end - start)
+            assert tokens[start:end] == ref.tokens
 
 
 def test_requests_are_counted_once(ranks):

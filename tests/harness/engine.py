@@ -311,6 +311,12 @@ def _watch_scheduler(llm):
         del manager.record_prefix_cache_stats, scheduler._preempt_request
 
 
+def blocks_needed(llm, num_tokens: int) -> int:
+    """For a prompt of so many tokens, over all groups, as the scheduler sees it."""
+    groups = _core(llm).scheduler.kv_cache_config.kv_cache_groups
+    return groups[0].kv_cache_spec.needs.total(num_tokens, num_tokens)
+
+
 def set_room(llm, blocks: int | None) -> None:
     """Empty the prefix cache, and from now on leave so many blocks of the KV cache free; None:
     all."""
