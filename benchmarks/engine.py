@@ -35,13 +35,24 @@ class Engine:
         arguments: for ``start``.
         functions: name of the module whose functions ``run`` calls with the engine.
         log: file for what the engine prints.
+        has_workers: whether it starts processes of its own, as for tensor parallelism. It must be
+            closed, or this process does not end.
     """
 
-    def __init__(self, start: Callable, arguments: dict, functions: str, log: Path) -> None:
+    def __init__(
+        self,
+        start: Callable,
+        arguments: dict,
+        functions: str,
+        log: Path,
+        has_workers: bool = False,
+    ) -> None:
         self.log = log
         self._pipe, theirs = _context().Pipe()
         self._process = _context().Process(
-            target=_serve, args=(theirs, start, arguments, functions, log), daemon=True
+            target=_serve,
+            args=(theirs, start, arguments, functions, log),
+            daemon=not has_workers,  # such a process may have no children
         )
         self._process.start()
         theirs.close()

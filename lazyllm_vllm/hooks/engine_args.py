@@ -11,7 +11,7 @@ WITHOUT_EFFECT = frozenset(
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
     default_mm_loras disable_cascade_attn disable_chunked_mm_input
     disable_nccl_for_dp_synchronization dp_sync_interval ec_manager_config elastic_ep_max_dp_size
-    enable_elastic_ep enable_ep_weight_filter enable_eplb enable_expert_parallel
+    enable_elastic_ep enable_ep_weight_filter enable_eplb
     enable_fault_tolerance enable_hc_sp enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mixed_moe_lora_format enable_mm_embeds
     enable_mm_processor_stats enable_moe_shared_loras enable_tower_connector_lora engram_config

@@ -8,6 +8,7 @@ import torch
 
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -20,12 +21,14 @@ from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
+from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
+from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -51,7 +54,8 @@ class LazyModelState(DefaultModelState):
             self.schedule, self.table.counts, self.max_num_tokens, num_heads, device
         )
         self.stats = RequestStats(self.schedule)
-        self.trace = Trace() if Trace.enabled() else None
+        self.group = get_tp_group()
+        self.trace = Trace(self.group) if Trace.enabled() else None
         self.index_of: dict[str, int] = {}
         self.plans: dict[str, RequestPlan] = {}
         self.selecting: dict[str, int] = {}
@@ -94,12 +98,13 @@ class LazyModelState(DefaultModelState):
         self.selecting.pop(req_id, None)
         self.caught_up.pop(req_id, None)
         self.wants_prompt.discard(req_id)
-        if not req_id.startswith(VLLM_WARMUP):
+        if self.group.is_first_rank and not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, self.table.row(index))
 
     def report_stats(self) -> dict:
-        """See ``stats.request_stats``."""
-        live = {req_id: self.table.row(index) for req_id, index in self.index_of.items()}
+        """See ``stats.request_stats``. The first rank counts for all, which do the same."""
+        live = self.index_of.items() if self.group.is_first_rank else ()
+        live = {req_id: self.table.row(index) for req_id, index in live}
         return self.stats.report(live)
 
     def report_trace(self) -> dict:
@@ -138,7 +143,17 @@ class LazyModelState(DefaultModelState):
         self.boundary = Boundary(
             self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
         )
-        log_start(self.vllm_config, self.schedule, kv_cache_config)
+        if self.group.world_size > 1 and self.schedule.prunes:
+            needs = specs[stage_tables[0][0][0]].needs
+            self.boundary.reduction = self._reduction(needs, kv_cache_config.num_blocks)
+        if self.group.is_first_rank:
+            log_start(self.vllm_config, self.schedule, kv_cache_config)
+
+    def _reduction(self, needs: BlockNeeds, num_blocks: int) -> ScoreReduction:
+        longest = self.max_model_len
+        most = min(self.max_num_reqs * longest, needs.most_pruned_tokens(num_blocks))
+        is_peak = self.boundary.scorer.peak
+        return ScoreReduction(self.group, is_peak, longest, most, self.device)
 
     # A step.
 
@@ -212,10 +227,13 @@ class LazyModelState(DefaultModelState):
             prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
             self.caught_up.update(zip(prefilled, prefills.end.tolist()))
+            plans = (self.plans[req_id] for req_id in req_ids)
+            pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
         else:
             lengths = input_batch.num_scheduled_tokens[num_decodes:]
             prefills = Prefills.whole([int(n) for n in lengths], self.schedule.num_stages)
             selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
+            pruned_tokens = None
         if kind.is_in_full_graph:
             num_decodes = input_batch.num_reqs_after_padding
         batch = Batch(
@@ -226,6 +244,7 @@ class LazyModelState(DefaultModelState):
             sampled_tokens=input_batch.logits_indices,
             slot_mappings=slot_mappings,
             wants_all_rows=not self.wants_prompt.isdisjoint(req_ids),
+            pruned_tokens=pruned_tokens,
         )
         return Step(kind, batch, self.schedule, self.buffers, selects)
 

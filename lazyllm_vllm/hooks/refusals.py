@@ -46,6 +46,12 @@ def _kv_cache_dtype_is_other(config: VllmConfig) -> bool:
     return config.cache_config.cache_dtype not in ("auto", dtype, *FP8)
 
 
+def _kv_heads_do_not_divide(config: VllmConfig) -> bool:
+    heads = config.model_config.get_total_num_kv_heads()
+    ranks = config.parallel_config.tensor_parallel_size
+    return bool(heads % ranks and ranks % heads)
+
+
 REFUSALS = (
     Refusal(
         "pipeline parallelism",
@@ -54,10 +60,24 @@ REFUSALS = (
         in_args=lambda args: args.pipeline_parallel_size > 1,
     ),
     Refusal(
-        "tensor parallelism",
+        "a number of ranks that neither divides nor is a multiple of the model's KV heads",
+        ("tensor_parallel_size",),
+        "choose another",
+        in_config=_kv_heads_do_not_divide,
+    ),
+    Refusal(
+        "tensor parallelism on GPUs, where it was not run yet,",
         ("tensor_parallel_size",),
         "set it to 1",
-        in_args=lambda args: args.tensor_parallel_size > 1,
+        in_config=lambda config: (
+            config.device_config.device_type == "cuda"
+            and config.parallel_config.tensor_parallel_size > 1
+        ),
+    ),
+    Refusal(
+        "sharing a mixture's experts among the ranks of tensor parallelism",
+        ("enable_expert_parallel",),
+        in_args=lambda args: args.enable_expert_parallel and args.tensor_parallel_size > 1,
     ),
     Refusal(
         "context parallelism",

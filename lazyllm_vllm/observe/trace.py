@@ -3,12 +3,17 @@
 Needs ``enforce_eager``, and slows every step down: it waits for the device.
 """
 
+import hashlib
 import os
 from collections import defaultdict
 
+import torch
+import torch.distributed as dist
+
 
 class Trace:
-    """Records by request id, and checks that no token is computed twice.
+    """Records by request id, and checks that no token is computed twice, and that all ranks of
+    tensor parallelism choose the same.
 
     Attributes:
         prefills: for each prefill (several after preemption) ``num_prompt``, the ``chunks`` that it
@@ -16,7 +21,9 @@ class Trace:
         decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group) -> None:
+        """``group``: vLLM's ``GroupCoordinator`` of the ranks."""
+        self.group = group
         self.prefills: dict[str, list[dict]] = defaultdict(list)
         self.decodes: dict[str, list[dict[int, dict[str, list[int]]]]] = defaultdict(list)
         self.keys: dict[str, dict[int, list[int]]] = {}
@@ -45,7 +52,12 @@ class Trace:
         seen[-1]["chunks"].append((first, end))
 
     def boundary(self, step, stage: int, buffers) -> None:
-        """Called when the rows of a stage are known (``runtime.buffers.StepBuffers``)."""
+        """Called when the rows of a stage are known (``runtime.buffers.StepBuffers``).
+
+        Raises:
+            RuntimeError: not all ranks chose the same.
+        """
+        self._check_ranks(step, stage, buffers)
         rows = step.rows[stage]
         request = rows.request[: step.num_rows(stage)].cpu()
         position = rows.position[: step.num_rows(stage)].cpu()
@@ -73,6 +85,25 @@ class Trace:
                 if step.decodes_select:
                     selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
             self.decodes[req_id][-1][stage] = {"selected": selected, "revived": sorted(revived)}
+
+    def _check_ranks(self, step, stage: int, buffers) -> None:
+        if self.group.world_size == 1:
+            return
+        rows, s = step.rows[stage], buffers.selection
+        chosen = [rows.request[: step.num_rows(stage)], rows.position[: step.num_rows(stage)]]
+        if step.decodes_select:
+            of_pruned = (i for i in step.decodes if int(s.is_pruned[i]))
+            chosen += [s.state.selected[s.state.prompt_at(i, s.num_prompt)] for i in of_pruned]
+        digest = hashlib.sha256(b"".join(each.cpu().numpy().tobytes() for each in chosen))
+        mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        of_all = [torch.empty_like(mine) for _ in range(self.group.world_size)]
+        dist.all_gather(of_all, mine, group=self.group.cpu_group)
+        others = [rank for rank, each in enumerate(of_all) if not torch.equal(each, of_all[0])]
+        if others:
+            raise RuntimeError(
+                f"lazyllm: at the boundary before stage {stage}, ranks {others} chose other tokens "
+                f"than rank 0; requests {step.batch.req_ids}"
+            )
 
     def report(self) -> dict:
         """Everything recorded so far, plain lists and dicts."""

@@ -92,6 +92,18 @@ class BlockNeeds:
         )
         return in_stages + self.prompt_blocks(plan)
 
+    def most_pruned_tokens(self, num_blocks: int) -> int:
+        """At most so many tokens have all pruned prompts together that are in so many blocks: each
+        token takes its share of a slot in every group of the later stages, which nobody shares, by
+        whichever schedule its request chose."""
+        schedule = self.schedule
+        least = [min(keeps) for keeps in zip(schedule.keeps, *dict(schedule.others).values())]
+        slots = sum(
+            keep * math.ceil(pages / self.pages)
+            for keep, pages in zip(least[1:], self.stage_pages[1:])
+        )
+        return math.ceil(num_blocks * self.block_size / slots)
+
     def neediest_prompt(self, longest: int) -> int:
         """The prompt length of up to ``longest`` that needs the most blocks to be prefilled.
 

@@ -14,6 +14,7 @@ from lazyllm_vllm.kernels.select_decode import select_decode
 from lazyllm_vllm.kernels.select_prefill import PrefillRows, select_prefill
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
+from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.scorers import SCORERS
 from lazyllm_vllm.runtime.step import Step
 
@@ -26,6 +27,7 @@ class Boundary:
         parks_all: whether prompts to come may share this one's hidden states at the first boundary.
         stage_tables: of each stage, ``(group, block table)`` of its KV cache groups.
         trace: ``observe.trace.Trace``, called at every boundary, in debugging; else None.
+        reduction: of the ranks' scores; None: there is one rank, or nothing is pruned.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Boundary:
         self.block_size = block_size
         self.parks_all = parks_all
         self.trace = trace
+        self.reduction: ScoreReduction | None = None
         self.scorer = SCORERS[config.score]()
         self.rule = RankRule(config.score_pool, config.first_tokens, config.last_tokens)
         self.strict = schedule.is_strict and schedule.prunes
@@ -139,9 +142,15 @@ class Boundary:
             The same; in one, where rows do not all go on as they are.
         """
         s, b = self.buffers.selection, self.buffers
-        if step.num_decodes and step.decodes_select:
+        decodes_select = bool(step.num_decodes) and step.decodes_select
+        prefills_select = bool(step.num_prefills) and step.prefills_select
+        if self.reduction is not None and (decodes_select or prefills_select):
+            first = 0 if decodes_select else step.first_prefill
+            end = step.num_requests if prefills_select else step.num_decodes
+            self.reduction.run(s, stage, range(first, end), step.batch.pruned_tokens)
+        if decodes_select:
             rank_tokens(s, stage, step.decodes, step.lists, self.strict, self.rule)
-        if step.num_prefills and step.prefills_select:
+        if prefills_select:
             rank_tokens(s, stage, step.prefills, 1, False, self.rule)
         if residual is not None and not step.drops_nothing:
             hidden, residual = hidden + residual, None

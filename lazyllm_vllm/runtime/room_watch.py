@@ -1,7 +1,8 @@
-"""Which requests can revive nothing more, learnt late but without waiting for the device.
+"""Which requests can revive nothing more, learnt late so as not to wait for the device.
 
 A request's capacity in the later stages only fills up. Once it is full its steps need no selection,
-so a batch of such requests runs as fast as one that was never pruned.
+so a batch of such requests runs as fast as one that was never pruned. What is learnt in a step does
+not depend on how fast the device is: with tensor parallelism all ranks must learn the same.
 """
 
 import torch
@@ -10,6 +11,7 @@ from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable
 
 INTERVAL = 16  # steps between looks
+LATER = 4  # steps from a look to when its result is read, which is there by then
 
 
 class RoomWatch:
@@ -28,7 +30,10 @@ class RoomWatch:
             plans: of every request.
         """
         full = []
-        if self._asked and (self._event is None or self._event.query()):
+        self._steps += 1
+        if self._asked and self._steps >= LATER:
+            if self._event is not None:
+                self._event.synchronize()
             rows = {
                 name: RequestRow.of(self._copy[at].tolist()) for name, at in self._asked.items()
             }
@@ -39,7 +44,6 @@ class RoomWatch:
                 if name in index_of and plans[name].num_prompt == row.num_prompt and row.is_full
             ]
             self._asked = {}
-        self._steps += 1
         if not self._asked and index_of and self._steps >= INTERVAL:
             self._steps = 0
             self._asked = dict(index_of)

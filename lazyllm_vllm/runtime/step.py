@@ -58,6 +58,7 @@ class Batch:
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         slot_mappings: vLLM's, ``[groups, rows]`` int64, which stage 0 uses.
         wants_all_rows: whether the caller reads the hidden state of every prompt token.
+        pruned_tokens: tokens of the requests' prompts that are pruned; None: not known.
     """
 
     req_ids: list[str]
@@ -67,6 +68,7 @@ class Batch:
     sampled_tokens: torch.Tensor
     slot_mappings: torch.Tensor
     wants_all_rows: bool = False
+    pruned_tokens: int | None = None
 
 
 class Step:

@@ -4,10 +4,12 @@
 """
 
 import itertools
+import multiprocessing
 import os
 import tempfile
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from benchmarks.engine import Engine
@@ -27,7 +29,9 @@ class EngineUnderTest:
     ) -> None:
         self.log_file = Path(tempfile.mkstemp(suffix=".log")[1])
         given = {"model": str(model), "lazyllm": lazyllm, "options": options}
-        self.engine = Engine(start, given | (arguments or {}), __name__, self.log_file)
+        has_workers = options.get("tensor_parallel_size", 1) > 1
+        given |= arguments or {}
+        self.engine = Engine(start, given, __name__, self.log_file, has_workers)
         self._is_up = False
 
     def run(self, function: str, **arguments):
@@ -57,6 +61,7 @@ def start(
     random_weights: bool = False,
     compiled_ops: bool = True,
     only_greedy: bool = True,
+    forks_workers: bool = False,
 ):
     """A ``vllm.LLM``.
 
@@ -65,6 +70,8 @@ def start(
         random_weights: fill the model with ``benchmarks.weights``.
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
         only_greedy: on a CPU, sample greedily alone; see ``_sample_greedily``.
+        forks_workers: on a CPU, fork the processes of tensor parallelism, which spares them vLLM's
+            import.
     """
     os.environ["LAZYLLM_TRACE"] = str(int(trace))
     import torch
@@ -73,6 +80,11 @@ def start(
 
     if torch.version.cuda is None and only_greedy:
         _sample_greedily()
+
+    if forks_workers:
+        from vllm.v1.executor import multiproc_executor
+
+        multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
 
     if not compiled_ops:
         from lazyllm_vllm.models import staged
@@ -109,7 +121,9 @@ def _runner(llm):
 
 
 def _state(llm):
-    return _runner(llm).model_state
+    """The model's state; None: it is in other processes, one a rank."""
+    has_ranks = _core(llm).vllm_config.parallel_config.world_size > 1
+    return None if has_ranks else _runner(llm).model_state
 
 
 def _free_blocks(llm) -> int:
@@ -188,7 +202,8 @@ def _by_prompt(llm, names: list[str]) -> dict:
 
     requests = request_stats(llm)["requests"]
     result = {"stats": in_order({entry["request_id"]: entry for entry in requests})}
-    if _state(llm).trace is not None:
+    state = _state(llm)
+    if os.environ["LAZYLLM_TRACE"] == "1" if state is None else state.trace is not None:
         trace = llm.collective_rpc("lazyllm_trace")[0]
         result |= {what: in_order(trace[what]) for what in ("prefills", "decodes")}
     return result
@@ -307,6 +322,12 @@ def _watch_scheduler(llm):
         del manager.record_prefix_cache_stats, scheduler._preempt_request
 
 
+def blocks_needed(llm, num_tokens: int) -> int:
+    """For a prompt of so many tokens, over all groups, as the scheduler sees it."""
+    groups = _core(llm).scheduler.kv_cache_config.kv_cache_groups
+    return groups[0].kv_cache_spec.needs.total(num_tokens, num_tokens)
+
+
 def set_room(llm, blocks: int | None) -> None:
     """Empty the prefix cache, and from now on leave so many blocks of the KV cache free; None:
     all."""
@@ -352,7 +373,7 @@ def trace(llm, on: bool) -> None:
     from lazyllm_vllm.observe.trace import Trace
 
     state = _state(llm)
-    state.trace = state.boundary.trace = Trace() if on else None
+    state.trace = state.boundary.trace = Trace(state.group) if on else None
 
 
 def set_budget(llm, tokens: int) -> None:
@@ -468,3 +489,12 @@ def facts(llm) -> dict:
 def call_worker(llm, method: str) -> list:
     """``collective_rpc``."""
     return llm.collective_rpc(method)
+
+
+def forget_reduction(llm) -> None:
+    """From now on each rank goes by the scores of its own heads."""
+    llm.collective_rpc(_forget_reduction)
+
+
+def _forget_reduction(worker) -> None:
+    worker.model_runner.model_state.boundary.reduction = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lazyllm_vllm.kernels import rank, select_decode, select_prefill, top_k
+from lazyllm_vllm.kernels import dense_scores, rank, select_decode, select_prefill, top_k
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -22,7 +22,7 @@ def few_splits(monkeypatch):
     """Let few programs share a request, so that each has several blocks of a long prompt."""
 
     def use(splits: int) -> None:
-        for module in (rank, top_k, select_prefill, select_decode):
+        for module in (dense_scores, rank, top_k, select_prefill, select_decode):
             monkeypatch.setattr(module, "num_splits", lambda num_requests: splits)
 
     return use

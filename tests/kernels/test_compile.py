@@ -18,7 +18,7 @@ BF16 = {
     "cos_sin_ptr",
     "sinks_ptr",
 }
-FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr", "scale_ptr"}
+FP32 = {"partial_ptr", "partial_lse_ptr", "lse_ptr", "score_ptr", "scale_ptr", "dense_ptr"}
 INT64 = {
     "row_position_ptr",
     "positions_ptr",
@@ -88,6 +88,9 @@ def _variants(kernels):
                 blocks | splits | {"FIRST": first, "LISTS": lists, "MARKS": strict},
             )
         yield kernels.select_prefill._select_prefill_kernel, blocks | splits
+    for back in (False, True):
+        constants = {"BACK": back, "MAX_BATCH": 256}
+        yield kernels.dense_scores._dense_scores_kernel, blocks | constants
     yield kernels.begin_step._begin_step_kernel, {"BLOCK": 1024}
     yield kernels.place._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
     for heads, pad, kv_heads, kv_pad, head_dim, half in (

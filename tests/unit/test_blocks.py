@@ -30,6 +30,23 @@ chunks = st.sampled_from([1, 7, 16, 50, 1000])
 
 
 @settings(max_examples=150, deadline=None)
+@given(schedule=schedules(), vector=vectors, lengths=st.lists(st.integers(1, 600), max_size=8))
+def test_the_most_tokens_of_pruned_prompts(schedule, vector, lengths):
+    """In as many blocks as prompts have to themselves, there are at least as many tokens."""
+    if not schedule.prunes:
+        return
+    needs = needs_of(schedule, vector)
+    plans = [plan for plan in map(schedule.plan, lengths) if plan.is_pruned]
+    blocks = sum(
+        cdiv(needs.stage_pages[stage], needs.pages)
+        * needs.stage_blocks(plan, stage, plan.num_prompt)
+        for plan in plans
+        for stage in range(1, schedule.num_stages)
+    )
+    assert sum(plan.num_prompt for plan in plans) <= needs.most_pruned_tokens(blocks)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
     schedule=schedules(),
     vector=vectors,

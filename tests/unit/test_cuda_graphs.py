@@ -9,7 +9,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 from lazyllm_vllm.hooks.cuda_graphs import PLAIN, SELECTING, LazyCudaGraphManager
-from lazyllm_vllm.runtime.room_watch import INTERVAL, RoomWatch
+from lazyllm_vllm.runtime.room_watch import INTERVAL, LATER, RoomWatch
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_full_requests_are_found_and_no_others():
         table.gpu[at] = torch.tensor([100, 100, 68, 100, 72, 100, 72 if at != 1 else 71])
     watch = RoomWatch(table)
     full = []
-    for _ in range(INTERVAL):
+    for _ in range(INTERVAL + LATER - 1):
         full += watch.step(index_of, plans)
     del index_of["gone"]
     assert full == []

@@ -33,7 +33,7 @@ def _create(model, config=BALANCED, **flags):
     ("flags", "says"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"tensor_parallel_size": 4, "enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         (
@@ -206,6 +206,14 @@ def test_experts_in_data_parallel_replicas(tmp_path):
     model = tiny_model(tmp_path, **config, num_local_experts=4, num_experts_per_tok=2)
     with pytest.raises(ConfigError, match="--data-parallel-size: set it to 1"):
         _create(model, data_parallel_size=2)
+
+
+def test_heads_that_ranks_cannot_share(tmp_path):
+    """vLLM itself sees to query heads; of KV heads it notes nothing before its workers stumble."""
+    model = tiny_model(tmp_path, hidden_size=96, num_attention_heads=12, num_key_value_heads=4)
+    with pytest.raises(ConfigError, match="--tensor-parallel-size: choose another"):
+        _create(model, tensor_parallel_size=6)
+    _create(model, tensor_parallel_size=12)
 
 
 def _request(num_prompt, resumable=False, **params):

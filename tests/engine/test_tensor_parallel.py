@@ -1,0 +1,159 @@
+"""Two ranks, each with half of the heads, do what one process does: the same tokens are kept,
+selected and revived, and they are the reference's. With a trace the ranks compare what they choose
+at every boundary."""
+
+import random
+
+import pytest
+import torch
+from harness import agreement, families, reference
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lazyllm_vllm.plan.config import parse_config
+
+LENGTHS = (40, 300, 700, 1100)
+NEW_TOKENS = 6
+QUOTA = 8
+CONFIG = {
+    "min_prompt_tokens": 256,
+    "first_tokens": 4,
+    "last_tokens": 32,
+    "revive_per_request": QUOTA,
+}
+MODES = {
+    # The peak over heads; keys of one of two heads on each rank.
+    "resident": {"prune": [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}]},
+    # Their mean; one head of keys, which both ranks have.
+    "strict": {
+        "prune": [{"layer": 1, "keep": 0.8}, {"layer": 3, "keep": 0.5}, {"layer": 4, "keep": 0.3}],
+        "decode": "strict",
+        "score": "mean",
+        "keep_mass": 0.9,
+        "min_keep_tokens": 90,
+    },
+}
+KV_HEADS = {"resident": 2, "strict": 1}
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "block_size": 16,
+    "max_num_batched_tokens": 512,
+    "max_num_seqs": 8,
+}
+RNG = random.Random(0)
+PROMPTS = [[RNG.randrange(3, 1000) for _ in range(n)] for n in LENGTHS]
+
+
+class Ranks:
+    """The same engine on one rank and on two.
+
+    Attributes:
+        folder: of the model.
+        config: LazyLLM's, but for the budget.
+    """
+
+    def __init__(self, mode: str, folder, open_engine) -> None:
+        self.folder, self.config = folder, CONFIG | MODES[mode]
+        budget = {"revive_budget": QUOTA * len(PROMPTS)}
+        arguments = folder, self.config | budget, {"trace": True}
+        # Workers as vLLM starts them on a CPU take as long as it does to import vLLM.
+        forks = {"forks_workers": mode == "resident"}
+        self.two = open_engine(
+            *arguments[:2], arguments[2] | forks, tensor_parallel_size=2, **OPTIONS
+        )
+        self.one = open_engine(*arguments, **OPTIONS)
+
+    def run(self, function: str, **arguments) -> list:
+        return [engine.run(function, **arguments) for engine in (self.one, self.two)]
+
+    def generate(self, *args, **kwargs) -> dict:
+        """What both make of it, which is the same."""
+        one, two = (engine.generate(*args, **kwargs) for engine in (self.one, self.two))
+        for what in ("prefills", "decodes", "tokens", "stats", "cached"):
+            one_what, two_what = one[what], two[what]
+            if what == "stats":
+                one_what, two_what = (_without_names(each) for each in (one_what, two_what))
+            assert one_what == two_what, what
+        assert two["free_blocks"][0] == two["free_blocks"][1]
+        return two
+
+
+def _without_names(stats: list[dict]) -> list[dict]:
+    return [entry | {"request_id": None} for entry in stats]
+
+
+@pytest.fixture(scope="module", params=MODES)
+def ranks(request, tmp_path_factory, open_engine):
+    mode = request.param
+    # Hidden states of 128 fill a page of one rank, and two of each of two.
+    shape = families.SHAPE | {"hidden_size": 128, "num_key_value_heads": KV_HEADS[mode]}
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32)
+    families.randomize(model)
+    folder = tmp_path_factory.mktemp(mode)
+    model.save_pretrained(folder)
+    ranks = Ranks(mode, folder, open_engine)
+    yield ranks
+    ranks.one.close()
+    ranks.two.close()
+
+
+def test_two_ranks_are_the_reference(ranks):
+    result = ranks.generate(PROMPTS, NEW_TOKENS)
+    assert max(len(p[-1]["chunks"]) for p in result["prefills"]) > 1
+    model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
+    seen = agreement.compare(model, PROMPTS, ranks.config, QUOTA, result)
+    seen.check(least_compared=0.5, most_ties=2)
+
+
+def test_small_chunks_and_shared_prefixes(ranks):
+    """The window of a prompt is spread over chunks, and scores wait in the prompt state."""
+    ranks.run("reset_prefix_cache")
+    ranks.run("set_budget", tokens=147)
+    result = ranks.generate(PROMPTS, 3)
+    window_is_split = [
+        any(0 < n - end < 16 for _, end in p[-1]["chunks"])
+        for n, p in zip(LENGTHS, result["prefills"])
+    ]
+    assert any(window_is_split[1:])
+    assert any(ranks.generate([p[:-9] for p in PROMPTS], 3)["cached"])
+    ranks.run("set_budget", tokens=512)
+
+
+def test_aborted_requests_leave_nothing_behind(ranks):
+    ranks.run("reset_prefix_cache")
+    prompts = [PROMPTS[2][i : 300 + i] for i in range(5)]
+    one, two = ranks.run("abort", prompts=prompts, max_tokens=6)
+    assert two["tokens"] == one["tokens"] and len(two["tokens"]["r4"]) == 6
+    assert two["free_blocks"][0] == two["free_blocks"][1]
+
+
+def test_preempted_requests_finish_right(ranks):
+    """Each prefill's tokens are the reference's for the prompt and what had been generated."""
+    prompts = [PROMPTS[3][i : 300 + i] for i in range(3)]
+    need = ranks.two.run("blocks_needed", num_tokens=300)
+    ranks.two.run("set_room", blocks=3 * need + 2)
+    result = ranks.two.generate(prompts, 20)
+    ranks.two.run("set_room", blocks=None)
+    assert result["preemptions"] > 0, "nothing was preempted: the test shows nothing"
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
+    config = parse_config(ranks.config | {"revive_budget": QUOTA})
+    for prompt, tokens, prefills in zip(prompts, result["tokens"], result["prefills"], strict=True):
+        starts = [prefill["num_prompt"] - len(prompt) for prefill in prefills]
+        assert starts[0] == 0 and len(tokens) == 20
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            ref = reference.generate(model, prompt + tokens[:start], config, end - start)
+            assert tokens[start:end] == ref.tokens
+
+
+def test_requests_are_counted_once(ranks):
+    first, other = ranks.two.run("call_worker", method="lazyllm_stats")
+    assert first["total"]["requests"] > 0 and other["total"]["requests"] == 0
+    assert ranks.two.log.count("LazyLLM is on") == 1
+
+
+def test_ranks_that_disagree_say_so(ranks):
+    """If scores are not reduced, other tokens are chosen. The last test: the engine ends."""
+    ranks.two.run("forget_reduction")
+    with pytest.raises(RuntimeError, match="at the boundary before stage 1, ranks .1. chose other"):
+        ranks.two.generate(PROMPTS[1:2], 2)
