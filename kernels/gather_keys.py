@@ -84,9 +84,9 @@ def gather_keys_triton(keys, batch, starts, longest, heads, k, v, positions):
 
 
 def gather_keys_reference(keys, batch, starts, longest, heads, k, v, positions):
+    mine = slice(heads.start, heads.stop)
     for request, start, end in zip(batch, starts.tolist(), starts[1:].tolist()):
         own = slice(start, end)
-        mine = slice(heads.start, heads.stop)
         k[own], v[own] = (x[: end - start, mine].to(k.dtype) for x in keys.gather(request))
         positions[own] = keys.positions(request)[: end - start]
 

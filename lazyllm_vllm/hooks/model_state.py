@@ -222,18 +222,18 @@ class LazyModelState(DefaultModelState):
         self, kind: StepKind, input_batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
     ) -> Step:
         req_ids = input_batch.req_ids
-        prefilled = req_ids[num_decodes:]
+        prefilled, pruned_tokens = req_ids[num_decodes:], None
         if kind is StepKind.RUN:
             prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
             self.caught_up.update(zip(prefilled, prefills.end.tolist()))
-            plans = (self.plans[req_id] for req_id in req_ids)
-            pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
+            if self.boundary.reduction is not None:
+                plans = (self.plans[req_id] for req_id in req_ids)
+                pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
         else:
             lengths = input_batch.num_scheduled_tokens[num_decodes:]
             prefills = Prefills.whole([int(n) for n in lengths], self.schedule.num_stages)
             selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
-            pruned_tokens = None
         if kind.is_in_full_graph:
             num_decodes = input_batch.num_reqs_after_padding
         batch = Batch(

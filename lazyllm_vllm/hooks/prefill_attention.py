@@ -84,10 +84,11 @@ class PrefillAttention:
         if self.form.window is not None and stage > 0:
             self._window_on(query, output, keys, step)
             return None
-        per_head = int(span.end.sum()) * query.shape[2] * query.element_size() * 2
+        num_keys = int(span.end.sum())
+        per_head = num_keys * query.shape[2] * query.element_size() * 2
         if query.is_cuda and keys.kv_cache.dtype != FP8:
             pairs = int((span.lengths.astype(int) * span.end).sum())
-            pays = pairs >= LEAST_ROWS * int(span.end.sum()) and self.form.window is None
+            pays = pairs >= LEAST_ROWS * num_keys and self.form.window is None
             if per_head > MOST_COPIED or not (pays or step.kind is StepKind.WARM_UP):
                 return self._paged(query, output, keys, step, window_rows)
         lse, at_once = [], max(MOST_COPIED // per_head, 1)

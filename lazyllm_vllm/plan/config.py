@@ -147,7 +147,8 @@ class LazyLLMConfig(BaseModel):
 
     @property
     def own_name(self) -> str | None:
-        """What requests call the engine's own schedule."""
+        """The preset that is the engine's own schedule, and what requests call it; None: ``prune``
+        is, which has no name."""
         return None if self.prune is not None else self.preset or "balanced"
 
     def named(self, name: str) -> "LazyLLMConfig":
@@ -174,7 +175,7 @@ class LazyLLMConfig(BaseModel):
         """
         places = full_layers and tuple(n for n in full_layers if n < num_layers)
         if self.prune is None:
-            cuts = preset_cuts(self.preset or "balanced", num_layers, places, parked_pages)
+            cuts = preset_cuts(self.own_name, num_layers, places, parked_pages)
             return tuple(PruneAt(layer=layer, keep=keep) for layer, keep in cuts)
         for boundary in self.prune:
             if boundary.layer >= num_layers:

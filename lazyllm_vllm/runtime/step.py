@@ -58,7 +58,8 @@ class Batch:
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         slot_mappings: vLLM's, ``[groups, rows]`` int64, which stage 0 uses.
         wants_all_rows: whether the caller reads the hidden state of every prompt token.
-        pruned_tokens: tokens of the requests' prompts that are pruned; None: not known.
+        pruned_tokens: tokens of the requests' prompts that are pruned; None: not known, or there is
+            one rank alone, which does not ask.
     """
 
     req_ids: list[str]
