@@ -7,7 +7,7 @@ What LazyLLM does not have are scorers of their own, see ``scorers``.
 from dataclasses import dataclass
 
 from benchmarks.quality.compression import Compression
-from benchmarks.quality.rules import VARIANTS
+from benchmarks.quality.rules import REACHING, VARIANTS
 
 NO_REVIVAL = {"revive_budget": 0}
 UNLIMITED = {"revive_budget": 1 << 20, "revive_per_request": 1 << 20, "revive_reserve": 1.0}
@@ -73,14 +73,20 @@ REVIVAL = (
     ),
     Method("unlimited", UNLIMITED),
 )
-# Ways to score, all without revival: other scorers, whose chunks stand for pooling, and windows.
+# Ways to score, all without revival: other scorers, of which some do not pool, pools, windows.
 SCORES = (
     *(
-        Method(name, NO_REVIVAL | ({"score_pool": 1} if rule.block > 1 else {}), name)
-        for name, rule in VARIANTS.items()
+        Method(name, NO_REVIVAL | ({"score_pool": 1} if name in REACHING else {}), name)
+        for name in VARIANTS
     ),
+    *(Method(f"pool {n}", NO_REVIVAL | {"score_pool": n}) for n in (7, 19, 25, 37, 49)),
     *(
         Method(f"window {n}", NO_REVIVAL | {"score_window": n, "last_tokens": max(n, 16)})
         for n in (1, 4, 16, 32, 64, 128)
     ),
+)
+# By the prompt: what holds this share of its scores.
+MASS = tuple(
+    Method(f"keep_mass {mass}", {"keep_mass": mass, "min_keep_tokens": 128})
+    for mass in (0.7, 0.8, 0.9, 0.95)
 )

@@ -10,6 +10,7 @@ from benchmarks.quality.jobs import Job, Jobs, Setting
 from benchmarks.quality.methods import (
     FULL,
     LAZYLLM,
+    MASS,
     METHODS,
     OPTIONS,
     REVIVAL,
@@ -19,11 +20,12 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.results import FILE
 from benchmarks.quality.rivals import LIKE, rivals
 from benchmarks.quality.sample import Task
-from benchmarks.quality.schedules import COMPARED, CURVE, SWEEP, Schedule
+from benchmarks.quality.schedules import COMPARED, CURVE, MOST, SWEEP, Schedule
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.published import Published, longbench, ruler
 from lazyllm_vllm.plan.presets import PRESETS
 
+_MEMORY = 40  # GiB of a GPU for the KV caches of all engines
 HALVES = {"choosing": evaluate.choosing, "reporting": evaluate.reporting}
 
 
@@ -56,6 +58,11 @@ def _scores(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     return [Job("scores", method, at) for at in schedules or [COMPARED] for method in SCORES]
 
 
+def _mass(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """How much to keep by the prompt."""
+    return [Job("mass", method, at) for at in MOST for method in MASS]
+
+
 def _rivals(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """Others with cuts of their own, at as many operations as LazyLLM at these schedules."""
     jobs, like = [], schedules or LIKE
@@ -79,6 +86,7 @@ PARTS = {
     "options": _options,
     "revival": _revival,
     "scores": _scores,
+    "mass": _mass,
     "rivals": _rivals,
 }
 
@@ -183,7 +191,7 @@ def _model(args: argparse.Namespace) -> Model:
     if on_gpu:
         # Engines side by side: each takes so much, rather than a share of what is free.
         options |= {
-            "kv_cache_memory_bytes": 8 << 30,
+            "kv_cache_memory_bytes": min(8 << 30, (_MEMORY << 30) // args.jobs),
             "gpu_memory_utilization": 0.1,
             "max_num_seqs": 256,
         }

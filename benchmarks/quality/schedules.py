@@ -58,7 +58,7 @@ class ByMass(Schedule):
 
     @property
     def name(self) -> str:
-        return f"by mass after {', '.join(f'{depth:.2f}' for depth, _ in self.cuts)}"
+        return "by mass, at most " + super().name
 
     def flop_bound(self, model: Path, num_tokens: int) -> None:
         return None
@@ -129,6 +129,11 @@ CURVE = _schedules(
     ((1 / 3, 0.3),),
     ((1 / 3, 0.3), (2 / 3, 0.1)),
     ((1 / 5, 0.3), (1 / 2, 0.1)),
+)
+# What is kept at most where that follows the prompt.
+MOST = (
+    ByMass(((1 / 3, 0.7), (2 / 3, 0.5))),
+    ByMass(((1 / 6, 0.8), (1 / 3, 0.5), (2 / 3, 0.3))),
 )
 COMPARED = CURVE[4]  # where methods and options are compared
 # Those that LazyLLM is run at: one, two and three cuts.
