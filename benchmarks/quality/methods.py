@@ -88,5 +88,5 @@ SCORES = (
 # By the prompt: what holds this share of its scores.
 MASS = tuple(
     Method(f"keep_mass {mass}", {"keep_mass": mass, "min_keep_tokens": 128})
-    for mass in (0.7, 0.8, 0.9, 0.95)
+    for mass in (0.5, 0.7, 0.8, 0.9)
 )

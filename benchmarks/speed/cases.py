@@ -152,7 +152,8 @@ def run(plan: Plan, report: Callable[[Row], None], show: Callable[[str], None]) 
                 "config": pruning.config if pruning else None,
                 "options": _options(plan),
             }
-            engine = Engine(start, arguments, plan.functions, Path(folder, "log"))
+            has_workers = plan.options.get("tensor_parallel_size", 1) > 1
+            engine = Engine(start, arguments, plan.functions, Path(folder, "log"), has_workers)
             try:
                 versions = engine.ready()
                 for case in cases:

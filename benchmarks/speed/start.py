@@ -15,8 +15,6 @@ def start(shape: dict, config: dict | None, options: dict):
     """
     from vllm import LLM
 
-    from benchmarks.weights import randomize
-
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         llm = LLM(
@@ -28,6 +26,12 @@ def start(shape: dict, config: dict | None, options: dict):
             additional_config={"lazyllm": config} if config else {},
             **options,
         )
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    randomize(worker.model_runner.model_state.model)
+    llm.collective_rpc(_randomize)
     return llm
+
+
+def _randomize(worker) -> None:
+    """Every rank's part has the same numbers, which times do not depend on."""
+    from benchmarks.weights import randomize
+
+    randomize(worker.model_runner.model_state.model)
