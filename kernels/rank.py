@@ -1,6 +1,6 @@
 """Rank of each prompt token at a boundary, from its score and its neighbours'.
 
-    rank(p) = bits of the highest score of the candidates within pool // 2 positions of p
+    rank(p) = bits of the highest score of the candidates from p - before to p + after
 
 The first and last tokens of the prompt rank above every score. The ranks' first digits are counted
 on the way, for ``top_k``.
@@ -9,6 +9,7 @@ on the way, for ``top_k``.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vllm.triton_utils import tl, triton
 
@@ -29,11 +30,12 @@ from lazyllm_vllm.kernels.top_k import (
 @dataclass(frozen=True)
 class RankRule:
     """Attributes:
-    pool: odd window of positions whose highest score counts.
+    before, after: positions on either side of a token whose highest score is its own.
     first_tokens, last_tokens: always kept, at either end of the prompt.
     """
 
-    pool: int
+    before: int
+    after: int
     first_tokens: int
     last_tokens: int
 
@@ -71,7 +73,8 @@ def _rank_kernel(
     splits,
     stage,
     FIRST: tl.constexpr,  # the first boundary: all tokens are candidates
-    POOL: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
     STRICT: tl.constexpr,
     LISTS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -92,7 +95,7 @@ def _rank_kernel(
         valid = p < end
         best = tl.full([BLOCK], -1.0, tl.float32)
         own = valid
-        for shift in range(-(POOL // 2), POOL // 2 + 1):
+        for shift in range(-BEFORE, AFTER + 1):
             near = p + shift
             mask = (near >= 0) & (near < num_prompt)
             at = state_at(
@@ -134,7 +137,8 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
         splits,
         stage,
         FIRST=stage == 1,
-        POOL=rule.pool,
+        BEFORE=rule.before,
+        AFTER=rule.after,
         STRICT=strict,
         LISTS=lists,
         BLOCK=BLOCK,
@@ -159,7 +163,8 @@ def rank_tokens_reference(s, stage, batch, lists, strict, rule):
         candidate = _candidates(s.state, at, stage, strict)
         score = s.state.score[at].where(candidate, -1.0)
         score = score.where(score >= 0, -1.0)
-        score = torch.nn.functional.max_pool1d(score[None], rule.pool, 1, rule.pool // 2)[0]
+        around = F.pad(score[None], (rule.before, rule.after), value=-1.0)
+        score = F.max_pool1d(around, rule.before + 1 + rule.after, 1)[0]
         rank = score.clamp(min=0).view(torch.int32)
         rank[: rule.first_tokens] = ALWAYS_KEPT
         rank[max(len(rank) - rule.last_tokens, 0) :] = ALWAYS_KEPT

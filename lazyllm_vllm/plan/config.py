@@ -11,7 +11,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -39,6 +38,15 @@ def _pairs(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else value
 
 
+def _around(value: Any) -> Any:
+    """An odd number of tokens as those before the middle one and those after it."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"one number must be odd, so that it has a middle; got {value}")
+    return value // 2, value // 2
+
+
 class LazyLLMConfig(BaseModel):
     """What to prune, when, and how decoding treats what was pruned.
 
@@ -61,8 +69,9 @@ class LazyLLMConfig(BaseModel):
             the mean over the heads in the last layer before a boundary (the paper).
         score_window: how many tokens at the prompt's end score it in prefill, at most
             ``last_tokens``; 1 is the paper. In decoding the current token scores.
-        score_pool: odd; a token's score becomes the highest in the window around it; 1 is the
-            paper.
+        score_pool: ``(before, after)``: a token's score becomes the highest of its own, of so many
+            tokens' before it and of so many tokens' after it, so that what is looked at keeps its
+            neighbours. An odd number n stands for n tokens with it in the middle; 1 is the paper.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from
@@ -88,7 +97,9 @@ class LazyLLMConfig(BaseModel):
     keep_mass: float | None = Field(default=None, gt=0, lt=1)
     score: Literal["peak", "mean"] = "peak"
     score_window: int = Field(default=16, ge=1)
-    score_pool: int = Field(default=13, ge=1)
+    score_pool: Annotated[
+        tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], BeforeValidator(_around)
+    ] = (6, 6)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
@@ -104,13 +115,6 @@ class LazyLLMConfig(BaseModel):
             if isinstance(last, int) and 1 <= last < cls.model_fields["score_window"].default:
                 return fields | {"score_window": last}
         return fields
-
-    @field_validator("score_pool")
-    @classmethod
-    def _odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError(f"must be odd, so that the window has a middle; got {value}")
-        return value
 
     @model_validator(mode="after")
     def _check_window(self) -> "LazyLLMConfig":

@@ -48,7 +48,7 @@ class Boundary:
         self.trace = trace
         self.reduction: ScoreReduction | None = None
         self.scorer = SCORERS[config.score]()
-        self.rule = RankRule(config.score_pool, config.first_tokens, config.last_tokens)
+        self.rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
         self.strict = schedule.is_strict and schedule.prunes
         self._keys: dict[str, StageKeys] = {}
 

@@ -80,7 +80,8 @@ def test_the_engine_agrees_with_the_reference(folder, decode, ranks):
         max_num_seqs=len(prompts),
         max_num_batched_tokens=8192,
         max_model_len=2048,
-        gpu_memory_utilization=0.2,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=2 << 30,
         tensor_parallel_size=ranks,
     )
     result = engine.generate(prompts, 2)
@@ -126,7 +127,8 @@ def test_ranks_in_graphs(folder, decode, ranks):
             enforce_eager=False,
             max_num_seqs=len(prompts),
             max_model_len=2048,
-            gpu_memory_utilization=0.2,
+            gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=2 << 30,
             tensor_parallel_size=ranks,
         )
         try:

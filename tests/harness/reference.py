@@ -204,8 +204,9 @@ class ReferenceSequence:
         """
         assert candidates[self.always_kept].all()
         score = score[: self.num_prompt].masked_fill(~candidates, -torch.inf)
-        window = self.config.score_pool
-        pooled = F.max_pool1d(score[None], window, stride=1, padding=window // 2)[0]
+        before, after = self.config.score_pool
+        around = F.pad(score[None], (before, after), value=-torch.inf)
+        pooled = F.max_pool1d(around, before + 1 + after, stride=1)[0]
         pooled = pooled.masked_fill(~candidates, -torch.inf)
 
         rank_by = pooled.masked_fill(self.always_kept, torch.inf).tolist()

@@ -29,7 +29,7 @@ def test_keep_by_mass(stage, mass, least, most, device):
     s = w.selection(kept_share(w, most), 0)
     s.active[:] = w.ints([1, 1, 0, 1])
     batch = range(4)
-    rank_tokens(s, stage, batch, 1, False, RankRule(1, FIRST, LAST))
+    rank_tokens(s, stage, batch, 1, False, RankRule(0, 0, FIRST, LAST))
     kept, keys = s.counts.kept.clone(), s.counts.prompt_keys.clone()
     count = keep_by_mass(s, stage, batch, max(w.prompts), mass, least).tolist()
     for i in batch:

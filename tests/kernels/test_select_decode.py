@@ -7,7 +7,7 @@ from harness.world import LONG, kept_share, make_world, same
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens_reference, rank_tokens_triton
 from lazyllm_vllm.kernels.select_decode import select_decode_reference, select_decode_triton
 
-RULE = RankRule(3, first_tokens=1, last_tokens=2)
+RULE = RankRule(1, 1, first_tokens=1, last_tokens=2)
 
 
 @pytest.mark.parametrize("seed, splits", ((0, None), (1, None), (LONG, 2)))

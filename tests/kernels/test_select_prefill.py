@@ -14,7 +14,7 @@ from lazyllm_vllm.kernels.select_prefill import (
 )
 from lazyllm_vllm.kernels.selection import Rows, Segments, Selection
 
-RULE = RankRule(3, first_tokens=1, last_tokens=2)
+RULE = RankRule(1, 1, first_tokens=1, last_tokens=2)
 BEFORE, AFTER = 1, 7  # first prefill row of either stage
 KERNEL = (select_prefill_triton, rank_tokens_triton)
 REFERENCE = (select_prefill_reference, rank_tokens_reference)

@@ -165,12 +165,12 @@ def test_rules_keep_what_the_same_written_anew_keeps(name, stage):
     prompts = Prompts(w, window)
     s = prompts.score(SCORERS[name](), [[(0, n) for n in prompts.lengths]])
     config = LazyLLMConfig(**CONFIGS[name])
-    rule = RankRule(config.score_pool, config.first_tokens, config.last_tokens)
+    rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
     for i, (n, position) in enumerate(zip(w.prompts, prompts.position)):
         expected = EXPECTED[name](prompts.weights(i), position)
         mine = s.state.score[s.state.at(i, position)][: len(expected)]
         torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-7)
-        if rule.pool == 1 and stage == 0 and n > window:
+        if rule.before == rule.after == 0 and stage == 0 and n > window:
             count = max(n // 3, window + rule.first_tokens)
             rank_tokens_reference(s, 1, range(i, i + 1), 1, False, rule)
             kept = best_mask(s.state.rank[s.state.at(i, position)], count)

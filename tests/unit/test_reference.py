@@ -194,9 +194,12 @@ def replay(
     )
 
 
-def expected_pooled(score: list[float], candidates: set[int], window: int) -> list[float]:
+def expected_pooled(
+    score: list[float], candidates: set[int], around: tuple[int, int]
+) -> list[float]:
+    before, after = around
     return [
-        max(score[q] for q in candidates if abs(q - p) <= window // 2)
+        max(score[q] for q in candidates if p - before <= q <= p + after)
         if p in candidates
         else -math.inf
         for p in range(len(score))
@@ -340,7 +343,7 @@ def schedules(draw) -> tuple[tuple[int, float], ...]:
     budget=st.sampled_from([3, 100, 1, 0]),
     reserve=st.sampled_from([0.3, 1.0, 0.1, 0.0]),
     decode=st.sampled_from(["resident", "strict"]),
-    pool=st.sampled_from([1, 1, 3, 7]),
+    pool=st.sampled_from([1, 1, 3, (5, 1)]),
     window=st.sampled_from([1, 1, 2, 4]),
     score=st.sampled_from(["mean", "peak"]),
     first=st.integers(0, 3),
@@ -606,13 +609,13 @@ def test_equal_scores_go_to_the_lower_position():
     assert trace.kept[1] == [*range(17), 37, 38, 39]
 
 
-def test_pooling_reaches_half_a_window_and_only_from_candidates():
+def test_pooling_reaches_so_far_and_only_from_candidates():
     """Pooled scores are those of a plain loop; a window of 1 leaves them alone."""
     prompt = make_prompt(40)
     plain = generate(MODEL, prompt, make_config((2, 0.5), (4, 0.25)), 1)
-    pooled = generate(MODEL, prompt, make_config((2, 0.5), (4, 0.25), score_pool=5), 1)
+    pooled = generate(MODEL, prompt, make_config((2, 0.5), (4, 0.25), score_pool=(3, 1)), 1)
     raw = plain.prefill_scores[0].tolist()
-    want = [max(raw[max(0, p - 2) : p + 3]) for p in range(40)]
+    want = [max(raw[max(0, p - 3) : p + 2]) for p in range(40)]
     assert pooled.prefill_scores[0].tolist() == pytest.approx(want)
     candidates = set(pooled.kept[1])
     scored = {p for p in range(40) if pooled.prefill_scores[1][p] > -math.inf}
