@@ -66,6 +66,15 @@ REFUSALS = (
         in_config=_kv_heads_do_not_divide,
     ),
     Refusal(
+        "tensor parallelism on GPUs, where it has not passed its tests yet,",
+        ("tensor_parallel_size",),
+        "set it to 1",
+        in_config=lambda config: (
+            config.device_config.device_type == "cuda"
+            and config.parallel_config.tensor_parallel_size > 1
+        ),
+    ),
+    Refusal(
         "sharing a mixture's experts among the ranks of tensor parallelism",
         ("enable_expert_parallel",),
         in_args=lambda args: args.enable_expert_parallel and args.tensor_parallel_size > 1,
