@@ -134,11 +134,12 @@ def _parse_flag(text: str) -> dict[str, Any]:
 
 
 def _from_cli_args(original, cls, args):
-    engine_args = original(cls, args)
+    """With ``--api-server-count`` vLLM hands ``args`` on to front ends, which read them before they
+    load plugins. So the flag ends where they look for it too."""
     config = getattr(args, "lazyllm_config", None)
     if config is not None:
-        engine_args.additional_config = {**engine_args.additional_config, "lazyllm": config}
-    return engine_args
+        args.additional_config = {**(args.additional_config or {}), "lazyllm": config}
+    return original(cls, args)
 
 
 # The one place that every way of starting an engine passes before its configuration is fixed. Ends
