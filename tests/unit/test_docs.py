@@ -13,6 +13,7 @@ from benchmarks.speed.results import FILE as SPEED
 from lazyllm_vllm import __version__
 from lazyllm_vllm.hooks.versions import SUPPORTED
 from lazyllm_vllm.models.families import FAMILIES
+from lazyllm_vllm.observe.metrics import METRICS, PREFIX
 from lazyllm_vllm.plan.config import LazyLLMConfig, parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,17 @@ def test_every_field_of_the_configuration_is_explained():
     assert shown.keys() == fields.keys()
     for name in fields.keys() - {"prune", "preset", "schedules"}:  # whose default is told in words
         assert shown[name] == str(fields[name].default), name
+
+
+def test_every_metric_is_explained_and_shown():
+    """In words of the table in the code, and by the dashboard, which asks for no other."""
+    rows = re.findall(rf"^\| `{PREFIX}(\w+)` \| (\S*) ?\|", _read("docs/operations.md"), flags=re.M)
+    suffix = {True: "", False: "_total"}
+    expected = {m.name + suffix[m.is_gauge]: f"`{m.label}`" if m.label else "" for m in METRICS}
+    assert dict(rows) == expected
+    panels = json.loads(_read("docs/grafana.json"))["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert set(re.findall(rf"{PREFIX}(\w+)", " ".join(asked))) == expected.keys()
 
 
 def test_what_works_is_said():
