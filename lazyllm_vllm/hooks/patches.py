@@ -55,6 +55,13 @@ def install() -> None:
     _wrap(metrics.KVConnectorLogging, "observe", parameters, _log_connector)
 
 
+def is_installed() -> bool:
+    """Whether this process has the wraps."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return hasattr(EngineArgs.create_engine_config, _MARK)
+
+
 def install_in_worker() -> None:
     """The same for what only the process of the model needs."""
     from vllm.v1.worker.gpu import model_runner

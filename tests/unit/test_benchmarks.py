@@ -10,7 +10,8 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops, full_layers
+from benchmarks.speed.shapes import BALANCED, SHAPES
+from lazyllm_vllm.plan.operations import flop_bound, flops, full_layers
 from lazyllm_vllm.plan.presets import preset_cuts
 
 
