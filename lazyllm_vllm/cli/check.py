@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lazyllm_vllm import __version__
+from lazyllm_vllm.hooks.versions import check_version
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="as for vllm serve: a folder or a name; comes first")
@@ -31,15 +34,27 @@ def main(args: argparse.Namespace) -> int:
     # Standard output is the result's; vLLM reads these when it is imported.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from lazyllm_vllm.cli.diagnosis import diagnose
-
-    flags = [] if args.lazyllm_config is None else ["--lazyllm-config", args.lazyllm_config]
-    found = diagnose([args.model, *flags, *args.others], args.lengths)
+    found = _find(args)
     if args.json:
         print(json.dumps(found, indent=2))
     else:
         _show(found)
     return 0 if found["error"] is None else 1
+
+
+def _find(args: argparse.Namespace) -> dict[str, Any]:
+    """``diagnosis.diagnose``, if it can be imported."""
+    import vllm
+
+    try:
+        check_version(vllm.__version__)
+    except RuntimeError as error:
+        versions = {"vllm": vllm.__version__, "lazyllm-vllm": __version__}
+        return {"error": str(error), "versions": versions, "gpu": None}
+    from lazyllm_vllm.cli.diagnosis import diagnose
+
+    flags = [] if args.lazyllm_config is None else ["--lazyllm-config", args.lazyllm_config]
+    return diagnose([args.model, *flags, *args.others], args.lengths)
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -49,6 +49,14 @@ def test_flops_of_experts(name):
     assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
 
 
+def test_flops_of_shared_experts_behind_a_dense_layer():
+    """GLM-4-MoE: all tokens meet the shared expert too, and none in the first layer."""
+    shape = TINY_SHAPE | {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    shape |= {"moe_intermediate_size": 96, "first_k_dense_replace": 1}
+    more = 3 * 2 * 1000 * (3 * 3 * 64 * 96 + 64 * 8 - 3 * 64 * 128)
+    assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
+
+
 def test_flops_of_sliding_windows():
     """Layers 2 and 4 attend to all tokens, 1 and 3 to the last hundred; the prune follows 2."""
     kinds = ["sliding_attention", "full_attention"] * 2

@@ -150,6 +150,12 @@ def test_a_plugin_that_vllm_does_not_load(check, monkeypatch):
     assert code == 1 and "VLLM_PLUGINS" in found["error"]
 
 
+def test_another_release_of_vllm(check, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    code, found = check()
+    assert code == 1 and "works with vLLM 0.32" in found["error"]
+
+
 def test_tables(model, capsys):
     """By default for the preset balanced."""
     assert main(["check", model, *FLAGS, "--lengths", "2000"]) == 0
