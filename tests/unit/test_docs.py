@@ -11,6 +11,8 @@ from benchmarks import __main__ as benchmarks
 from benchmarks.quality.results import FILE as QUALITY
 from benchmarks.speed.results import FILE as SPEED
 from lazyllm_vllm import __version__
+from lazyllm_vllm.hooks import patches
+from lazyllm_vllm.hooks.refusals import REFUSALS
 from lazyllm_vllm.hooks.versions import SUPPORTED
 from lazyllm_vllm.models.families import FAMILIES
 from lazyllm_vllm.observe.metrics import METRICS, PREFIX
@@ -47,6 +49,30 @@ def test_every_metric_is_explained_and_shown():
     panels = json.loads(_read("docs/grafana.json"))["panels"]
     asked = [target["expr"] for panel in panels for target in panel["targets"]]
     assert set(re.findall(rf"{PREFIX}(\w+)", " ".join(asked))) == expected.keys()
+
+
+def test_every_patch_has_a_proposal(monkeypatch):
+    """``docs/upstream.md`` names what is wrapped, in a section that proposes what would end it."""
+    wrapped = [f"WorkerBase.{name}" for name in patches._WORKER_METHODS]
+
+    def note(owner, name, *args, **kwargs) -> None:
+        wrapped.append(f"{owner.__name__.split('.')[-1]}.{name}")
+
+    monkeypatch.setattr(patches, "_wrap", note)
+    patches.install()
+    patches.install_in_worker()
+    sections = _read("docs/upstream.md").split("\n## ")[1:]
+    assert all("*Proposal.*" in section for section in sections)
+    named = [line for section in sections for line in section.split("\n")[2:3]]
+    assert sorted(re.findall(r"`([\w.]+)`", " ".join(named))) == sorted(wrapped)
+
+
+def test_every_refusal_is_explained():
+    rows = re.findall(r"^\| (.+?) \| (`--.+?) \| .+ \|$", _read("docs/operations.md"), flags=re.M)
+    assert [(what, re.findall(r"`--(.+?)`", flags)) for what, flags in rows] == [
+        (refusal.what.rstrip(","), [field.replace("_", "-") for field in refusal.fields])
+        for refusal in REFUSALS
+    ]
 
 
 def test_what_works_is_said():
