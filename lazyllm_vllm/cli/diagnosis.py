@@ -141,7 +141,7 @@ def _room(config: VllmConfig, needs: BlockNeeds, gpu: dict[str, Any] | None) -> 
         ConfigError: not one of these, with which vLLM would not start.
     """
     cache, model = config.cache_config, config.model_config
-    weights = _weights(Path(model.model))
+    weights = _weights(Path(model.model)) // config.parallel_config.tensor_parallel_size
     if cache.num_gpu_blocks_override is not None:
         of, num_bytes = "--num-gpu-blocks-override", None
     elif cache.kv_cache_memory_bytes:

@@ -23,6 +23,11 @@ class StatsConnector(KVConnector):
 
     def __init__(self, stats: RequestStats) -> None:
         self.stats = stats
+        self._is_disabled = False
+
+    def set_disabled(self, disabled: bool) -> None:
+        """vLLM does while it makes steps up, whose output nobody reads."""
+        self._is_disabled = disabled
 
     def post_forward(self, *args, **kwargs) -> KVConnectorOutput | None:
         return self._output(wait=False)
@@ -33,7 +38,7 @@ class StatsConnector(KVConnector):
         return ModelRunnerOutput.with_kv_conn_output_only(self._output(wait=True))
 
     def _output(self, wait: bool) -> KVConnectorOutput | None:
-        changes = self.stats.changes(wait)
+        changes = None if self._is_disabled else self.stats.changes(wait)
         return (
             KVConnectorOutput(kv_connector_stats=TravellingStats({KEY: changes}))
             if changes

@@ -87,6 +87,11 @@ def test_counts_reach_their_engine(config, clean):
     stats = RequestStats(schedule_of(config))
     connector = StatsConnector(stats)
     assert connector.post_forward(set()) is None
+    stats.aux_blocks = 1
+    connector.set_disabled(True)  # in steps that vLLM makes up
+    assert connector.no_forward(None).kv_connector_output is None
+    connector.set_disabled(False)
+    assert connector.post_forward(set()).kv_connector_stats.data == {KEY: {"aux_cache_blocks": [1]}}
     prometheus = KVConnectorProm(config, LABELS, ENGINES)
     for tokens in (100, 200):
         stats.record("a", _row(tokens, [tokens, 50, 20], [0, 3, 4]))
