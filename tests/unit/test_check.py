@@ -34,9 +34,12 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_memory_set(monkeypatch):
-    """As on a machine that is no server: the tests' engines are told how much to take."""
+def environment(monkeypatch):
+    """As on a machine that is no server, where the tests' engines are told how much memory to take;
+    and what the command sets for its own process stays no longer than a test."""
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 @pytest.fixture
