@@ -194,12 +194,14 @@ def test_serve(server, smollm2):
         assert bad.status_code == 400 and "prompt_logprobs" in bad.text
 
     # Settings of requests: side by side, one that keeps every token and so has them after all.
-    asked = body | {"max_tokens": 1, "prompt_logprobs": 1, "vllm_xargs": {"lazyllm": "off"}}
+    # In Triton's interpreter log-probabilities take long, so of a prompt that is just long enough.
+    asked = body | {"prompt": body["prompt"][:256], "vllm_xargs": {"lazyllm": "off"}}
+    asked |= {"max_tokens": 1, "prompt_logprobs": 1}
     with ThreadPoolExecutor() as pool:
         bodies = (asked, body, body | {"vllm_xargs": {"lazyllm": "mild", "lazyllm_keep": 1.2}})
         post = partial(httpx.post, f"{address}/v1/completions", timeout=300)
         off, *pruned = pool.map(lambda each: post(json=each), bodies)
-    assert off.status_code == 200 and len(off.json()["choices"][0]["prompt_logprobs"]) > 800
+    assert off.status_code == 200 and len(off.json()["choices"][0]["prompt_logprobs"]) == 256
     assert all(r.status_code == 200 and answer in r.json()["choices"][0]["text"] for r in pruned)
     for wrong in ({"lazyllm": "fastest"}, {"lazyllm_keep": 0.5}, {"lazyllm_revive": "maybe"}):
         bad = httpx.post(f"{address}/v1/completions", json=body | {"vllm_xargs": wrong}, timeout=60)
