@@ -20,12 +20,14 @@ setup(
     # belongs to others.
     packages=find_packages(include=["lazyllm_vllm", "lazyllm_vllm.*"]),
     package_data={"lazyllm_vllm": ["py.typed"]},
-    install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml"],  # vllm brings torch and triton
+    # vllm brings torch, triton and prometheus-client.
+    install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml", "rich"],
     extras_require={
         "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai"],
-        "bench": ["accelerate", "gguf", "matplotlib", "rich"],
+        "bench": ["accelerate", "gguf", "matplotlib"],
     },
     entry_points={
+        "console_scripts": ["lazyllm = lazyllm_vllm.cli.main:main"],
         "vllm.general_plugins": ["lazyllm = lazyllm_vllm.hooks.plugin:register"],
         "vllm.platform_plugins": [
             "lazyllm_interpret = lazyllm_vllm.hooks.platform:interpret_triton_on_cpu"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.speed.shapes import flops, full_layers
+from lazyllm_vllm.plan.operations import flops, full_layers
 
 
 @dataclass(frozen=True)

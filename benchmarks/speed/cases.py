@@ -14,11 +14,10 @@ from benchmarks.speed.shapes import (
     CONSERVATIVE,
     SHAPES,
     Pruning,
-    flop_bound,
-    flops,
 )
 from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.operations import flop_bound, flops
 
 PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
 BUDGET = 8192  # tokens a step: the default of ``vllm serve``

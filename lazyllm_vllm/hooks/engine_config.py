@@ -4,7 +4,9 @@ import difflib
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
+from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
+from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, parse_config
 from lazyllm_vllm.plan.grouping import parked_pages
 from lazyllm_vllm.plan.schedule import Schedule
@@ -47,6 +49,20 @@ def schedule_of(vllm_config: VllmConfig) -> Schedule:
     num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
     pages = parked_pages(model.get_hidden_size(), num_kv_heads, model.get_head_size())
     return Schedule.build(config, num_layers, full_layers(model), pages)
+
+
+def block_needs(vllm_config: VllmConfig) -> BlockNeeds:
+    """Those of an engine with LazyLLM on. Before it is up vLLM may still change the block size."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    # Keys and hidden states are stored in one dtype.
+    size = get_dtype_size(kv_cache_dtype_str_to_dtype(cache.cache_dtype, model))
+    token = 2 * model.get_num_kv_heads(vllm_config.parallel_config) * model.get_head_size() * size
+    return BlockNeeds(
+        schedule_of(vllm_config),
+        cache.block_size,
+        cache.block_size * token,
+        model.get_hidden_size() * size,
+    )
 
 
 def full_layers(model: ModelConfig) -> tuple[int, ...] | None:

@@ -21,7 +21,6 @@ from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
-from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
@@ -39,7 +38,8 @@ class LazyModelState(DefaultModelState):
     """Attributes:
     index_of: rows in the request table of the requests there are; plans: what each may have.
     selecting: of those, the ones whose decoding chooses tokens anew.
-    caught_up: of requests that are not pruned, tokens with keys in the later stages.
+    caught_up: tokens of a prompt that have run, of one that is not pruned in the later stages too.
+    needs: blocks that a request needs, once there is a KV cache.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -76,6 +76,7 @@ class LazyModelState(DefaultModelState):
         plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
+        self.stats.aux_blocks += self.needs.prompt_blocks(plan)
         # Where no prompt is pruned, later stages' keys are shared like the first's.
         self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
         if plan.is_pruned:
@@ -94,18 +95,24 @@ class LazyModelState(DefaultModelState):
         index = self.index_of.pop(req_id, None)
         if index is None:
             return
-        del self.plans[req_id]
+        counts = self._counts(req_id) and not req_id.startswith(VLLM_WARMUP)
+        self.stats.aux_blocks -= self.needs.prompt_blocks(self.plans.pop(req_id))
         self.selecting.pop(req_id, None)
-        self.caught_up.pop(req_id, None)
+        del self.caught_up[req_id]
         self.wants_prompt.discard(req_id)
-        if self.group.is_first_rank and not req_id.startswith(VLLM_WARMUP):
+        if counts:
             self.stats.record(req_id, self.table.row(index))
 
+    def _counts(self, req_id: str) -> bool:
+        """Whether a request is counted: once it is prefilled, and by the first rank for all, which
+        do the same."""
+        is_prefilled = self.caught_up[req_id] >= self.plans[req_id].num_prompt
+        return is_prefilled and self.group.is_first_rank
+
     def report_stats(self) -> dict:
-        """See ``stats.request_stats``. The first rank counts for all, which do the same."""
-        live = self.index_of.items() if self.group.is_first_rank else ()
-        live = {req_id: self.table.row(index) for req_id, index in live}
-        return self.stats.report(live)
+        """See ``stats.request_stats``."""
+        live = filter(self._counts, self.index_of)
+        return self.stats.report({name: self.table.row(self.index_of[name]) for name in live})
 
     def report_trace(self) -> dict:
         """See ``trace.Trace.report``. Raises RuntimeError if nothing was traced."""
@@ -131,6 +138,7 @@ class LazyModelState(DefaultModelState):
             for stage in range(self.schedule.num_stages)
         ]
         block_size = specs[stage_tables[0][0][0]].block_size
+        self.needs = specs[stage_tables[0][0][0]].needs
         layers = self.vllm_config.compilation_config.static_forward_context
         state, aux = prompt_cache(
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
@@ -144,14 +152,13 @@ class LazyModelState(DefaultModelState):
             self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
         )
         if self.group.world_size > 1 and self.schedule.prunes:
-            needs = specs[stage_tables[0][0][0]].needs
-            self.boundary.reduction = self._reduction(needs, kv_cache_config.num_blocks)
+            self.boundary.reduction = self._reduction(kv_cache_config.num_blocks)
         if self.group.is_first_rank:
             log_start(self.vllm_config, self.schedule, kv_cache_config)
 
-    def _reduction(self, needs: BlockNeeds, num_blocks: int) -> ScoreReduction:
+    def _reduction(self, num_blocks: int) -> ScoreReduction:
         longest = self.max_model_len
-        most = min(self.max_num_reqs * longest, needs.most_pruned_tokens(num_blocks))
+        most = min(self.max_num_reqs * longest, self.needs.most_pruned_tokens(num_blocks))
         is_peak = self.boundary.scorer.peak
         return ScoreReduction(self.group, is_peak, longest, most, self.device)
 
@@ -192,6 +199,8 @@ class LazyModelState(DefaultModelState):
         else:
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
         self._fill_batch(kind, input_batch, num_decodes)
+        if kind is StepKind.REPLAY:
+            self.stats.selecting_steps += bool(self.selecting)  # by which its graph was chosen
         if kind.has_requests:
             self._forget_full_requests()
         if kind is StepKind.REPLAY:
@@ -226,6 +235,7 @@ class LazyModelState(DefaultModelState):
         if kind is StepKind.RUN:
             prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
+            self.stats.selecting_steps += selects
             self.caught_up.update(zip(prefilled, prefills.end.tolist()))
             if self.boundary.reduction is not None:
                 plans = (self.plans[req_id] for req_id in req_ids)

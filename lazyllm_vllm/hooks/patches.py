@@ -19,6 +19,7 @@ def install() -> None:
     Raises:
         RuntimeError: a function is gone or takes other arguments than it did.
     """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import metrics
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -48,6 +49,17 @@ def install() -> None:
     _wrap(KVCacheManager, "get_computed_blocks", parameters, _get_computed_blocks, newer=1)
     parameters = ["self", "request", "timestamp", "drop_stale_output"]
     _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
+    parameters = ["self", "vllm_config", "labelnames", "per_engine_labelvalues"]
+    _wrap(metrics.KVConnectorProm, "__init__", parameters, _init_prometheus)
+    parameters = ["self", "transfer_stats_data"]
+    _wrap(metrics.KVConnectorLogging, "observe", parameters, _log_connector)
+
+
+def is_installed() -> bool:
+    """Whether this process has the wraps."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return hasattr(EngineArgs.create_engine_config, _MARK)
 
 
 def install_in_worker() -> None:
@@ -67,6 +79,8 @@ def install_in_worker() -> None:
     _wrap(model_runner, "ModelCudaGraphManager", parameters, _cuda_graph_manager)
     parameters = ["self", "scheduler_output", "dummy_run"]
     _wrap(model_runner.GPUModelRunner, "gather_batch_req_state", parameters, _gather_batch)
+    parameters = ["self", "kv_cache_config", "is_profiling", "kv_cache_allocation_context"]
+    _wrap(model_runner.GPUModelRunner, "initialize_kv_cache", parameters, _add_stats_connector)
     for name, method in _WORKER_METHODS.items():
         setattr(WorkerBase, name, method)
 
@@ -127,11 +141,12 @@ def _parse_flag(text: str) -> dict[str, Any]:
 
 
 def _from_cli_args(original, cls, args):
-    engine_args = original(cls, args)
+    """With ``--api-server-count`` vLLM hands ``args`` on to front ends, which read them before they
+    load plugins. So the flag ends where they look for it too."""
     config = getattr(args, "lazyllm_config", None)
     if config is not None:
-        engine_args.additional_config = {**engine_args.additional_config, "lazyllm": config}
-    return engine_args
+        args.additional_config = {**(args.additional_config or {}), "lazyllm": config}
+    return original(cls, args)
 
 
 # The one place that every way of starting an engine passes before its configuration is fixed. Ends
@@ -254,6 +269,51 @@ def _decodes_first(batch):
     fields["prefill_runs_as_decode_np"] = np.zeros(len(order), bool)
     fields["decode_graph_eligible"] = False
     return type(batch)(**fields)
+
+
+# Counters at /metrics. vLLM has a road from the worker to the front end for the statistics of a KV
+# connector alone; ours take it, since no connector works with LazyLLM. Ends when a model state can
+# give statistics of its own.
+
+
+def _add_stats_connector(original, self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
+
+    from lazyllm_vllm.hooks.model_state import LazyModelState
+    from lazyllm_vllm.hooks.stats_connector import StatsConnector
+
+    state = self.model_state
+    if isinstance(state, LazyModelState) and state.group.is_first_rank:
+        if self.kv_connector is not NO_OP_KV_CONNECTOR:
+            raise RuntimeError("lazyllm: vLLM has a KV connector, which LazyLLM refuses")
+        self.kv_connector = StatsConnector(state.stats)
+
+
+def _init_prometheus(original, self, vllm_config, labelnames, per_engine_labelvalues):
+    original(self, vllm_config, labelnames, per_engine_labelvalues)
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config, schedule_of
+
+    if lazyllm_config(vllm_config) is None:
+        return
+    from prometheus_client import Counter, Gauge
+
+    from lazyllm_vllm.observe.metrics import FrontEndMetrics
+
+    self.prom_metrics = FrontEndMetrics(
+        schedule_of(vllm_config).num_stages,
+        {Counter: self._counter_cls, Gauge: self._gauge_cls},
+        labelnames,
+        per_engine_labelvalues,
+    )
+
+
+def _log_connector(original, self, transfer_stats_data):
+    """vLLM's log has a line for a connector's statistics; ours have their own."""
+    from lazyllm_vllm.observe.metrics import KEY
+
+    if KEY not in transfer_stats_data:
+        original(self, transfer_stats_data)
 
 
 # Methods for ``collective_rpc``. vLLM adds those of one class, --worker-extension-cls, and that is

@@ -4,10 +4,9 @@ from functools import cached_property
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.engine import EngineCoreRequest
 
-from lazyllm_vllm.hooks.engine_config import schedule_of
+from lazyllm_vllm.hooks.engine_config import block_needs, schedule_of
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEFAULT, KEEP, OFF, SCHEDULE, SettingError
@@ -96,9 +95,4 @@ class RequestChecks:
     @cached_property
     def _needs(self) -> BlockNeeds:
         """Read once the engine is up: vLLM may change the block size before."""
-        config, model = self.vllm_config, self.vllm_config.model_config
-        size, block_size = get_dtype_size(model.dtype), config.cache_config.block_size
-        token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-        return BlockNeeds(
-            self.schedule, block_size, block_size * token * size, model.get_hidden_size() * size
-        )
+        return block_needs(self.vllm_config)

@@ -19,7 +19,7 @@ def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCa
     longest, blocks = vllm_config.model_config.max_model_len, kv_cache_config.num_blocks
     specs = (group.kv_cache_spec for group in kv_cache_config.kv_cache_groups)
     needs = next(spec for spec in specs if isinstance(spec, StageSpec)).needs
-    ours, stock = cache_room(needs, blocks, longest, _windows(vllm_config.model_config))
+    ours, stock = cache_room(needs, blocks, longest, layer_windows(vllm_config.model_config))
     switched_off = vllm_config.additional_config.get(SWITCHED_OFF, [])
     config = schedule.config
     lines = ["LazyLLM is on"]
@@ -49,7 +49,7 @@ def log_start(vllm_config: VllmConfig, schedule: Schedule, kv_cache_config: KVCa
     logger.info("\n".join(lines))
 
 
-def _windows(model: ModelConfig) -> list[int]:
+def layer_windows(model: ModelConfig) -> list[int]:
     """The sliding window of each layer that has one."""
     full = full_layers(model)
     num_windows = 0 if full is None else model.get_total_num_hidden_layers() - len(full)

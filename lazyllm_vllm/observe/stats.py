@@ -1,7 +1,7 @@
 """Counters a user can see: what each request kept, revived and computed.
 
 ``request_stats(llm)`` returns them; ``vllm serve`` logs the totals at most every ``LOG_INTERVAL``
-seconds, if a request finished.
+seconds, if a request finished, and has them at ``/metrics`` (``metrics``).
 """
 
 import time
@@ -12,6 +12,7 @@ import torch
 
 from vllm.logger import init_logger
 
+from lazyllm_vllm.observe.metrics import METRICS
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.request_table import RequestRow
 
@@ -23,7 +24,12 @@ HISTORY = 4096  # requests remembered one by one
 
 class RequestStats:
     """Counts by request. A row of the request table is copied to the CPU when its request leaves,
-    and read once the copy is there, so that no step waits."""
+    and read once the copy is there, so that no step waits.
+
+    Attributes:
+        selecting_steps: steps that chose tokens anew for a request that decodes.
+        aux_blocks: blocks of the KV cache that hold prompt states and the Aux Cache now.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -31,12 +37,15 @@ class RequestStats:
         zeros = [0] * schedule.num_stages
         self.total = {
             "requests": 0,
+            "pruned": 0,
             "prompt_tokens": 0,
             "kept": list(zeros),
             "revived": list(zeros),
             "share_computed": 1.0,
         }
+        self.selecting_steps = self.aux_blocks = 0
         self._copies: deque = deque()
+        self._sent = self._counts()
         self._last_log = -LOG_INTERVAL
         self._logged = 0
 
@@ -84,11 +93,43 @@ class RequestStats:
 
     def _add(self, total: dict[str, Any], entry: dict[str, Any]) -> None:
         total["requests"] += 1
+        total["pruned"] += entry["kept"][-1] < entry["prompt_tokens"]
         total["prompt_tokens"] += entry["prompt_tokens"]
         for count in ("kept", "revived"):
             total[count] = [a + b for a, b in zip(total[count], entry[count])]
         keys = [k + r for k, r in zip(total["kept"], total["revived"])]
         total["share_computed"] = self.schedule.share_computed(keys, total["prompt_tokens"])
+
+    def changes(self, wait: bool) -> dict[str, list[int]] | None:
+        """What each of ``METRICS`` grew by since the last call, by its label's values; of a gauge
+        its value. What did not change is left out; None: nothing did.
+
+        Args:
+            wait: for copies that are on their way from the device.
+        """
+        self._collect(wait)
+        counts, sent = self._counts(), self._sent
+        self._sent = counts
+        return {
+            metric.name: now if metric.is_gauge else [a - b for a, b in zip(now, sent[metric.name])]
+            for metric in METRICS
+            if (now := counts[metric.name]) != sent[metric.name]
+        } or None
+
+    def _counts(self) -> dict[str, list[int]]:
+        """All of ``METRICS``, by their label's values."""
+        total = self.total
+        keys = [k + r for k, r in zip(total["kept"], total["revived"])]
+        return {
+            "requests": [total["requests"] - total["pruned"], total["pruned"]],
+            "prompt_tokens": [total["prompt_tokens"]],
+            "kept_tokens": total["kept"],
+            "revived_tokens": total["revived"],
+            "pairs": [total["prompt_tokens"] * self.schedule.num_layers],
+            "computed_pairs": [self.schedule.pairs_computed(keys)],
+            "selecting_steps": [self.selecting_steps],
+            "aux_cache_blocks": [self.aux_blocks],
+        }
 
     def _maybe_log(self) -> None:
         now, total = time.monotonic(), self.total
@@ -129,7 +170,8 @@ def request_stats(llm) -> dict[str, Any]:
         ``{"requests": [...], "total": {...}}``. Each has ``prompt_tokens``, ``kept`` and
         ``revived`` (tokens, by stage), ``share_computed`` (of (prompt token, layer) pairs; the
         paper's "% of prompt tokens computed", section 5); a request has its ``request_id``, the
-        total its number of ``requests``.
+        total its number of ``requests``, and how many were ``pruned``. A request counts from the
+        end of its prefill on.
 
     Raises:
         RuntimeError: the engine runs without LazyLLM.

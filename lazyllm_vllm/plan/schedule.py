@@ -1,6 +1,8 @@
 """Stages: which layers each has and which share of the prompt it keeps."""
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -161,8 +163,11 @@ class Schedule:
         config = self.config
         return min(config.revive_budget, num_decodes * config.revive_per_request)
 
-    def share_computed(self, prompt_keys: list[int] | tuple[int, ...], num_prompt: int) -> float:
+    def share_computed(self, prompt_keys: Sequence[int], num_prompt: int) -> float:
         """Share of (prompt token, layer) pairs computed, given the number of prompt tokens with
         keys in each stage; the paper's "% of prompt tokens computed" (section 5)."""
-        pairs = sum(n * len(self.stage_layers(s)) for s, n in enumerate(prompt_keys))
-        return pairs / (num_prompt * self.num_layers)
+        return self.pairs_computed(prompt_keys) / (num_prompt * self.num_layers)
+
+    def pairs_computed(self, prompt_keys: Sequence[int]) -> int:
+        """Of (prompt token, layer), as ``share_computed``."""
+        return sum(map(operator.mul, prompt_keys, self.stage_sizes))

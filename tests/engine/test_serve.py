@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,15 +14,21 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from benchmarks.passkey import passkey_prompt
+from lazyllm_vllm.observe.metrics import METRICS, PREFIX
+from lazyllm_vllm.plan.blocks import BlockNeeds
+from lazyllm_vllm.plan.config import parse_config
+from lazyllm_vllm.plan.schedule import Schedule
 
 CONFIG = {
     "prune": [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}],
     "min_prompt_tokens": 256,
     "schedules": {"mild": [{"layer": 20, "keep": 0.6}]},
 }
+BOTH = ("true", "false")  # pruned or not
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,88 @@ def _chat(smollm2, words: int) -> tuple[dict, str]:
     return body, answer
 
 
+def _scrape(address: str) -> dict[tuple[str, str | None], float]:
+    """What ``/metrics`` has of LazyLLM, by name and its own label's value."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{address}/metrics", timeout=30).text):
+        for sample in family.samples:
+            if sample.name.startswith(PREFIX) and not sample.name.endswith("_created"):
+                labels = dict(sample.labels)
+                assert (labels.pop("model_name"), labels.pop("engine")) == ("smollm2", "0")
+                own = next(iter(labels.values()), None)
+                found[sample.name.removeprefix(PREFIX).removesuffix("_total"), own] = sample.value
+    assert {name for name, _ in found} == {metric.name for metric in METRICS}
+    return found
+
+
+def _scrape_until(address: str, enough) -> dict:
+    """As soon as it is enough, which is soon after the last request has left."""
+    for _ in range(20):
+        found = _scrape(address)
+        if enough(found):
+            break
+        time.sleep(0.5)
+    return found
+
+
+# Prompt tokens, tokens to generate, and what a request sets for itself.
+LOAD = (
+    (300, 4, {}),
+    (310, 2, {"lazyllm": "off"}),
+    (320, 2, {"lazyllm": "mild", "lazyllm_revive": "off"}),
+    (330, 2, {"lazyllm_keep": 1.5, "lazyllm_revive": "off"}),
+    (256, 1, {}),
+    (255, 2, {}),
+)
+
+
+def test_metrics(server):
+    """After a known load the counts are those of the schedule."""
+    address, _, _ = server
+    before = _scrape(address)
+    for num_prompt, max_tokens, extra in LOAD:
+        body = {"model": "smollm2", "prompt": [100 + i for i in range(num_prompt)]}
+        body |= {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        response = httpx.post(
+            f"{address}/v1/completions", json=body | {"vllm_xargs": extra}, timeout=300
+        )
+        assert response.status_code == 200, response.text
+
+    def requests(found: dict) -> float:
+        return sum(found["requests", pruned] - before["requests", pruned] for pruned in BOTH)
+
+    after = _scrape_until(address, lambda found: requests(found) >= len(LOAD))
+    grown = {key: after[key] - before[key] for key in after}
+
+    schedule = Schedule.build(parse_config(CONFIG), 30)
+    plans = [schedule.plan(n, schedule.setting(extra)) for n, _, extra in LOAD]
+    pruned = sum(plan.is_pruned for plan in plans)
+    prompt_tokens = sum(n for n, _, _ in LOAD)
+    assert (grown["requests", "true"], grown["requests", "false"]) == (pruned, 2) == (4, 2)
+    assert grown["prompt_tokens", None] == prompt_tokens
+    kept = [sum(plan.kept[stage] for plan in plans) for stage in range(3)]
+    assert [grown["kept_tokens", str(stage)] for stage in range(3)] == kept
+    # Of the first request alone something may come back, in each step after its first token.
+    revived = [grown["revived_tokens", str(stage)] for stage in range(3)]
+    room = [most - kept for most, kept in zip(plans[0].capacity, plans[0].kept)]
+    assert revived[0] == 0 < revived[1] and all(0 <= r <= m for r, m in zip(revived, room))
+    assert grown["selecting_steps", None] == 3
+    assert grown["pairs", None] == 30 * prompt_tokens
+    computed = sum(n * (k + r) for n, k, r in zip((10, 10, 10), kept, revived))
+    assert grown["computed_pairs", None] == computed
+    assert after["aux_cache_blocks", None] == 0
+
+
+def _aux_blocks(num_prompt: int, address: str) -> int:
+    """Blocks of the prompt group that a request of the server's own schedule has."""
+    metrics = httpx.get(f"{address}/metrics", timeout=30).text
+    block_size = int(re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', metrics)[1])
+    schedule = Schedule.build(parse_config(CONFIG), 30)
+    page = block_size * 2 * 3 * 64 * 4  # keys and values of 3 heads of 64 in fp32
+    needs = BlockNeeds(schedule, block_size, page, 576 * 4)
+    return needs.prompt_blocks(schedule.plan(num_prompt))
+
+
 def test_serve(server, smollm2):
     address, log, process = server
     text = log.read_text()
@@ -105,12 +194,14 @@ def test_serve(server, smollm2):
         assert bad.status_code == 400 and "prompt_logprobs" in bad.text
 
     # Settings of requests: side by side, one that keeps every token and so has them after all.
-    asked = body | {"max_tokens": 1, "prompt_logprobs": 1, "vllm_xargs": {"lazyllm": "off"}}
+    # In Triton's interpreter log-probabilities take long, so of a prompt that is just long enough.
+    asked = body | {"prompt": body["prompt"][:256], "vllm_xargs": {"lazyllm": "off"}}
+    asked |= {"max_tokens": 1, "prompt_logprobs": 1}
     with ThreadPoolExecutor() as pool:
         bodies = (asked, body, body | {"vllm_xargs": {"lazyllm": "mild", "lazyllm_keep": 1.2}})
         post = partial(httpx.post, f"{address}/v1/completions", timeout=300)
         off, *pruned = pool.map(lambda each: post(json=each), bodies)
-    assert off.status_code == 200 and len(off.json()["choices"][0]["prompt_logprobs"]) > 800
+    assert off.status_code == 200 and len(off.json()["choices"][0]["prompt_logprobs"]) == 256
     assert all(r.status_code == 200 and answer in r.json()["choices"][0]["text"] for r in pruned)
     for wrong in ({"lazyllm": "fastest"}, {"lazyllm_keep": 0.5}, {"lazyllm_revive": "maybe"}):
         bad = httpx.post(f"{address}/v1/completions", json=body | {"vllm_xargs": wrong}, timeout=60)
@@ -132,6 +223,8 @@ def test_serve(server, smollm2):
         json=body | {"stream": True, "max_tokens": 400, "ignore_eos": True},
     ) as response:
         next(response.iter_lines())
+        blocks = _aux_blocks(len(body["prompt"]), address)
+        assert _scrape(address)["aux_cache_blocks", None] == blocks > 0
 
     # The server is as good as before.
     good = httpx.post(f"{address}/v1/completions", json=body, timeout=300)
@@ -145,6 +238,8 @@ def test_serve(server, smollm2):
         time.sleep(1)
     assert float(running[0].split()[-1]) == 0, "the aborted request still runs"
     assert float(used[0].split()[-1]) == 0, "blocks were lost"
+    gone = _scrape_until(address, lambda found: found["aux_cache_blocks", None] == 0)
+    assert gone["aux_cache_blocks", None] == 0
     assert "LazyLLM:" in log.read_text() and "pairs computed" in log.read_text()
 
     assert "Traceback" not in log.read_text()

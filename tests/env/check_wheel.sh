@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into an empty folder and imports all of it there:
+# Builds the wheel, installs it into an empty folder, imports all of it there and runs its command:
 # check_wheel.sh PYTHON
 set -euo pipefail
 
@@ -29,3 +29,21 @@ assert "lazyllm_vllm.kernels.score" in names and "lazyllm_vllm.benchmarks" not i
 assert (site / "lazyllm_vllm/py.typed").exists()
 print(f"wheel: {len(names)} modules imported")
 END
+
+# A model of which config.json alone is there.
+mkdir model
+cat > model/config.json <<'END'
+{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000,
+ "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
+ "num_key_value_heads": 2, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
+END
+check() {
+    PYTHONPATH=$work/site TRITON_INTERPRET=1 "$work/site/bin/lazyllm" check model \
+        --skip-tokenizer-init "$@"
+}
+check --lengths 2048
+if refused=$(check --enable-lora --json); then
+    echo "wheel: lazyllm check let LoRA pass" && exit 1
+fi
+grep -q '"error": "lazyllm: LoRA does not work with LazyLLM; --enable-lora: leave it out"' <<< "$refused"
+echo "wheel: lazyllm check ran"

@@ -10,7 +10,8 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES, flop_bound, flops, full_layers
+from benchmarks.speed.shapes import BALANCED, SHAPES
+from lazyllm_vllm.plan.operations import flop_bound, flops, full_layers
 from lazyllm_vllm.plan.presets import preset_cuts
 
 
@@ -45,6 +46,14 @@ def test_flops_of_experts(name):
     assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
     del shape["moe_intermediate_size"]
     more = 4 * 2 * 1000 * (2 * dense + 64 * 8 - dense)
+    assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
+
+
+def test_flops_of_shared_experts_behind_a_dense_layer():
+    """GLM-4-MoE: all tokens meet the shared expert too, and none in the first layer."""
+    shape = TINY_SHAPE | {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+    shape |= {"moe_intermediate_size": 96, "first_k_dense_replace": 1}
+    more = 3 * 2 * 1000 * (3 * 3 * 64 * 96 + 64 * 8 - 3 * 64 * 128)
     assert flops(shape, (), 1000) - flops(TINY_SHAPE, (), 1000) == pytest.approx(more)
 
 

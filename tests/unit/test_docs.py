@@ -11,8 +11,11 @@ from benchmarks import __main__ as benchmarks
 from benchmarks.quality.results import FILE as QUALITY
 from benchmarks.speed.results import FILE as SPEED
 from lazyllm_vllm import __version__
+from lazyllm_vllm.hooks import patches
+from lazyllm_vllm.hooks.refusals import REFUSALS
 from lazyllm_vllm.hooks.versions import SUPPORTED
 from lazyllm_vllm.models.families import FAMILIES
+from lazyllm_vllm.observe.metrics import METRICS, PREFIX
 from lazyllm_vllm.plan.config import LazyLLMConfig, parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,41 @@ def test_every_field_of_the_configuration_is_explained():
     assert shown.keys() == fields.keys()
     for name in fields.keys() - {"prune", "preset", "schedules"}:  # whose default is told in words
         assert shown[name] == str(fields[name].default), name
+
+
+def test_every_metric_is_explained_and_shown():
+    """In words of the table in the code, and by the dashboard, which asks for no other."""
+    rows = re.findall(rf"^\| `{PREFIX}(\w+)` \| (\S*) ?\|", _read("docs/operations.md"), flags=re.M)
+    suffix = {True: "", False: "_total"}
+    expected = {m.name + suffix[m.is_gauge]: f"`{m.label}`" if m.label else "" for m in METRICS}
+    assert dict(rows) == expected
+    panels = json.loads(_read("docs/grafana.json"))["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert set(re.findall(rf"{PREFIX}(\w+)", " ".join(asked))) == expected.keys()
+
+
+def test_every_patch_has_a_proposal(monkeypatch):
+    """``docs/upstream.md`` names what is wrapped, in a section that proposes what would end it."""
+    wrapped = [f"WorkerBase.{name}" for name in patches._WORKER_METHODS]
+
+    def note(owner, name, *args, **kwargs) -> None:
+        wrapped.append(f"{owner.__name__.split('.')[-1]}.{name}")
+
+    monkeypatch.setattr(patches, "_wrap", note)
+    patches.install()
+    patches.install_in_worker()
+    sections = _read("docs/upstream.md").split("\n## ")[1:]
+    assert all("*Proposal.*" in section for section in sections)
+    named = [line for section in sections for line in section.split("\n")[2:3]]
+    assert sorted(re.findall(r"`([\w.]+)`", " ".join(named))) == sorted(wrapped)
+
+
+def test_every_refusal_is_explained():
+    rows = re.findall(r"^\| (.+?) \| (`--.+?) \| .+ \|$", _read("docs/operations.md"), flags=re.M)
+    assert [(what, re.findall(r"`--(.+?)`", flags)) for what, flags in rows] == [
+        (refusal.what.rstrip(","), [field.replace("_", "-") for field in refusal.fields])
+        for refusal in REFUSALS
+    ]
 
 
 def test_what_works_is_said():

@@ -12,8 +12,9 @@ from benchmarks.quality.methods import METHODS, SCORES
 from benchmarks.quality.rivals import AT_LIKE, FASTKV, LIKE, rivals
 from benchmarks.quality.schedules import COMPARED, CURVE, Anew, Schedule, at_equal_operations
 from benchmarks.quality.scorers import SCORERS
-from benchmarks.speed.shapes import SHAPES, flops
+from benchmarks.speed.shapes import SHAPES
 from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.operations import flops
 
 
 def test_last_query_scores_by_hand():

@@ -8,7 +8,7 @@ from harness.tiny import tiny_model
 
 from vllm import EngineArgs
 
-from lazyllm_vllm.hooks.engine_config import schedule_of
+from lazyllm_vllm.hooks.engine_config import block_needs, schedule_of
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.requests import RequestChecks, RequestError
 from lazyllm_vllm.observe.stats import request_stats
@@ -81,6 +81,15 @@ def test_a_page_smaller_than_a_hidden_state(tmp_path):
 
 def test_a_kv_cache_of_the_models_own_type_is_no_reason(tiny):
     assert _create(tiny, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+def test_blocks_by_the_type_of_the_kv_cache(tiny):
+    """In FP8 a hidden state has half the bytes, and fewer positions' state fits in its slot."""
+    whole, half = (_create(tiny, dtype="bfloat16", **f) for f in ({}, {"kv_cache_dtype": "fp8"}))
+    whole, half = block_needs(whole), block_needs(half)
+    assert whole.vector_size == 64 * 2 and half.vector_size == 64
+    assert whole.page_size == 2 * half.page_size == whole.block_size * 2 * 2 * 32 * 2
+    assert whole.schedule == half.schedule
 
 
 @pytest.mark.parametrize(

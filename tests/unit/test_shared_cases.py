@@ -8,8 +8,9 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, run_shared, shared_report
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES, flops, parked_pages
+from benchmarks.speed.shapes import BALANCED, SHAPES, parked_pages
 from benchmarks.speed.shared import ARRIVAL, BENCHMARKS, PLAN, QUESTION, SHARED_PREFIX, TURN
+from lazyllm_vllm.plan.operations import flops
 
 WARM = {"cold": 200.0, "cold_tokens": 16384, "tokens": 16704, "shared": 16448, "cached": 16448}
 

@@ -11,7 +11,7 @@ from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
 
 
-def _neediest_plan(needs: BlockNeeds, vllm_config: VllmConfig) -> RequestPlan:
+def neediest_plan(needs: BlockNeeds, vllm_config: VllmConfig) -> RequestPlan:
     """The prompt whose blocks, over all groups, a KV cache must hold for the engine to start.
 
     A request that outgrows the cache is preempted and prefilled anew with what it has, so that to
@@ -46,7 +46,7 @@ class StageSpec(FullAttentionSpec):
         return all(spec == self for spec in kv_cache_specs.values())
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        plan = _neediest_plan(self.needs, vllm_config)
+        plan = neediest_plan(self.needs, vllm_config)
         return self.needs.stage_blocks(plan, self.stage, plan.num_prompt) * self.page_size_bytes
 
 
@@ -82,7 +82,7 @@ class PromptSpec(KVCacheSpec):
         return self.needs.page_size
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        plan = _neediest_plan(self.needs, vllm_config)
+        plan = neediest_plan(self.needs, vllm_config)
         return self.needs.prompt_blocks(plan) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
