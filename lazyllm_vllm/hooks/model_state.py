@@ -107,13 +107,14 @@ class LazyModelState(DefaultModelState):
         live = {req_id: self.table.row(index) for req_id, index in live}
         return self.stats.report(live)
 
-    def report_trace(self) -> dict:
-        """See ``trace.Trace.report``. Raises RuntimeError if nothing was traced."""
+    def report_trace(self, request: str | None = None) -> dict:
+        """``trace.Trace.report``, and with it ``starts``, the stages' first layers (``Schedule``).
+        Raises RuntimeError if nothing was traced."""
         if self.trace is None:
             raise RuntimeError(
                 "lazyllm: nothing was traced; set LAZYLLM_TRACE=1 before the engine starts"
             )
-        return self.trace.report()
+        return self.trace.report(request) | {"starts": list(self.schedule.starts)}
 
     # The KV cache.
 
