@@ -19,13 +19,14 @@ setup(
     # lazyllm_vllm/kernels is a link to the top-level folder: a top-level package of that name
     # belongs to others.
     packages=find_packages(include=["lazyllm_vllm", "lazyllm_vllm.*"]),
-    package_data={"lazyllm_vllm": ["py.typed"]},
+    package_data={"lazyllm_vllm": ["py.typed", "observe/explain/page/*"]},
     install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml"],  # vllm brings torch and triton
     extras_require={
         "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai"],
         "bench": ["accelerate", "gguf", "matplotlib", "rich"],
     },
     entry_points={
+        "console_scripts": ["lazyllm = lazyllm_vllm.cli.main:main"],
         "vllm.general_plugins": ["lazyllm = lazyllm_vllm.hooks.plugin:register"],
         "vllm.platform_plugins": [
             "lazyllm_interpret = lazyllm_vllm.hooks.platform:interpret_triton_on_cpu"

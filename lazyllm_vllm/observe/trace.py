@@ -18,8 +18,8 @@ class Trace:
     Attributes:
         prefills: for each prefill (several after preemption) ``num_prompt``, the ``chunks`` that it
             ran in, first and end of each, and the sorted positions kept, by stage.
-        places: of each pruned prompt, by stage from 1 on: of each position its place in the order
-            in which its last prefill chose tokens for the stage, 1 the best, 0: it was no candidate.
+        places: of each pruned prompt's last prefill, by stage from 1 on: of each position its place
+            in the order in which tokens were chosen, 1 the best; 0: it was no candidate.
         decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
     """
 

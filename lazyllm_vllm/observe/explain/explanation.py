@@ -80,12 +80,16 @@ def explain(
             "prompt has no one story; run it alone, or with more room"
         )
     stages = range(len(starts) - 1)
-    kept = _by_stage(prefills[0], stages)
+    num_prompt = prefills[0]["num_prompt"]
+    if num_prompt != len(prompt):
+        raise ExplainError(f"the trace is of {num_prompt} prompt tokens, not of {len(prompt)}")
+    # All are in stage 0, where a trace says nothing of them.
+    kept = [list(range(num_prompt)), *_by_stage(prefills[0], stages)[1:]]
     places = _by_stage(trace["places"].get(request, {}), stages)
-    if prefills[0]["num_prompt"] != len(prompt) or len(kept[0]) != len(prompt):
+    if not any(places) and any(len(of_stage) != num_prompt for of_stage in kept):
         raise ExplainError(
-            f"the trace tells of {len(kept[0])} out of {prefills[0]['num_prompt']} prompt tokens, "
-            f"and the prompt has {len(prompt)}; another request had the rest computed: run it anew"
+            "a part of the prompt was found in the prefix cache, and the trace lacks it; reset the "
+            "cache, or run the prompt by itself"
         )
     run = trace["decodes"].get(request, [])[: max(len(answer) - 1, 0)]
     steps = [_step(_by_stage(step, stages)) for step in run]

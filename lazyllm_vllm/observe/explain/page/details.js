@@ -13,7 +13,8 @@ function make(tag, attributes, ...parts) {
 const details = (() => {
   const number = (n) => n.toLocaleString("en");
   const percent = (share) => `${(100 * share).toFixed(1)}%`;
-  const word = (at) => make("span", { class: "text" }, shown(story.data.answer[at]));
+  const inLine = (token) => shown(token).replaceAll("\n", ""); // line ends have their sign
+  const word = (at) => make("span", { class: "text" }, inLine(story.data.answer[at]));
   const layersOf = (stage) => {
     const [first, last] = story.data.layers[stage];
     return first === last ? `layer ${first}` : `layers ${first} to ${last}`;
@@ -26,7 +27,7 @@ const details = (() => {
     const depth = story.data.depth[position], cut = story.data.layers[depth - 1][1];
     const lines = [
       make("p", {}, make("b", {}, `Token ${number(position)}`), ` of ${number(story.size)}: `,
-        make("span", { class: "text" }, shown([id, text, piece])), ` (id ${id}${text === piece ? "" : `, ${piece}`})`),
+        make("span", { class: "text" }, inLine([id, text, piece])), ` (id ${id}${text === piece ? "" : `, ${piece}`})`),
       make("p", {}, depth === story.stages
         ? `Kept through all ${lastLayer} layers.`
         : `Kept through layer ${cut}, dropped after layer ${cut}.`),
@@ -59,7 +60,7 @@ const details = (() => {
       const back = story.data.revived[at][stage];
       const count = chosen.reduce((sum, level) => sum + (level >= stage), 0);
       const buttons = back.slice(0, 200).map((position) => make("button",
-        { type: "button", title: `token ${position}`, onclick: () => goTo(position) }, prompt.texts[position]));
+        { type: "button", title: `token ${position}`, onclick: () => goTo(position) }, inLine(story.data.prompt[position])));
       lines.push(make("p", {}, `Into ${layersOf(stage)} it called back ${number(back.length)}`
         + `${count ? `, of ${number(count)} that it chose` : ""}${back.length ? ": " : "."}`, buttons));
     }
@@ -68,7 +69,7 @@ const details = (() => {
 
   const buttons = story.data.answer.map((token, at) => {
     const isRun = at < story.steps;
-    const button = make("button", { type: "button", tabindex: -1, "aria-pressed": false }, shown(token));
+    const button = make("button", { type: "button", tabindex: -1, "aria-pressed": false }, inLine(token));
     const back = isRun ? story.data.revived[at].flat().length : 0;
     if (back) {
       button.classList.add("called");
@@ -132,5 +133,5 @@ const details = (() => {
 
   document.getElementById("about").textContent =
     `${story.data.model}, ${number(story.size)} prompt tokens, ${number(story.data.answer.length)} in the answer`;
-  return { ofToken, layersOf, refresh };
+  return { ofToken, layersOf, inLine, refresh };
 })();

@@ -5,6 +5,7 @@ const strip = (() => {
   const canvas = document.getElementById("strip");
   const ROW = 9, TICKS = 7;
   const rows = Math.max(story.stages - 1, 1);
+  canvas.title = "a row a stage, darker where more is kept; below: revived; above: found. Click to go there";
   const height = 2 * TICKS + rows * (ROW + 1);
   let waits = false;
 
@@ -17,8 +18,9 @@ const strip = (() => {
     canvas.style.height = `${height}px`;
     const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
     pen.scale(scale, scale);
-    const ink = style.color, accent = style.getPropertyValue("--mark") || ink;
+    const ink = style.color;
     const x = (position) => (position / story.size) * width;
+    const edge = (position) => Math.round(x(position) * scale) / scale; // of a pixel: no seams
     const depth = story.depths(now.step), chosen = story.chosenAt(now.step);
     const columns = Math.min(Math.ceil(width), story.size);
     pen.fillStyle = ink;
@@ -32,12 +34,11 @@ const strip = (() => {
         }
         const isOther = now.stage !== 0 && now.stage !== row + 1;
         pen.globalAlpha = (there / (end - first)) * (isOther ? 0.25 : 0.85);
-        pen.fillRect(x(first), TICKS + row * (ROW + 1), x(end) - x(first) + 0.3, ROW);
+        pen.fillRect(edge(first), TICKS + row * (ROW + 1), edge(end) - edge(first), ROW);
       }
     }
     pen.globalAlpha = 1;
     for (const { first } of now.matches) pen.fillRect(x(first), 0, 1.5, TICKS - 2);
-    pen.fillStyle = accent;
     for (const one of story.revivals) {
       if (one.step > now.step || (now.stage && one.stage !== now.stage)) continue;
       const isNow = one.step === now.step;
@@ -46,10 +47,7 @@ const strip = (() => {
     pen.strokeStyle = ink;
     const [head, tail] = prompt.visible();
     pen.strokeRect(x(head) + 0.5, TICKS - 1.5, Math.max(x(tail) - x(head) - 1, 3), rows * (ROW + 1) + 2);
-    if (now.cursor !== null) {
-      pen.fillStyle = accent;
-      pen.fillRect(x(now.cursor) - 1, 0, 2, height);
-    }
+    if (now.cursor !== null) pen.fillRect(x(now.cursor) - 1, 0, 2, height);
   }
 
   // Soon, and once for many calls.
