@@ -61,6 +61,9 @@ def _check(args: argparse.Namespace) -> None:
     for name in unused:
         if getattr(args, name) is not None:
             raise ExplainError(f"--{name.replace('_', '-')} is for use with {where}; leave it out")
+    for name in ("model", "enforce_eager", "additional_config"):
+        if name in (args.llm or {}):
+            raise ExplainError(f"--llm: {name} is set by this command; leave it out")
     for name in ("out", "json"):
         path = getattr(args, name)
         if path is not None and not path.absolute().parent.is_dir():

@@ -8,7 +8,7 @@ function update() {
   control.step.value = now.step;
   control["stage-is"].textContent = now.stage ? details.layersOf(now.stage) : "all";
   control["step-is"].textContent = now.step
-    ? `${now.step}: ${details.inLine(story.data.answer[now.step - 1])}` : "0: the prompt is read";
+    ? `${now.step}: ran “${details.inLine(story.data.answer[now.step - 1])}”` : "0: read the prompt";
   control.step.setAttribute("aria-valuetext", control["step-is"].textContent);
   control.stage.setAttribute("aria-valuetext", control["stage-is"].textContent);
   prompt.paint();

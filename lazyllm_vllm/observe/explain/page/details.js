@@ -45,6 +45,16 @@ const details = (() => {
     return lines;
   }
 
+  // Sorted positions, those side by side together.
+  function neighbours(positions) {
+    const groups = [];
+    for (const position of positions) {
+      if (groups.at(-1)?.at(-1) === position - 1) groups.at(-1).push(position);
+      else groups.push([position]);
+    }
+    return groups;
+  }
+
   // What an answer token called back and chose.
   function showStep() {
     const box = document.getElementById("called");
@@ -59,8 +69,9 @@ const details = (() => {
     for (let stage = 1; stage < story.stages; stage++) {
       const back = story.data.revived[at][stage];
       const count = chosen.reduce((sum, level) => sum + (level >= stage), 0);
-      const buttons = back.slice(0, 200).map((position) => make("button",
-        { type: "button", title: `token ${position}`, onclick: () => goTo(position) }, inLine(story.data.prompt[position])));
+      const buttons = neighbours(back).slice(0, 200).map(([first, ...rest]) => make("button",
+        { type: "button", title: `token ${first}${rest.length ? ` to ${rest.at(-1)}` : ""}`, onclick: () => goTo(first) },
+        [first, ...rest].map((position) => inLine(story.data.prompt[position])).join("")));
       lines.push(make("p", {}, `Into ${layersOf(stage)} it called back ${number(back.length)}`
         + `${count ? `, of ${number(count)} that it chose` : ""}${back.length ? ": " : "."}`, buttons));
     }
