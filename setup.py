@@ -22,7 +22,7 @@ setup(
     package_data={"lazyllm_vllm": ["py.typed", "observe/explain/page/*"]},
     install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml"],  # vllm brings torch and triton
     extras_require={
-        "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai"],
+        "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai", "playwright"],
         "bench": ["accelerate", "gguf", "matplotlib", "rich"],
     },
     entry_points={
