@@ -68,6 +68,8 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and not path.absolute().parent.is_dir():
             raise ExplainError(f"--{name}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ExplainError(f"--{name}: {path} is a folder; name a file")
 
 
 def _explain(args: argparse.Namespace):

@@ -50,6 +50,7 @@ def test_an_explanation_tells_what_was_traced(reviving, smollm2):
     prompt, _ = passkey_prompt(tokenizer, 400, seed=1, depth=0.5)
     reviving.run("trace", on=True)
     seen = reviving.run("explain", prompt=prompt, max_tokens=6)
+    chat = reviving.run("explain_chat", text="Say </script>")
     reviving.run("trace", on=False)
     told, (prefill,), decodes = seen["explanation"], seen["prefills"], seen["decodes"]
     assert told["layers"] == [[1, 10], [11, 20], [21, 30]]
@@ -69,6 +70,9 @@ def test_an_explanation_tells_what_was_traced(reviving, smollm2):
     assert [token["id"] for token in told["answer"]] == seen["tokens"]
     text = "".join(token["text"] for token in told["prompt"] + told["answer"])
     assert text == tokenizer.decode(prompt + seen["tokens"])
+    text = "".join(token["text"] for token in chat["prompt"])
+    assert "user\nSay </script><|im_end|>" in text and len(chat["answer"]) == 1
+    assert chat["kept"] == [list(range(len(chat["prompt"])))] * 3, "too short to be pruned"
 
 
 def test_aborted_requests_leave_nothing_behind(reviving, smollm2):

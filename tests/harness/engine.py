@@ -256,6 +256,15 @@ def explain(llm, prompt: list[int], max_tokens: int) -> dict:
     }
 
 
+def explain_chat(llm, text: str) -> dict:
+    """What a user says, explained as `lazyllm explain --chat` does, with one token of answer."""
+    from lazyllm_vllm.observe.explain.local import explain_locally
+    from lazyllm_vllm.observe.explain.prompt_file import Prompt
+
+    messages = [{"role": "user", "content": text}]
+    return explain_locally(llm, "a model", Prompt(text, messages), 1).model_dump(mode="json")
+
+
 _SERVED = itertools.count()
 
 

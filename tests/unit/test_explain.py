@@ -161,6 +161,7 @@ def test_a_prompt_file(tmp_path):
         (["m", "--tokenizer", "t"], "--tokenizer is for use with --url"),
         (["--url", "http://x", "--max-model-len", "9"], "--max-model-len is for use with a model"),
         (["m", "--json", "/no/such/folder/f"], "--json: there is no folder"),
+        (["m", "--out", "."], "--out: . is a folder"),
         (["m", "--lazyllm-config", "fast"], "neither JSON, a file, nor a preset"),
         (["m", "--llm", '{"enforce_eager": false}'], "--llm: enforce_eager"),
     ],

@@ -40,9 +40,9 @@ document.getElementById("controls").onsubmit = (event) => event.preventDefault()
 
 // Search, in the prompt's own text and not in what stands for line ends.
 const search = (() => {
-  const text = story.data.prompt.map((token) => token[1]).join("").toLowerCase();
-  const ends = new Uint32Array(story.size);
-  story.data.prompt.reduce((sum, token, i) => (ends[i] = sum + token[1].length), 0);
+  const texts = story.data.prompt.map((token) => token[1].toLowerCase()), text = texts.join("");
+  const ends = new Uint32Array(story.size); // in that text, which may be longer than the prompt's
+  texts.reduce((sum, one, i) => (ends[i] = sum + one.length), 0);
   let current = -1;
 
   function tokenAt(letter) { // the first that ends after it

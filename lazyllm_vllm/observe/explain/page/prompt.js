@@ -61,9 +61,8 @@ const prompt = (() => {
         while (i < block.end && isAlike(i)) i++;
         runs.push({ first, end: i, depth: depth[first], back: back[first], hidden: hidden[first] });
       }
-      const key = `${now.step};` + runs.map((r) => r.hidden ? `${r.end}h` : `${r.end},${r.depth},${r.back}`).join(" ");
-      const isSame = key === block.key || (!runs.some((r) => r.back) && key.replace(/^\d+/, "") === block.key.replace(/^\d+/, ""));
-      if (isSame) continue;
+      const key = runs.map((r) => `${r.end},${r.hidden},${r.depth},${r.back},${r.back === now.step}`).join(" ");
+      if (key === block.key) continue;
       block.key = key;
       block.runs = runs;
       block.element.replaceChildren(...runs.map(element));
