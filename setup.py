@@ -19,11 +19,11 @@ setup(
     # lazyllm_vllm/kernels is a link to the top-level folder: a top-level package of that name
     # belongs to others.
     packages=find_packages(include=["lazyllm_vllm", "lazyllm_vllm.*"]),
-    package_data={"lazyllm_vllm": ["py.typed"]},
+    package_data={"lazyllm_vllm": ["py.typed", "observe/explain/page/*"]},
     # vllm brings torch, triton and prometheus-client.
     install_requires=["vllm>=0.32,<0.34", "pydantic>=2", "pyyaml", "rich"],
     extras_require={
-        "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai"],
+        "test": ["pytest", "hypothesis", "accelerate", "gguf", "httpx", "openai", "playwright"],
         "bench": ["accelerate", "gguf", "matplotlib"],
     },
     entry_points={

@@ -39,6 +39,9 @@ def main() -> None:
             results[label] = run(console, model, config, prompt)
     console.print()
     console.print(table(results, len(prompt), key))
+    page = Path(tempfile.mkstemp(prefix="lazyllm-demo-", suffix=".html")[1])
+    page.write_text(results["LazyLLM"]["page"], encoding="utf-8")
+    console.print(f"What became of each token, to open in a browser: {page}", soft_wrap=True)
 
 
 @contextmanager
@@ -70,23 +73,25 @@ def run(console: Console, model: str, config: dict | None, prompt: list[int]) ->
 
 
 def start(model: str, config: dict | None):
-    """A ``vllm.LLM``; ``config`` None: stock vLLM."""
+    """A ``vllm.LLM``, with a trace; ``config`` None: stock vLLM."""
     from vllm import LLM
 
-    return LLM(
-        model,
-        max_model_len=4096,
-        max_num_batched_tokens=4096,
-        additional_config={"lazyllm": config} if config else {},
-    )
+    from lazyllm_vllm.observe.explain.local import start_traced
+
+    options = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    if config is not None:
+        return start_traced(model, config, **options)
+    return LLM(model, **options, enforce_eager=True)  # as the other, which leaves as much room
 
 
 def answer(llm, prompt: list[int]) -> dict:
-    """What the table shows of the prompt's answer."""
+    """What the table shows of the prompt's answer, and LazyLLM's ``page`` about it."""
     from vllm import SamplingParams
 
     from lazyllm_vllm import request_stats
     from lazyllm_vllm.hooks.engine_config import lazyllm_config, schedule_of
+    from lazyllm_vllm.observe.explain.local import explain_output
+    from lazyllm_vllm.observe.explain.render import render
 
     sampling = SamplingParams(temperature=0, max_tokens=16)
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
@@ -94,7 +99,8 @@ def answer(llm, prompt: list[int]) -> dict:
     result = {"kept": [len(prompt)], "revived": [], "share_computed": 1.0, "starts": ()}
     if lazyllm_config(config) is not None:
         (result,) = request_stats(llm)["requests"]
-        result |= {"starts": schedule_of(config).starts}
+        page = render(explain_output(llm, "SmolLM2-135M-Instruct", output))
+        result |= {"starts": schedule_of(config).starts, "page": page}
     room = config.cache_config.kv_cache_size_tokens
     return result | {"answer": output.outputs[0].text.strip(), "room": room}
 

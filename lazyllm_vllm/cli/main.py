@@ -14,6 +14,7 @@ from lazyllm_vllm import __version__
 
 COMMANDS = {
     "check": "lazyllm_vllm.cli.check",
+    "explain": "lazyllm_vllm.cli.explain",
 }
 
 

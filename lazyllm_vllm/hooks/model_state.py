@@ -114,13 +114,14 @@ class LazyModelState(DefaultModelState):
         live = filter(self._counts, self.index_of)
         return self.stats.report({name: self.table.row(self.index_of[name]) for name in live})
 
-    def report_trace(self) -> dict:
-        """See ``trace.Trace.report``. Raises RuntimeError if nothing was traced."""
+    def report_trace(self, request: str | None = None) -> dict:
+        """``trace.Trace.report``, and with it ``starts``, the stages' first layers (``Schedule``).
+        Raises RuntimeError if nothing was traced."""
         if self.trace is None:
             raise RuntimeError(
                 "lazyllm: nothing was traced; set LAZYLLM_TRACE=1 before the engine starts"
             )
-        return self.trace.report()
+        return self.trace.report(request) | {"starts": list(self.schedule.starts)}
 
     # The KV cache.
 

@@ -324,8 +324,8 @@ def _stats(self) -> dict[str, Any]:
     return self.model_runner.model_state.report_stats()
 
 
-def _trace(self) -> dict[str, Any]:
-    return self.model_runner.model_state.report_trace()
+def _trace(self, request: str | None = None) -> dict[str, Any]:
+    return self.model_runner.model_state.report_trace(request)
 
 
 _WORKER_METHODS = {"lazyllm_stats": _stats, "lazyllm_trace": _trace}

@@ -18,6 +18,8 @@ class Trace:
     Attributes:
         prefills: for each prefill (several after preemption) ``num_prompt``, the ``chunks`` that it
             ran in, first and end of each, and the sorted positions kept, by stage.
+        places: of each pruned prompt's last prefill, by stage from 1 on: of each position its place
+            in the order in which tokens were chosen, 1 the best; 0: it was no candidate.
         decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
     """
 
@@ -26,6 +28,7 @@ class Trace:
         self.group = group
         self.prefills: dict[str, list[dict]] = defaultdict(list)
         self.decodes: dict[str, list[dict[int, dict[str, list[int]]]]] = defaultdict(list)
+        self.places: dict[str, dict[int, list[int]]] = defaultdict(dict)
         self.keys: dict[str, dict[int, list[int]]] = {}
 
     @staticmethod
@@ -68,6 +71,8 @@ class Trace:
                 kept += position[mine].tolist()
                 assert kept == sorted(set(kept)), "kept tokens run in order of position"
                 self.keys[req_id][stage] = list(kept)
+                if stage > 0 and step.prefills_select and int(buffers.selection.is_pruned[i]):
+                    self.places[req_id][stage] = self._places(buffers.selection, i)
                 continue
             if step.is_part:
                 continue
@@ -85,6 +90,17 @@ class Trace:
                 if step.decodes_select:
                     selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
             self.decodes[req_id][-1][stage] = {"selected": selected, "revived": sorted(revived)}
+
+    @staticmethod
+    def _places(selection, i: int) -> list[int]:
+        """By position of a prompt, where it stands in the order in which tokens are chosen."""
+        state = selection.state
+        rank = state.rank[state.prompt_at(i, selection.num_prompt)].cpu()
+        place = torch.empty_like(rank)
+        place[rank.argsort(descending=True, stable=True)] = torch.arange(
+            1, len(rank) + 1, dtype=rank.dtype
+        )
+        return place.where(rank >= 0, 0).tolist()
 
     def _check_ranks(self, step, stage: int, buffers) -> None:
         if self.group.world_size == 1:
@@ -105,6 +121,15 @@ class Trace:
                 f"than rank 0; requests {step.batch.req_ids}"
             )
 
-    def report(self) -> dict:
-        """Everything recorded so far, plain lists and dicts."""
-        return {"prefills": dict(self.prefills), "decodes": dict(self.decodes)}
+    def report(self, request: str | None = None) -> dict:
+        """What was recorded so far, plain lists and dicts by request id.
+
+        Args:
+            request: only of the request of this id, to which vLLM adds an ending of its own.
+        """
+
+        def asked(of_all: dict) -> dict:
+            named = (r for r in of_all if request is None or f"{r}-".startswith(f"{request}-"))
+            return {req_id: of_all[req_id] for req_id in named}
+
+        return {what: asked(getattr(self, what)) for what in ("prefills", "places", "decodes")}

@@ -45,6 +45,36 @@ def test_requests_without_room_go_on_without_selecting(reviving, noise):
     _assert_same(plain, selecting)
 
 
+def test_an_explanation_tells_what_was_traced(reviving, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompt, _ = passkey_prompt(tokenizer, 400, seed=1, depth=0.5)
+    reviving.run("trace", on=True)
+    seen = reviving.run("explain", prompt=prompt, max_tokens=6)
+    chat = reviving.run("explain_chat", text="Say </script>")
+    reviving.run("trace", on=False)
+    told, (prefill,), decodes = seen["explanation"], seen["prefills"], seen["decodes"]
+    assert told["layers"] == [[1, 10], [11, 20], [21, 30]]
+    assert told["kept"] == [list(range(len(prompt))), prefill[1], prefill[2]]
+    assert len(told["steps"]) == len(decodes) == 5
+    for step, traced in zip(told["steps"], decodes):
+        for what in ("selected", "revived"):
+            assert step[what] == [[], traced[1][what], traced[2][what]]
+    assert any(any(step["revived"]) for step in told["steps"])
+    for stage in (1, 2):  # the best were kept, of those that got so far
+        places = [told["places"][stage][p] for p in prefill[stage]]
+        assert sorted(places) == list(range(1, len(places) + 1))
+        candidates = [p for p, place in enumerate(told["places"][stage]) if place]
+        assert candidates == told["kept"][stage - 1]
+    assert told["share_computed"] == pytest.approx(seen["stats"]["share_computed"])
+    assert [token["id"] for token in told["prompt"]] == prompt
+    assert [token["id"] for token in told["answer"]] == seen["tokens"]
+    text = "".join(token["text"] for token in told["prompt"] + told["answer"])
+    assert text == tokenizer.decode(prompt + seen["tokens"])
+    text = "".join(token["text"] for token in chat["prompt"])
+    assert "user\nSay </script><|im_end|>" in text and len(chat["answer"]) == 1
+    assert chat["kept"] == [list(range(len(chat["prompt"])))] * 3, "too short to be pruned"
+
+
 def test_aborted_requests_leave_nothing_behind(reviving, smollm2):
     """Also where prompts come in chunks, and are aborted in the middle of them."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

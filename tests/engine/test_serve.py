@@ -1,6 +1,7 @@
 """``vllm serve`` as a user runs it."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from benchmarks.passkey import passkey_prompt
+from lazyllm_vllm.cli.main import main as lazyllm
 from lazyllm_vllm.observe.metrics import METRICS, PREFIX
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import parse_config
@@ -33,7 +35,7 @@ BOTH = ("true", "false")  # pruned or not
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
-    """A running server: its address, its log file and its process."""
+    """A running server that records a trace: its address, its log file and its process."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -57,10 +59,12 @@ def server(smollm2, tmp_path_factory):
         "--enforce-eager",
         "--max-num-seqs",
         "4",
+        "--no-log-error-stack",  # of requests that are refused, else a server for development does
     ]
+    traced = {"LAZYLLM_TRACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ.copy()
+            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | traced
         )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -167,6 +171,25 @@ def _aux_blocks(num_prompt: int, address: str) -> int:
     page = block_size * 2 * 3 * 64 * 4  # keys and values of 3 heads of 64 in fp32
     needs = BlockNeeds(schedule, block_size, page, 576 * 4)
     return needs.prompt_blocks(schedule.plan(num_prompt))
+
+
+def test_explain_asks_a_server(server, smollm2, tmp_path):
+    address, *_ = server
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids, answer = passkey_prompt(tokenizer, 500, seed=3, depth=0.5)
+    files = {name: tmp_path / name for name in ("prompt", "page", "json")}
+    files["prompt"].write_text(tokenizer.decode(ids))
+    asked = ["explain", "--url", f"{address}/v1", "--prompt-file", files["prompt"]]
+    asked += ["--max-tokens", 12, "--out", files["page"], "--json", files["json"]]
+    for _ in range(2):  # the second time all of the prompt could come out of the prefix cache
+        lazyllm([str(part) for part in asked])
+        told = json.loads(files["json"].read_text())
+        assert [token["id"] for token in told["prompt"]] == ids
+        assert answer in "".join(token["text"] for token in told["answer"])
+        counts = [len(kept) for kept in told["kept"]]
+        assert counts == [len(ids), math.ceil(len(ids) / 2), math.ceil(len(ids) / 4)]
+        assert all(len(step["selected"][2]) == counts[2] for step in told["steps"])
+    assert files["page"].read_text().startswith("<!doctype html>")
 
 
 def test_serve(server, smollm2):

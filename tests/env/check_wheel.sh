@@ -27,6 +27,8 @@ for name in names:
     assert pathlib.Path(module.__file__).is_relative_to(site), f"{name} is not from the wheel"
 assert "lazyllm_vllm.kernels.score" in names and "lazyllm_vllm.benchmarks" not in names
 assert (site / "lazyllm_vllm/py.typed").exists()
+assert (site / "lazyllm_vllm/observe/explain/page/page.html").exists()
+assert (site / "bin/lazyllm").exists()
 print(f"wheel: {len(names)} modules imported")
 END
 

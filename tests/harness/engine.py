@@ -238,6 +238,33 @@ def _watch(llm):
             del watch.step
 
 
+def explain(llm, prompt: list[int], max_tokens: int) -> dict:
+    """The ``explanation`` of a prompt, as its JSON reads, beside ``tokens``, ``stats``,
+    ``prefills`` and ``decodes`` as ``generate`` gives them of one prompt; in an engine with a
+    trace."""
+    from vllm import SamplingParams
+
+    from lazyllm_vllm.observe.explain.local import explain_output
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    explanation = explain_output(llm, "a model", output)
+    of_prompt = {what: one for what, (one,) in _by_prompt(llm, [output.request_id]).items()}
+    return of_prompt | {
+        "tokens": list(output.outputs[0].token_ids),
+        "explanation": explanation.model_dump(mode="json"),
+    }
+
+
+def explain_chat(llm, text: str) -> dict:
+    """What a user says, explained as `lazyllm explain --chat` does, with one token of answer."""
+    from lazyllm_vllm.observe.explain.local import explain_locally
+    from lazyllm_vllm.observe.explain.prompt_file import Prompt
+
+    messages = [{"role": "user", "content": text}]
+    return explain_locally(llm, "a model", Prompt(text, messages), 1).model_dump(mode="json")
+
+
 _SERVED = itertools.count()
 
 

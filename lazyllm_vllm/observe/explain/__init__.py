@@ -1,0 +1,1 @@
+"""What became of each token of one prompt: as data, and as a page to read (docs/explain.md)."""
