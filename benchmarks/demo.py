@@ -23,7 +23,7 @@ from benchmarks.passkey import passkey_prompt
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
 PROMPT_TOKENS, SEED = 1500, 0
-CONFIG = LazyLLMConfig(preset="balanced")
+CONFIG = LazyLLMConfig()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The README's figures for the default preset, from the results files alone."""
+"""The README's figures for the presets, from the results files alone."""
 
 from pathlib import Path
 
@@ -6,13 +6,17 @@ from benchmarks import results
 from benchmarks.quality import results as quality_results
 from benchmarks.quality import tables
 from benchmarks.quality.report import by_model
-from benchmarks.quality.shares import Full
-from benchmarks.quality.worst import preset_runs, worst
+from benchmarks.quality.shares import Full, told_half
+from benchmarks.quality.worst import FLOOR, Run, preset_runs, worst
 from benchmarks.speed import report as speed
 from benchmarks.speed import results as speed_results
-from benchmarks.speed.shapes import BALANCED
+from benchmarks.speed.shapes import AGGRESSIVE, BALANCED, CONSERVATIVE, SHAPES, Pruning
+from lazyllm_vllm.plan.operations import flop_bound
+from lazyllm_vllm.plan.presets import DEFAULT
 
-_LENGTH, _ROOM_LENGTH = 16384, 32768
+_SHAPE, _LENGTH, _ROOM_LENGTH = "Llama-3.1-8B", 16384, 32768
+_PRESETS = (CONSERVATIVE, BALANCED, AGGRESSIVE)
+_NOT = "not measured"
 
 
 def main(
@@ -27,61 +31,82 @@ def main(
 
 
 def section(rows: list, answers: list) -> str:
-    """Markdown: first token, room in the KV cache, answers."""
-    stock, lazy = _pair(rows, "ttft", _LENGTH)
-    held, holds = _pair(rows, "memory", _ROOM_LENGTH)
+    """Markdown: a column a preset."""
     scores = _scores(answers)
+    stock = speed.pick(rows, "ttft", engine="stock", tokens=_LENGTH)[0]
     place = stock.environment
+    names = (f"`{p.name}`" + ", the default" * (p.name == DEFAULT) for p in _PRESETS)
     return "\n\n".join(
         (
             results.table(
-                ("", "stock vLLM", "LazyLLM", ""),
+                ("", "stock vLLM", *names),
                 [
                     (
-                        f"First token of a new prompt of {_LENGTH:,} tokens",
-                        f"{stock.median:,.0f} ms",
-                        f"{lazy.median:,.0f} ms",
-                        f"{stock.median / lazy.median:.1f} times sooner",
+                        f"Operations for the first token of {_LENGTH:,} tokens",
+                        "",
+                        *(_fewer(p) for p in _PRESETS),
                     ),
-                    (
-                        f"Requests of {_ROOM_LENGTH:,} tokens that fit in the KV cache",
-                        f"{held.median:,.0f}",
-                        f"{holds.median:,.0f}",
-                        f"{holds.median / held.median:.1f} times as many",
+                    _measured(
+                        rows, "ttft", _LENGTH, f"First token of {_LENGTH:,} new tokens", " ms"
                     ),
-                    *(line for line, _ in scores),
+                    _measured(
+                        rows, "memory", _ROOM_LENGTH, f"Requests of {_ROOM_LENGTH:,} that fit", ""
+                    ),
+                    *(line for lines, _ in scores for line in lines),
                 ],
             ),
-            f"The default preset, `{BALANCED.name}`. Speed and room: {stock.shape} shape on one "
-            f"{place['gpu']}, stock vLLM {place['vllm']} at its defaults ({place['date']}). "
-            f"Answers: {'; '.join(told for _, told in scores)}.",
+            f"Speed and room: {_SHAPE} shape on one {place['gpu']}, stock vLLM {place['vllm']} at "
+            f"its defaults ({place['date']}). Answers: {'; '.join(told for _, told in scores)}.",
         )
     )
 
 
-def _scores(answers: list) -> list[tuple[tuple[str, ...], str]]:
-    """By model on which the default preset was measured: the table's line, and of which prompts."""
+def _fewer(preset: Pruning) -> str:
+    shape = SHAPES[_SHAPE]
+    return f"{flop_bound(shape, preset.cuts(shape), _LENGTH):.1f} times fewer"
+
+
+def _measured(rows: list, benchmark: str, tokens: int, title: str, unit: str) -> tuple[str, ...]:
+    """Stock vLLM's figure, and each preset's with its ratio."""
+    (stock,) = speed.pick(rows, benchmark, engine="stock", tokens=tokens)
+
+    def cell(preset: str) -> str:
+        mine = speed.pick(rows, benchmark, engine=preset, tokens=tokens)
+        if not mine:
+            return _NOT
+        pair = (stock.median, mine[0].median)
+        return f"{mine[0].median:,.0f}{unit}, {max(pair) / min(pair):.1f} times"
+
+    return (title, f"{stock.median:,.0f}{unit}", *(cell(p.name) for p in _PRESETS))
+
+
+def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
+    """By model on which a preset was measured: the table's lines, and of which prompts."""
     full, found = Full(answers), []
     for model, parts in by_model(answers).items():
-        run = preset_runs(parts).get(BALANCED.name)
-        lowest = worst(full, run.rows, "reporting") if run else None
-        if lowest is None:
+        measured = preset_runs(parts)
+        rows = [r for run in measured.values() for r in run.rows]
+        half = told_half(rows)
+        counted = [r for r in rows if r.half == half and full.counts(r)]
+        if not counted:
             continue
-        counted = [r for r in run.rows if r.half == "reporting" and full.counts(r)]
+        of = [measured.get(p.name) for p in _PRESETS]
+        count = len({r.task for r in counted})
+        lines = [
+            (
+                f"Mean score of {model} over {count} tasks",
+                "100%",
+                *(tables.percent(full.share(run.rows, half)) if run else _NOT for run in of),
+            ),
+            (f"Tasks under {FLOOR:.0%}", "", *(_under(full, run, half) for run in of)),
+        ]
         lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in counted}))
-        share = tables.percent((lowest.share, lowest.error))
-        line = (
-            f"Score of {model} over {lowest.counted} tasks, as a share of stock vLLM's",
-            "100%",
-            tables.percent(full.share(run.rows, "reporting")),
-            f"worst task, {lowest.task}: {share}",
-        )
         date = max(r.environment["date"] for r in counted)
-        found.append((line, f"{model}, prompts of {lengths} tokens ({date})"))
+        samples = f"{min(r.samples for r in counted)} of each task"
+        found.append((lines, f"{model}, {samples}, prompts of {lengths} tokens ({date})"))
     return found
 
 
-def _pair(rows: list, benchmark: str, tokens: int) -> tuple:
-    """Stock vLLM's row and the default preset's."""
-    (lazy,) = speed.pick(rows, benchmark, engine=BALANCED.name, tokens=tokens)
-    return speed.stock_row(rows, lazy), lazy
+def _under(full: Full, run: Run | None, half: str) -> str:
+    found = worst(full, run.rows, half) if run else None
+    return f"{len(found.under)} of {found.counted}" if found else _NOT

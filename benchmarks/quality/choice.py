@@ -10,7 +10,7 @@ from benchmarks.quality.results import Row
 from benchmarks.quality.shares import Full
 from benchmarks.quality.worst import runs
 
-FLOORS = {"conservative": 0.99, "balanced": 0.97, "aggressive": 0.9}  # of the worst task
+FLOORS = (0.99, 0.97, 0.9)  # of the worst task
 HALVES = ("choosing", "reporting")
 
 

@@ -7,7 +7,7 @@ What LazyLLM does not have are scorers of their own, see ``scorers``.
 from dataclasses import dataclass
 
 from benchmarks.quality.compression import Compression
-from benchmarks.quality.rules import REACHING, VARIANTS
+from benchmarks.quality.rules import VARIANTS
 
 NO_REVIVAL = {"revive_budget": 0}
 UNLIMITED = {"revive_budget": 1 << 20, "revive_per_request": 1 << 20, "revive_reserve": 1.0}
@@ -61,8 +61,6 @@ OPTIONS = tuple(
         {"first_tokens": 0},
         {"first_tokens": 16},
         {"last_tokens": 64},
-        {"score_pool": 7},
-        {"score_pool": 25},
     )
 )
 # All of the budget for each request.
@@ -73,17 +71,21 @@ REVIVAL = (
     ),
     Method("unlimited", UNLIMITED),
 )
-# Ways to score, all without revival: other scorers, of which some do not pool, pools, windows.
+# Ways to score, all without revival: other scorers, whose chunks stand for pooling, and windows.
 SCORES = (
     *(
-        Method(name, NO_REVIVAL | ({"score_pool": 1} if name in REACHING else {}), name)
-        for name in VARIANTS
+        Method(name, NO_REVIVAL | ({"score_pool": 1} if rule.block > 1 else {}), name)
+        for name, rule in VARIANTS.items()
     ),
-    *(Method(f"pool {n}", NO_REVIVAL | {"score_pool": n}) for n in (7, 19, 25, 37, 49)),
     *(
         Method(f"window {n}", NO_REVIVAL | {"score_window": n, "last_tokens": max(n, 16)})
         for n in (1, 4, 16, 32, 64, 128)
     ),
+)
+# Which neighbours of a token are kept with it.
+POOLS = tuple(
+    Method(f"pool {before}, {after}", {"score_pool": (before, after)})
+    for before, after in ((6, 6), (12, 6), (12, 12), (16, 2), (20, 4), (24, 6))
 )
 # By the prompt: what holds this share of its scores.
 MASS = tuple(

@@ -10,9 +10,10 @@ from benchmarks.quality import frontier, tables
 from benchmarks.quality.choice import FLOORS, HALVES, candidates, choose
 from benchmarks.quality.results import FILE, Row
 from benchmarks.quality.schedules import COMPARED
-from benchmarks.quality.shares import LEAST, Full, is_task
+from benchmarks.quality.shares import LEAST, Full, is_task, told_half
 from benchmarks.quality.worst import FLOOR, Run, preset_runs, runs, worst
 from benchmarks.results import read, replace_section, table
+from lazyllm_vllm.plan.presets import DEFAULT
 
 _PLOTS = "../benchmarks/quality/results"
 
@@ -68,7 +69,7 @@ def summary(rows: list[Row], full: Full) -> list[str]:
             told = [_in_words(full, run, half) for half in HALVES]
             lines.append(f"{model}, {preset}: worst task, {'; '.join(told)}")
     found, left_out = candidates(rows, full)
-    for floor in FLOORS.values():
+    for floor in FLOORS:
         best = choose(found, floor)
         told = f"{best.bound:.2f}x, {best.schedule}" if best else "no schedule"
         lines.append(
@@ -90,7 +91,7 @@ def _choice(rows: list[Row], full: Full) -> str:
     """What presets might be, by the worst task."""
     found, left_out = candidates(rows, full)
     lines = []
-    for floor in FLOORS.values():
+    for floor in FLOORS:
         line = [f"{floor:.0%}"]
         for errors in (0, 2):
             best = choose(found, floor, errors)
@@ -122,26 +123,30 @@ def _of_model(model: str, parts: dict[str, list[Row]], full: Full, plots: str | 
             f"![{title}]({frontier.plot_file(Path(plots), kind, model)})"
             for kind, title in (("worst", "Worst task"), ("mean", "Mean over tasks"))
         ]
+    told = told_half([r for run in presets.values() for r in run.rows] or swept)
     if presets:
         rows = [r for run in presets.values() for r in run.rows]
         sections += [
             f"The presets ({tables.samples(rows)}):",
             tables.presets(presets, full),
-            "By task, on the samples for reporting:",
-            tables.by_task(presets, full, parts.get("full", [])),
+            f"By task, on the samples for {told}:",
+            tables.by_task(presets, full, parts.get("full", []), told),
         ]
-    if default := presets.get("balanced"):
+    if default := presets.get(DEFAULT):
         sections += [
-            "`balanced` by task and length, on the samples for reporting:",
-            tables.by_length(default, full),
+            f"`{DEFAULT}`, the default, by task and length, on the samples for {told}:",
+            tables.by_length(default, full, told),
         ]
     at = [r for r in swept if r.schedule == COMPARED.name]
     named = {"LazyLLM": "the defaults"}
+    pools = [r for r in parts.get("pools", []) if r.schedule == COMPARED.name]
     for rows, half, title in (
-        (at, "reporting", f"Ways to drop tokens, all keeping {COMPARED.name} (layers)"),
+        (at, told, f"Ways to drop tokens, all keeping {COMPARED.name} (layers)"),
+        (tables.with_defaults(at, pools), "choosing", f"Neighbours that are kept, {COMPARED.name}"),
         (tables.with_defaults(at, parts.get("scores")), "choosing", "Ways to score"),
         (tables.with_defaults(at, parts.get("options")), "choosing", "One default changed"),
-        (parts.get("revival"), "reporting", "What revival buys, each with all of the budget"),
+        (parts.get("revival"), told, "What revival buys, each with all of the budget"),
+        (swept + parts.get("mass", []), "choosing", "Schedules, and how much by the prompt"),
     ):
         if rows and len(runs(rows)) > 1:
             rows = tables.comparable(rows)

@@ -42,8 +42,7 @@ class RuleScorer(AttentionScorer):
             score = weights.new_zeros(num_prompt)
             score[position] = self._over_heads(weights, is_before_window)
             score = self._over_layers(request, score, is_first_layer)[position]
-            score = self._over_block(self._over_reach(score, position), position)
-            s.state.score[s.state.at(i, position)] = score
+            s.state.score[s.state.at(i, position)] = self._over_block(score, position)
 
     def _over_queries(
         self, queries: Queries, keys: StageKeys, i: int, layer: tuple[int, int]
@@ -86,15 +85,6 @@ class RuleScorer(AttentionScorer):
             before = [*before, score][-rule.layers :]
         self._layers[request] = before
         return torch.stack(before).amax(0)
-
-    def _over_reach(self, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """``[keys]``; neighbours without keys hold nothing."""
-        before, after = self.rule.reach
-        if before == after == 0:
-            return score
-        around = score.new_zeros(before + int(position.max()) + 1 + after)
-        around[before + position] = score
-        return F.max_pool1d(around[None], before + 1 + after, stride=1)[0, position]
 
     def _over_block(self, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """``[keys]``; neighbours without keys hold nothing."""

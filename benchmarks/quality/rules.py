@@ -22,8 +22,6 @@ class Rule:
             the last one before a boundary.
         decay: the layers are added up instead, what there was before a layer times this.
         block: so many neighbours, by position, have one score: their highest, or their mean.
-        reach: a token's score is the highest of its own, so many tokens' before it and so many
-            tokens' after it. What the prompt's end looks at keeps what follows it.
     """
 
     queries: Literal["peak", "sum"] = "peak"
@@ -35,7 +33,6 @@ class Rule:
     decay: float | None = None
     block: int = 1
     block_score: Literal["peak", "mean"] = "peak"
-    reach: tuple[int, int] = (0, 0)
 
 
 # FastKV (arXiv 2502.01068), as in its code.
@@ -52,9 +49,5 @@ VARIANTS = {
     "last token in full": Rule(in_full=1),
     "chunks of 16": Rule(block=16),
     "chunks of 32": Rule(block=32),
-    "reach 12, 6": Rule(reach=(12, 6)),
-    "reach 16, 2": Rule(reach=(16, 2)),
-    "reach 24, 4": Rule(reach=(24, 4)),
 }
-REACHING = [name for name, rule in VARIANTS.items() if rule.block > 1 or rule.reach != (0, 0)]
 RULES = {"FastKV": FASTKV, "UniPrefill": UNIPREFILL, **VARIANTS}

@@ -13,6 +13,7 @@ from benchmarks.quality.methods import (
     MASS,
     METHODS,
     OPTIONS,
+    POOLS,
     REVIVAL,
     SCORES,
     Method,
@@ -58,6 +59,11 @@ def _scores(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     return [Job("scores", method, at) for at in schedules or [COMPARED] for method in SCORES]
 
 
+def _pools(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """Which neighbours are kept."""
+    return [Job("pools", method, at) for at in schedules or [COMPARED] for method in POOLS]
+
+
 def _mass(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """How much to keep by the prompt."""
     return [Job("mass", method, at) for at in MOST for method in MASS]
@@ -85,6 +91,7 @@ PARTS = {
     "sweep": _sweep,
     "options": _options,
     "revival": _revival,
+    "pools": _pools,
     "scores": _scores,
     "mass": _mass,
     "rivals": _rivals,

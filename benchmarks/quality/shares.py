@@ -86,6 +86,11 @@ def is_task(row: Row) -> bool:
     return row.task != COMPUTED and AGREEMENT not in row.task
 
 
+def told_half(rows: list[Row]) -> str:
+    """Of the samples, the half for reporting, or if there are no rows of it that for choosing."""
+    return "reporting" if any(r.half == "reporting" for r in rows) else "choosing"
+
+
 def same_samples(rows: list[Row]) -> list[Row]:
     """Rows to compare with each other: in each cell as many samples, the first, as that with the
     fewest there."""

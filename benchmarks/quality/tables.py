@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from itertools import compress
 
 from benchmarks.quality.choice import HALVES
 from benchmarks.quality.evaluate import AGREEMENT
@@ -52,18 +53,18 @@ def presets(measured: dict[str, Run], full: Full) -> str:
     return table((*head, *(f"mean, {half}" for half in HALVES)), lines)
 
 
-def by_task(measured: dict[str, Run], full: Full, best: list[Row]) -> str:
+def by_task(measured: dict[str, Run], full: Full, best: list[Row], half: str) -> str:
     """One column a preset, one line a task that counts.
 
     Args:
         best: the full model's rows.
     """
-    shares = {p: full.by_task(run.rows, "reporting") for p, run in measured.items()}
+    shares = {p: full.by_task(run.rows, half) for p, run in measured.items()}
     counting = [r for r in best if full.counts(r)]
     lines = [
         (
             task,
-            f"{mean_of(counting, 'reporting', task)[0]:.2f}",
+            f"{mean_of(counting, half, task)[0]:.2f}",
             *(percent(of.get(task, (math.nan, math.nan))) for of in shares.values()),
         )
         for task in dict.fromkeys(task for of in shares.values() for task in of)
@@ -71,12 +72,12 @@ def by_task(measured: dict[str, Run], full: Full, best: list[Row]) -> str:
     return table(("", "full model", *(f"`{preset}`" for preset in shares)), lines)
 
 
-def by_length(run: Run, full: Full) -> str:
+def by_length(run: Run, full: Full, half: str) -> str:
     """One column a length."""
-    rows = [r for r in run.rows if r.half == "reporting" and full.counts(r)]
+    rows = [r for r in run.rows if r.half == half and full.counts(r)]
     lengths = sorted({r.tokens for r in rows})
     lines = [
-        (task, *(percent(full.share(rows, "reporting", task, n)) for n in lengths))
+        (task, *(percent(full.share(rows, half, task, n)) for n in lengths))
         for task in dict.fromkeys(r.task for r in rows)
     ]
     return table(("", *(f"{n:,}" for n in lengths)), lines)
@@ -91,11 +92,13 @@ def by_method(
         named: what some methods are called instead.
     """
     lines = []
+    of_schedule = len({run.schedule for run in measured}) > 1
     for run in measured:
         agree = (_plain(mean_of(run.rows, half, f"{AGREEMENT}: {name}")) for name in _AGREEMENT)
         lines.append(
             (
                 (named or {}).get(run.method, run.method),
+                run.schedule if of_schedule else NONE,
                 _bound(run),
                 *_worst(full, run, half),
                 percent(full.share(run.rows, half)),
@@ -103,8 +106,15 @@ def by_method(
                 NONE if math.isnan(run.share_computed) else f"{run.share_computed:.1%}",
             )
         )
-    head = ("", "bound", "worst task", "its share", f"under {FLOOR:.0%}", "mean")
-    return table((*head, *_AGREEMENT.values(), "prompt computed"), lines)
+    head = ("", "keeps", "bound", "worst task", "its share", f"under {FLOOR:.0%}", "mean")
+    return _told((*head, *_AGREEMENT.values(), "prompt computed"), lines)
+
+
+def _told(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A table without the columns that tell nothing."""
+    told = [any(line[i] != NONE for line in lines) for i in range(len(head))]
+    shown = [tuple(compress(line, told)) for line in (head, *lines)]
+    return table(shown[0], shown[1:])
 
 
 def at_equal_operations(measured: list[Run]) -> list[tuple[str, list[Run]]]:

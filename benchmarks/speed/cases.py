@@ -12,6 +12,7 @@ from benchmarks.speed.shapes import (
     AGGRESSIVE,
     BALANCED,
     CONSERVATIVE,
+    MEASURED,
     SHAPES,
     Pruning,
 )
@@ -72,27 +73,27 @@ def decode(tokens: int, batch: int, runs: int, steps: int = 20, **fields) -> Cas
     return Case("decode", "decode", arguments, runs, **fields)
 
 
-_DEFAULT = (BALANCED,)  # the default preset
+_ONE = (MEASURED,)
 # Tokens: prompts that are not pruned, and those that are.
 _SHORT = (1, 64, 256, 512, 768, PRUNED_FROM - 1)
 _PRUNED = (PRUNED_FROM, 1280, 1536, 2048, 3072, 4096)
 _ALL = (
     Plan(
         "Llama-3.1-8B",
-        (BALANCED, CONSERVATIVE, AGGRESSIVE),
+        (AGGRESSIVE, BALANCED, CONSERVATIVE),
         max_len=131072,
         cases=(
             *(ttft(n, 11) for n in _SHORT + _PRUNED),
             ttft(8192, 7),
             ttft(16384, 5),
             ttft(32768, 3),
-            ttft(65536, 2, engines=_DEFAULT),
-            ttft(131000, 1, engines=_DEFAULT),
-            decode(384, 1, 3, steps=64, engines=_DEFAULT),
-            decode(8192, 1, 3, engines=_DEFAULT),
-            decode(8192, 16, 2, engines=_DEFAULT),
-            decode(8192, 32, 1, engines=_DEFAULT),
-            decode(130000, 1, 1, engines=_DEFAULT),
+            ttft(65536, 2, engines=_ONE),
+            ttft(131000, 1, engines=_ONE),
+            decode(384, 1, 3, steps=64, engines=_ONE),
+            decode(8192, 1, 3, engines=_ONE),
+            decode(8192, 16, 2, engines=_ONE),
+            decode(8192, 32, 1, engines=_ONE),
+            decode(130000, 1, 1, engines=_ONE),
             Case("memory", "room", {"tokens": 32768}, 1, "requests", 0),
             Case(
                 "throughput",
@@ -101,16 +102,14 @@ _ALL = (
                 1,
                 "tokens/s",
                 0,
-                _DEFAULT,
+                _ONE,
             ),
-            Case(
-                "profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, _DEFAULT
-            ),
+            Case("profile", "profile", {"tokens": 32768, "decode_tokens": 8192}, 1, "", 0, _ONE),
         ),
     ),
     Plan(
         "Llama-2-7B",
-        (BALANCED,),
+        _ONE,
         max_len=16640,
         cases=(ttft(4000, 11), ttft(16384, 7)),
     ),

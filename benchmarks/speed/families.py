@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.speed.cases import Case, Plan, decode, ttft
-from benchmarks.speed.shapes import BALANCED
+from benchmarks.speed.shapes import MEASURED
 
 FILE = Path(__file__).parent / "results" / "families.jsonl"
 SHORT, LONG, DECODED = 4096, 32768, 8192  # tokens
@@ -20,7 +20,7 @@ _FP8_WEIGHTS, _FP8_KV = {"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}
 
 
 def _plan(shape: str, name: str = "", **options) -> Plan:
-    return Plan(shape, (BALANCED,), 33280, _CASES, name or shape, _SIZES | options)
+    return Plan(shape, (MEASURED,), 33280, _CASES, name or shape, _SIZES | options)
 
 
 _ALL = (

@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.results import figure, read, replace_section, table
 from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.results import FILE, Row
-from benchmarks.speed.shapes import BALANCED
+from benchmarks.speed.shapes import MEASURED
 
 MISSING = "–"
 
@@ -103,7 +103,7 @@ def _first_tokens(rows: list[Row], shape: str) -> str:
     head = [f"{shape}: prompt", "stock, ms"]
     for engine in engines:
         head += [f"`{engine}`, ms", "speed-up"]
-        if engine == BALANCED.name:
+        if engine == MEASURED.name:
             head.append("share of the bound")
     lines = []
     for stock in pick(measured, "ttft", engine="stock"):
@@ -111,7 +111,7 @@ def _first_tokens(rows: list[Row], shape: str) -> str:
         for engine in engines:
             found = pick(measured, "ttft", engine=engine, tokens=stock.tokens)
             cells += [_median(found[0]), f"{found[0].ratio:.2f}x"] if found else [MISSING] * 2
-            if engine == BALANCED.name:
+            if engine == MEASURED.name:
                 cells.append(_share(found))
         lines.append(tuple(cells))
     return table(tuple(head), lines)
@@ -142,7 +142,7 @@ def _ms(row: Row) -> str:
 
 def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
-    lazy = [r for r in pick(rows, "ttft", engine=BALANCED.name) if r.flop_bound]
+    lazy = [r for r in pick(rows, "ttft", engine=MEASURED.name) if r.flop_bound]
     stock = [stock_row(rows, r) for r in lazy]
     plot, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
@@ -187,7 +187,7 @@ def _spaced(tokens: list[int]) -> list[int]:
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
-    lazy = pick(rows, "memory", engine=BALANCED.name)[0]
+    lazy = pick(rows, "memory", engine=MEASURED.name)[0]
     stock = stock_row(rows, lazy)
     plot, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(

@@ -62,6 +62,7 @@ class Pruning:
 BALANCED, CONSERVATIVE, AGGRESSIVE = (
     Pruning(preset, {"preset": preset}) for preset in ("balanced", "conservative", "aggressive")
 )
+MEASURED = AGGRESSIVE  # of the presets, the one that every case is measured with
 
 
 def parked_pages(shape: dict) -> int:

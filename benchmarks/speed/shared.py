@@ -4,7 +4,7 @@ next turn of a conversation, another question about one document, long prompts a
 from pathlib import Path
 
 from benchmarks.speed.cases import Case, Plan
-from benchmarks.speed.shapes import BALANCED
+from benchmarks.speed.shapes import MEASURED
 
 FILE = Path(__file__).parent / "results" / "shared.jsonl"
 TURN, QUESTION, ARRIVAL = "second turn", "second question", "arrival"
@@ -22,7 +22,7 @@ def _throughput(name: str, runs: int, **shared) -> Case:
 
 PLAN = Plan(
     "Llama-3.1-8B",
-    (BALANCED,),
+    (MEASURED,),
     max_len=131072,
     cases=(
         Case(TURN, "second_turn", {"tokens": 16384, "answer": 64, "more": 256}, 3),

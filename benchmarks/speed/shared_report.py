@@ -8,7 +8,7 @@ from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.families_report import places
 from benchmarks.speed.report import pick, stock_row
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED
+from benchmarks.speed.shapes import MEASURED
 from benchmarks.speed.shared import (
     ARRIVAL,
     FILE,
@@ -51,7 +51,7 @@ def section(rows: list[Row]) -> str:
     again, arrivals = _pairs(rows, TURN, QUESTION), _pairs(rows, ARRIVAL)
     parts = [
         f"{places(rows)} {rows[0].shape} shape, random weights, bf16. The preset "
-        f"`{BALANCED.name}` beside stock vLLM at its defaults, both with prefix caching, chunked "
+        f"`{MEASURED.name}` beside stock vLLM at its defaults, both with prefix caching, chunked "
         f"prefill and at most {BUDGET:,} tokens a step (the default of `vllm serve`). No prompt "
         "was asked twice. Medians. `python -m benchmarks shared` measures this.",
     ]
@@ -104,7 +104,7 @@ def _pairs(rows: list[Row], *benchmarks: str) -> list[tuple[Row, Row]]:
     return [
         (stock_row(rows, lazy), lazy)
         for benchmark in benchmarks
-        for lazy in pick(rows, benchmark, engine=BALANCED.name)
+        for lazy in pick(rows, benchmark, engine=MEASURED.name)
     ]
 
 

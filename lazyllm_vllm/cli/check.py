@@ -17,7 +17,7 @@ from lazyllm_vllm.hooks.versions import check_version
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="as for vllm serve: a folder or a name; comes first")
     parser.add_argument(
-        "--lazyllm-config", metavar="JSON|FILE|PRESET", help="left out: the preset balanced"
+        "--lazyllm-config", metavar="JSON|FILE|PRESET", help="left out: the default preset"
     )
     parser.add_argument(
         "--lengths",

@@ -28,6 +28,7 @@ from lazyllm_vllm.observe.startup_log import cache_room, layer_windows
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.operations import flops
+from lazyllm_vllm.plan.presets import DEFAULT
 from lazyllm_vllm.plan.schedule import Schedule
 
 LENGTHS = (4096, 32768)
@@ -41,7 +42,7 @@ def diagnose(serve: Sequence[str], lengths: Sequence[int] | None) -> dict[str, A
 
     Args:
         serve: what stands behind ``vllm serve``, the model first. Without a LazyLLM configuration
-            among it the preset ``balanced`` is taken.
+            among it the default preset is taken.
         lengths: prompts, in tokens; None: ``LENGTHS`` and the longest.
 
     Returns:
@@ -91,7 +92,7 @@ def _create_config(serve: Sequence[str]) -> VllmConfig:
     command.validate(args)
     args.model = args.model_tag
     if args.lazyllm_config is None and KEY not in (args.additional_config or {}):
-        args.lazyllm_config = {"preset": "balanced"}
+        args.lazyllm_config = {"preset": DEFAULT}
     engine_args = AsyncEngineArgs.from_cli_args(args)
     return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="file to write the same to as JSON")
     parser.add_argument("--max-tokens", type=_positive, default=64, help="of the answer (64)")
     own = parser.add_argument_group("with a model")
-    own.add_argument("--lazyllm-config", help="as for vllm serve (balanced)")
+    own.add_argument("--lazyllm-config", help="as for vllm serve; left out: the default preset")
     own.add_argument("--max-model-len", type=int, help="as for vllm serve")
     own.add_argument("--llm", type=_fields, metavar="JSON", help="other arguments of LLM()")
     server = parser.add_argument_group("with --url")
@@ -77,6 +77,7 @@ def _check(args: argparse.Namespace) -> None:
 def _explain(args: argparse.Namespace):
     from lazyllm_vllm.observe.explain.prompt_file import read_prompt
     from lazyllm_vllm.plan.config import parse_config
+    from lazyllm_vllm.plan.presets import DEFAULT
 
     prompt = read_prompt(args.prompt_file, args.chat)
     if args.url is not None:
@@ -85,7 +86,7 @@ def _explain(args: argparse.Namespace):
         return Server(args.url, args.api_key).explain(prompt, args.max_tokens, args.tokenizer)
     from lazyllm_vllm.observe.explain.local import explain_locally, start_traced
 
-    config = parse_config(args.lazyllm_config or "balanced").model_dump(exclude_unset=True)
+    config = parse_config(args.lazyllm_config or DEFAULT).model_dump(exclude_unset=True)
     options = {"max_model_len": args.max_model_len} | (args.llm or {})
     llm = start_traced(args.model, config, **options)
     return explain_locally(llm, args.model, prompt, args.max_tokens)

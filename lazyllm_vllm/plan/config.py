@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from lazyllm_vllm.plan.presets import PRESETS, preset_cuts
+from lazyllm_vllm.plan.presets import DEFAULT, PRESETS, preset_cuts
 from lazyllm_vllm.plan.request_setting import OFF
 
 Preset = Literal["conservative", "balanced", "aggressive"]
@@ -99,7 +99,7 @@ class LazyLLMConfig(BaseModel):
     score_window: int = Field(default=16, ge=1)
     score_pool: Annotated[
         tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], BeforeValidator(_around)
-    ] = (6, 6)
+    ] = (16, 4)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
@@ -153,7 +153,7 @@ class LazyLLMConfig(BaseModel):
     def own_name(self) -> str | None:
         """The preset that is the engine's own schedule, and what requests call it; None: ``prune``
         is, which has no name."""
-        return None if self.prune is not None else self.preset or "balanced"
+        return None if self.prune is not None else self.preset or DEFAULT
 
     def named(self, name: str) -> "LazyLLMConfig":
         """The same with one of ``schedules`` as its own."""

@@ -112,7 +112,7 @@ def test_models_of_another_kind_are_refused(args_of, architecture):
 def test_boundaries_follow_layers_that_see_everything(args_of):
     full = full_layers(args_of(GEMMA).create_model_config())
     assert full == (6, 12, 18)
-    cuts = LazyLLMConfig().boundaries(18, full)
+    cuts = LazyLLMConfig(preset="aggressive").boundaries(18, full)  # the first two are one
     assert [(cut.layer, cut.keep) for cut in cuts] == [(6, 0.2), (12, 0.1)]
     wrong = LazyLLMConfig(prune=[{"layer": 5, "keep": 0.5}])
     with pytest.raises(ConfigError, match="prune: layer 5 has a sliding window.*use 6, 12$"):

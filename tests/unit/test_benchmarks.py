@@ -10,7 +10,7 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES
+from benchmarks.speed.shapes import MEASURED, SHAPES
 from lazyllm_vllm.plan.operations import flop_bound, flops, full_layers
 from lazyllm_vllm.plan.presets import preset_cuts
 
@@ -85,7 +85,7 @@ def test_flop_bounds_of_the_shapes():
     for name, plan in families.PLANS.items():
         shape = SHAPES[plan.shape]
         full = full_layers(shape) or range(1, shape["num_hidden_layers"])
-        cuts = BALANCED.cuts(shape)
+        cuts = MEASURED.cuts(shape)
         assert len(cuts) == 3 and all(layer in full for layer, _ in cuts), name
         assert 2 < flop_bound(shape, cuts, families.SHORT) < 4, name
 
@@ -94,8 +94,8 @@ def test_cuts_go_by_the_pages_of_hidden_states():
     """As in an engine: two pages for Llama 3.1, one for Llama 2, whose hidden state is half as
     large as its keys and values."""
     for name, pages in (("Llama-3.1-8B", 2), ("Llama-2-7B", 1)):
-        assert BALANCED.cuts(SHAPES[name]) == preset_cuts("balanced", 32, None, pages)
-        assert BALANCED.cuts(SHAPES[name]) != preset_cuts("balanced", 32)
+        assert MEASURED.cuts(SHAPES[name]) == preset_cuts("aggressive", 32, None, pages)
+        assert MEASURED.cuts(SHAPES[name]) != preset_cuts("aggressive", 32)
 
 
 def test_flop_bounds():
@@ -130,7 +130,7 @@ def _rows(shape: str = "Llama-3.1-8B") -> list[Row]:
         ("memory", "requests", 32768, 1, 26.0, 45.0),
         ("throughput", "tokens/s", 16384, 64, 100.0, 250.0),
     ):
-        for engine, value in (("stock", stock), (BALANCED.name, lazy)):
+        for engine, value in (("stock", stock), (MEASURED.name, lazy)):
             row = Row.of(
                 [{"value": value}],
                 benchmark=benchmark,
@@ -167,7 +167,7 @@ def test_first_tokens_by_length(tmp_path):
     """A prompt that is not pruned, a preset that was measured on one length only, two shapes."""
     rows = [row for row in _rows() if row.benchmark == "ttft"]
     rows += [replace(row, tokens=512, flop_bound=None) for row in rows[:2]]
-    rows.append(replace(rows[1], engine="conservative", median=80.0, ratio=1.25))
+    rows.append(replace(rows[1], engine="balanced", median=80.0, ratio=1.25))
     lines = report.section(rows + _rows("Llama-2-7B")).splitlines()
     assert "| 4,096 | 100.0 | 50.0 | 2.00x | 95% | 80.0 | 1.25x |" in lines
     assert "| 16,384 | 500.0 | 200.0 | 2.50x | 119% | – | – |" in lines

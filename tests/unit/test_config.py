@@ -57,7 +57,7 @@ def test_presets_are_the_schedules_that_were_measured():
 def test_a_preset_makes_room_for_hidden_states_too():
     """By hand, for Llama-3.1-8B: 2,048 numbers of keys and values a token and layer, so that two
     pages hold a hidden state of 4,096."""
-    schedule = Schedule.build(parse_config("balanced"), 32, parked_pages=2)
+    schedule = Schedule.build(parse_config("aggressive"), 32, parked_pages=2)
     assert schedule.starts == (0, 6, 10, 22, 32), "each within a layer of its depth"
     needs = BlockNeeds(schedule, block_size=16, page_size=16 * 2048 * 2, vector_size=4096 * 2)
     # Groups of four: two, one, three and three.

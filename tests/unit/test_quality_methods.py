@@ -105,11 +105,6 @@ def _chunks(layers, position, size) -> torch.Tensor:
     return _blocks(_highest(_peak(w).amax(0) for w in layers), position, size, torch.max)
 
 
-def _reaching(layers, position, before, after) -> torch.Tensor:
-    score, at = _highest(_peak(w).amax(0) for w in layers), position
-    return torch.stack([score[(at >= p - before) & (at <= p + after)].amax() for p in at])
-
-
 def _highest(layers) -> torch.Tensor:
     return torch.stack(list(layers)).amax(0)
 
@@ -130,9 +125,6 @@ EXPECTED = {
     "last token in full": lambda layers, _: _highest(_peak(w, 1).amax(0) for w in layers),
     "chunks of 16": lambda layers, at: _chunks(layers, at, 16),
     "chunks of 32": lambda layers, at: _chunks(layers, at, 32),
-    "reach 12, 6": lambda layers, at: _reaching(layers, at, 12, 6),
-    "reach 16, 2": lambda layers, at: _reaching(layers, at, 16, 2),
-    "reach 24, 4": lambda layers, at: _reaching(layers, at, 24, 4),
 }
 
 

@@ -16,7 +16,7 @@ from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.presets import preset_cuts
 
-BALANCED = {"lazyllm": {"preset": "balanced"}}
+PRUNED = {"lazyllm": {"preset": "aggressive"}}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def tiny(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def _create(model, config=BALANCED, **flags):
+def _create(model, config=PRUNED, **flags):
     flags = {"max_model_len": 1024, "dtype": "float32", "skip_tokenizer_init": True} | flags
     return EngineArgs(model=str(model), additional_config=config, **flags).create_engine_config()
 
@@ -134,7 +134,7 @@ OFF = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
 )
 def test_prefixes_chunks_and_budgets_are_the_users(tiny, longest, flags):
     """As in stock vLLM, whether a prompt of the greatest length fits in a step or not."""
-    mine, stock = (_create(tiny, c, max_model_len=longest, **flags) for c in (BALANCED, {}))
+    mine, stock = (_create(tiny, c, max_model_len=longest, **flags) for c in (PRUNED, {}))
     assert mine.cache_config.enable_prefix_caching == stock.cache_config.enable_prefix_caching
     assert mine.cache_config.enable_prefix_caching == flags.get("enable_prefix_caching", True)
     chunked = mine.scheduler_config.enable_chunked_prefill
@@ -162,8 +162,8 @@ def test_a_presets_cuts_go_by_the_pages_of_hidden_states(tmp_path, block_size):
     hidden state of 320 takes three pages."""
     model = tiny_model(tmp_path, hidden_size=320, num_attention_heads=10, num_hidden_layers=32)
     config = _create(model, block_size=block_size)
-    cuts = preset_cuts("balanced", 32, parked_pages=3)
-    assert cuts != preset_cuts("balanced", 32), "a weak test"
+    cuts = preset_cuts("aggressive", 32, parked_pages=3)
+    assert cuts != preset_cuts("aggressive", 32), "a weak test"
     schedule = schedule_of(config)
     assert schedule.starts == (0, *(layer for layer, _ in cuts), 32)
     page, vector = block_size * 128 * 4, 320 * 4
@@ -173,7 +173,7 @@ def test_a_presets_cuts_go_by_the_pages_of_hidden_states(tmp_path, block_size):
 def test_the_same_arguments_make_the_same_engine_twice(tiny):
     args = EngineArgs(
         model=str(tiny),
-        additional_config=BALANCED,
+        additional_config=PRUNED,
         max_model_len=1024,
         dtype="float32",
         max_num_batched_tokens=512,

@@ -9,7 +9,7 @@ from lazyllm_vllm.plan.schedule import Schedule
 
 CONFIG = {
     "prune": [{"layer": 4, "keep": 0.5}, {"layer": 8, "keep": 0.2}],
-    "schedules": {"mild": [{"layer": 6, "keep": 0.6}], "fast": "conservative"},
+    "schedules": {"mild": [{"layer": 6, "keep": 0.6}], "fast": "balanced"},
     "min_prompt_tokens": 100,
 }
 
@@ -58,7 +58,7 @@ def test_what_is_wrong_names_the_field(extra, field, says, schedule):
 
 
 def test_the_stages_are_those_of_all_schedules(schedule):
-    """``conservative`` cuts at a third and two thirds of twelve layers."""
+    """``balanced`` cuts at a third and two thirds of twelve layers."""
     assert schedule.starts == (0, 4, 6, 8, 12)
     assert schedule.keeps == (1, 0.5, 0.5, 0.2)
     assert dict(schedule.others) == {"mild": (1, 1, 0.6, 0.6), "fast": (1, 0.3, 0.3, 0.1)}

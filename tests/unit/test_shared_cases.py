@@ -8,7 +8,7 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, run_shared, shared_report
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import BALANCED, SHAPES, parked_pages
+from benchmarks.speed.shapes import MEASURED, SHAPES, parked_pages
 from benchmarks.speed.shared import ARRIVAL, BENCHMARKS, PLAN, QUESTION, SHARED_PREFIX, TURN
 from lazyllm_vllm.plan.operations import flops
 
@@ -30,7 +30,7 @@ def test_flops_of_a_cached_prefix_by_hand():
 def test_cuts_are_the_engine_s():
     """Llama-3.1-8B parks 4,096 numbers in pages of 2,048 a token, Llama-2-7B in one of 8,192."""
     assert [parked_pages(SHAPES[name]) for name in ("Llama-3.1-8B", "Llama-2-7B")] == [2, 1]
-    assert BALANCED.cuts(SHAPES["Llama-3.1-8B"]) == ((6, 0.7), (10, 0.2), (22, 0.1))
+    assert MEASURED.cuts(SHAPES["Llama-3.1-8B"]) == ((6, 0.7), (10, 0.2), (22, 0.1))
 
 
 def _results(engine: str | None) -> dict[str, dict]:
@@ -50,7 +50,7 @@ def engines(monkeypatch):
     opened = []
 
     class Engine:
-        def __init__(self, start, arguments, functions, log):
+        def __init__(self, start, arguments, functions, log, has_workers):
             assert functions == "benchmarks.speed.measure_shared"
             assert arguments["options"]["max_num_batched_tokens"] == 8192
             opened.append(arguments["config"])
@@ -74,7 +74,7 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     shared_report.main(page, file)
     assert page.read_text() == "before\n", "no results yet"
     run_shared.main(argparse.Namespace(only=None, out=file, commit="c"))
-    assert engines == [None, BALANCED.config]
+    assert engines == [None, MEASURED.config]
     rows = read(file, Row)
     assert len(rows) == 2 * len(PLAN.cases) == len({row.key for row in rows})
     for _ in range(2):  # the second finds the section there
@@ -84,8 +84,8 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     assert "| 32,768 | 100 | 50 | 0.50 | 1,000 | 500 | 0.50 |" in text
     assert "| 64 requests of 8,192 tokens, 128 out | 1,000 | 2,000 | 2.00x |" in text
     assert "sharing 6,144" in text
-    turn = next(r for r in rows if r.benchmark == TURN and r.engine == BALANCED.name)
-    shape, cuts = SHAPES[PLAN.shape], BALANCED.cuts(SHAPES[PLAN.shape])
+    turn = next(r for r in rows if r.benchmark == TURN and r.engine == MEASURED.name)
+    shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
     bound = 200 * flops(shape, cuts, 16704, 16448) / flops(shape, cuts, 16384)
     assert turn.details["bound"] == pytest.approx(bound) and 50 < bound < 150
     line = f"| 200.0 | 100.0 | 200.0 | 50.0 | {bound:,.1f} | {50 / bound:.2f} | 0.50 |"

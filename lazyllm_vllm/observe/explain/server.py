@@ -10,7 +10,7 @@ from lazyllm_vllm.observe.explain.prompt_file import Prompt
 from lazyllm_vllm.observe.explain.token_texts import token_texts
 
 START = (
-    "LAZYLLM_TRACE=1 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --lazyllm-config balanced "
+    "LAZYLLM_TRACE=1 VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --lazyllm-config conservative "
     "--enforce-eager"
 )
 
