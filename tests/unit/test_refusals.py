@@ -308,3 +308,9 @@ def test_a_patch_says_why_and_when_it_ends():
     source = inspect.getsource(patches)
     wrapped = source.count("_wrap(") - 1  # its definition
     assert wrapped >= 5 and source.count("Ends\n# when") + source.count("Ends when") >= 5
+
+
+def test_the_older_model_runner_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ConfigError, match="Model Runner V2; remove .* set TRITON_INTERPRET=1$"):
+        _create(tiny)
