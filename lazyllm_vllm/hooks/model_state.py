@@ -16,19 +16,22 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
-from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
+from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import DEEP
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
+from lazyllm_vllm.runtime.snapshots import BlockCopier, EndedRequests
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -39,7 +42,11 @@ class LazyModelState(DefaultModelState):
     """Attributes:
     index_of: rows in the request table of the requests there are; plans: what each may have.
     selecting: of those, the ones whose decoding chooses tokens anew.
-    caught_up: of requests that are not pruned, tokens with keys in the later stages.
+    caught_up: of requests that are not pruned, or go on from others, tokens that need not run in
+        the later stages any more.
+    shifts: of requests that go on from others, ``[stages]``, slots less positions after the prompt.
+    prompt_blocks: of requests that may leave a snapshot, the first block in the prompt's group.
+    ended: those of them that have.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -60,6 +67,9 @@ class LazyModelState(DefaultModelState):
         self.plans: dict[str, RequestPlan] = {}
         self.selecting: dict[str, int] = {}
         self.caught_up: dict[str, int] = {}
+        self.shifts: dict[str, np.ndarray] = {}
+        self.prompt_blocks: dict[str, int] = {}
+        self.ended = EndedRequests()
         self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
@@ -74,16 +84,27 @@ class LazyModelState(DefaultModelState):
         params = new_req_data.sampling_params
         setting = self.schedule.setting(params and params.extra_args)
         plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
+        prompt_keys = plan.kept
+        continuation = getattr(new_req_data, CONTINUATION, None)
+        if continuation is not None:
+            self.copier.copy(continuation.copies)
+            row = self.ended.row(continuation.prompt_block)
+            plan, prompt_keys = row.plan, row.prompt_keys
+            self.shifts[req_id] = np.array(prompt_keys, np.int32) - plan.num_prompt
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
         # Where no prompt is pruned, later stages' keys are shared like the first's.
         self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+        if continuation is not None:
+            self.caught_up[req_id] = continuation.num_tokens
+        if plan.is_pruned and self.schedule.config.reuse == DEEP:
+            self.prompt_blocks[req_id] = new_req_data.block_ids[self.prompt_group][0]
         if plan.is_pruned:
             if self.schedule.is_strict or plan.capacity != plan.kept:
                 self.selecting[req_id] = req_index
         elif _reads_prompt(params):
             self.wants_prompt.add(req_id)
-        self.table.add(req_index, plan)
+        self.table.add(req_index, plan, prompt_keys)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
@@ -97,6 +118,9 @@ class LazyModelState(DefaultModelState):
         del self.plans[req_id]
         self.selecting.pop(req_id, None)
         self.caught_up.pop(req_id, None)
+        self.shifts.pop(req_id, None)
+        if req_id in self.prompt_blocks:
+            self.ended.add(self.prompt_blocks.pop(req_id), self.table.row(index))
         self.wants_prompt.discard(req_id)
         if self.group.is_first_rank and not req_id.startswith(VLLM_WARMUP):
             self.stats.record(req_id, self.table.row(index))
@@ -132,13 +156,16 @@ class LazyModelState(DefaultModelState):
         ]
         block_size = specs[stage_tables[0][0][0]].block_size
         layers = self.vllm_config.compilation_config.static_forward_context
-        state, aux = prompt_cache(
+        state, aux, blocks = prompt_cache(
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
         )
         num_slots = kv_cache_config.num_blocks * block_size
         hidden_size = self.model_config.get_hidden_size()
         parked = parked_states(kv_cache_config, block_tables, layers, hidden_size)
         self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
+        if blocks is not None:
+            self.copier = BlockCopier(blocks, self.buffers.slot_position)
+            self.prompt_group = next(g for g, s in enumerate(specs) if isinstance(s, PromptSpec))
         parks_all = self.vllm_config.cache_config.enable_prefix_caching
         self.boundary = Boundary(
             self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
@@ -226,7 +253,8 @@ class LazyModelState(DefaultModelState):
         if kind is StepKind.RUN:
             prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
-            self.caught_up.update(zip(prefilled, prefills.end.tolist()))
+            caught_up = np.maximum(prefills.end, prefills.caught_up)
+            self.caught_up.update(zip(prefilled, caught_up.tolist()))
             if self.boundary.reduction is not None:
                 plans = (self.plans[req_id] for req_id in req_ids)
                 pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
@@ -276,14 +304,19 @@ class LazyModelState(DefaultModelState):
             return np.array(list(values), np.int32)
 
         first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
-        kept = ints(plan.kept for plan in plans).reshape(-1, self.schedule.num_stages)
+        stages = self.schedule.num_stages
+        kept = ints(plan.kept for plan in plans).reshape(-1, stages)
+        goes_on = np.array([req_id in self.shifts for req_id in req_ids], bool)
+        none = np.zeros(stages, np.int32)
+        shift = ints(self.shifts.get(req_id, none) for req_id in req_ids).reshape(-1, stages)
         return Prefills(
-            num_prompt=ints(plan.num_prompt for plan in plans),
+            num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
             first=first,
             end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
             caught_up=ints(self.caught_up[req_id] for req_id in req_ids),
-            is_pruned=np.array([plan.is_pruned for plan in plans], bool),
+            is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
             kept=kept.T,
+            shift=shift.T,
         )
 
 

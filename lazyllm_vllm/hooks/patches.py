@@ -46,6 +46,8 @@ def install() -> None:
     _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
     parameters = ["self", "request", "max_cache_hit_length"]  # the last from 0.33 on
     _wrap(KVCacheManager, "get_computed_blocks", parameters, _get_computed_blocks, newer=1)
+    _wrap(KVCacheManager, "free", ["self", "request"], _free)
+    _wrap(Scheduler, "schedule", ["self", "throttle_prefills"], _schedule)
     parameters = ["self", "request", "timestamp", "drop_stale_output"]
     _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
 
@@ -183,10 +185,32 @@ def _process_inputs(original, self, *args, **kwargs):
 
 
 def _get_computed_blocks(original, self, request, *args, **kwargs):
-    from lazyllm_vllm.hooks.kv_cache.managers import note_request
+    from lazyllm_vllm.hooks.kv_cache.reuse import find_blocks
 
-    note_request(self.block_pool, request)
-    return original(self, request, *args, **kwargs)
+    return find_blocks(functools.partial(original, self, request, *args, **kwargs), self, request)
+
+
+# What a pruned request leaves for others. Ends when a group's manager is told of the request whose
+# blocks it frees.
+
+
+def _free(original, self, request):
+    from lazyllm_vllm.hooks.kv_cache.reuse import leave
+
+    leave(self, request)
+    return original(self, request)
+
+
+# What workers must know of a request that goes on from there. Ends when a group's manager can send
+# them a word with a request, and have blocks copied that stay the last to be reused.
+
+
+def _schedule(original, self, *args, **kwargs):
+    from lazyllm_vllm.hooks.kv_cache.reuse import hand_over
+
+    output = original(self, *args, **kwargs)
+    hand_over(self.kv_cache_manager, output.scheduled_new_reqs)
+    return output
 
 
 # With priorities vLLM may withdraw a chunk in the step that scheduled it, and its blocks stay in

@@ -13,7 +13,7 @@ import torch
 from vllm.logger import init_logger
 
 from lazyllm_vllm.plan.schedule import Schedule
-from lazyllm_vllm.runtime.request_table import RequestRow
+from lazyllm_vllm.runtime.request_table import RowCopy
 
 logger = init_logger("vllm.lazyllm")
 
@@ -46,25 +46,15 @@ class RequestStats:
         Args:
             row: ``[1 + 3 * stages]`` int32 on the device: its row of the request table.
         """
-        if row.is_cuda:
-            copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-            copy.copy_(row, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            copy, event = row, None
-        self._copies.append((req_id, copy, event))
+        self._copies.append((req_id, RowCopy(row)))
         self._collect(wait=False)
         self._maybe_log()
 
     def _collect(self, wait: bool) -> None:
         while self._copies:
-            req_id, copy, event = self._copies[0]
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():
-                    return
+            req_id, copy = self._copies[0]
+            if not (wait or copy.is_here):
+                return
             self._copies.popleft()
             entry = self._entry(req_id, copy)
             self.requests[req_id] = entry
@@ -72,8 +62,8 @@ class RequestStats:
                 self.requests.popitem(last=False)
             self._add(self.total, entry)
 
-    def _entry(self, req_id: str, row: torch.Tensor) -> dict[str, Any]:
-        row = RequestRow.of(row.tolist())
+    def _entry(self, req_id: str, copy: RowCopy) -> dict[str, Any]:
+        row = copy.read()
         return {
             "request_id": req_id,
             "prompt_tokens": row.num_prompt,
@@ -114,7 +104,7 @@ class RequestStats:
         self._collect(wait=True)
         requests, total = dict(self.requests), dict(self.total)
         for req_id, row in live.items():
-            requests[req_id] = self._entry(req_id, row)
+            requests[req_id] = self._entry(req_id, RowCopy(row))
             self._add(total, requests[req_id])
         return {"requests": list(requests.values()), "total": total}
 

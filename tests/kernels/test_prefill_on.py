@@ -48,7 +48,7 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
     step = SimpleNamespace(
         kind=StepKind.RUN,
         spans={stage: span},
-        segments={stage: Segments(starts, 0, w.ints(first.tolist()))},
+        segments={stage: Segments(starts, 0, *w.ints([first.tolist(), [0] * len(first)]))},
         key_starts={stage: key_starts},
         longest_prefill={stage: int((end - first).max())},
         prefills=range(len(end)),
