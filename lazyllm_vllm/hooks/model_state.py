@@ -24,7 +24,6 @@ from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.request_plan import RequestPlan
-from lazyllm_vllm.plan.request_setting import DEEP
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills
@@ -97,7 +96,7 @@ class LazyModelState(DefaultModelState):
         self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
         if continuation is not None:
             self.caught_up[req_id] = continuation.num_tokens
-        if plan.is_pruned and self.schedule.config.reuse == DEEP:
+        if plan.is_pruned:
             self.prompt_blocks[req_id] = new_req_data.block_ids[self.prompt_group][0]
         if plan.is_pruned:
             if self.schedule.is_strict or plan.capacity != plan.kept:

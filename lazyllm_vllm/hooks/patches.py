@@ -195,10 +195,9 @@ def _get_computed_blocks(original, self, request, *args, **kwargs):
 
 
 def _free(original, self, request):
-    from lazyllm_vllm.hooks.kv_cache.reuse import leave
+    from lazyllm_vllm.hooks.kv_cache.reuse import free
 
-    leave(self, request)
-    return original(self, request)
+    free(functools.partial(original, self, request), self, request)
 
 
 # What workers must know of a request that goes on from there. Ends when a group's manager can send

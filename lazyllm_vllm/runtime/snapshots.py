@@ -1,5 +1,5 @@
-"""A worker's side of requests that go on from what others left: blocks copied on the device, and the
-counts of the requests that ended."""
+"""A worker's side of requests that go on from a snapshot: blocks copied on the device, and the
+counts of requests that left one."""
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ class BlockCopier:
         self.slot_position = slot_position.view(len(blocks), -1)
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """``(source, destination)`` block ids, no block on both sides."""
+        """``(source, destination)`` block ids; no block is both."""
+        if not pairs:
+            return
         source, destination = async_tensor_h2d(np.array(pairs).T, device=self.blocks.device)
         at_once = max(MOST_COPIED // self.blocks[0].nbytes, 1)
         for mine, theirs in zip(destination.split(at_once), source.split(at_once)):

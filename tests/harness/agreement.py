@@ -67,6 +67,37 @@ def compare(model, prompts: list[list[int]], config: dict, quota: int, result: d
     return total
 
 
+def compare_turns(
+    model, prompt: list[int], turns: list[list[int]], config: dict, quota: int, results: list[dict]
+) -> Agreement:
+    """What the engine made of a conversation, in which each turn goes on from the one before.
+
+    Args:
+        turns: as ``reference.generate_turns`` has them.
+        config, quota: as in ``compare``.
+        results: of ``harness.engine.generate`` for each prompt of the conversation alone.
+    """
+    alone = parse_config(config | {"revive_budget": quota})
+    new_tokens = len(results[0]["tokens"][0])
+    refs = reference.generate_turns(model, prompt, alone, new_tokens, turns)
+    num_stages, total = len(refs[0].kept), Agreement()
+    for turn, (ref, result) in enumerate(zip(refs, results, strict=True)):
+        total.total += 2 * (num_stages - 1) * (len(ref.tokens) - 1)
+        total.revived += sum(len(r) for step in ref.revived for r in step)
+        if total.ties:
+            continue
+        prefill, decodes, tokens = result["prefills"][0][-1], result["decodes"][0], result["tokens"]
+        if turn:
+            of_stages = range(1, num_stages)
+            assert [prefill["resident"][s] for s in of_stages] == ref.resident[1:], f"turn {turn}"
+            seen = _follow_decodes(Agreement(), decodes, tokens[0], ref, num_stages)
+        else:
+            seen = _follow(prefill, decodes, tokens[0], ref)
+        total.compared += seen.compared
+        total.ties += [f"turn {turn}, {where}" for where in seen.ties]
+    return total
+
+
 def _check_counts(config: LazyLLMConfig, prompt, result, i: int, ref) -> None:
     assert result["tokens"][i] == ref.tokens
     stats = result["stats"][i]
@@ -92,6 +123,10 @@ def _follow(prefill, decodes, tokens, ref) -> Agreement:
         where = f"prefill, boundary {s}"
         if not _same_set(seen, prefill[s], ref.kept[s], ref.prefill_scores[s - 1], where):
             return seen
+    return _follow_decodes(seen, decodes, tokens, ref, num_stages)
+
+
+def _follow_decodes(seen: Agreement, decodes, tokens, ref, num_stages: int) -> Agreement:
     for step, token in enumerate(tokens):
         if token != ref.tokens[step]:
             best, second = ref.logits[step].topk(2).values

@@ -363,6 +363,12 @@ def cached_blocks(llm) -> list[tuple[int, int]]:
     return [(get_group_id(key), maybe_convert_block_hash(get_block_hash(key))) for key in keys]
 
 
+def snapshots(llm) -> int:
+    """How many there are to go on from."""
+    managers = _core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+    return len(next(m.snapshots for m in managers if hasattr(m, "snapshots")))
+
+
 def metrics(llm) -> dict[str, int]:
     """vLLM's counters by name."""
     return {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}

@@ -30,8 +30,8 @@ class PlannedManager(FullAttentionManager):
     The plan is made when the scheduler asks whether the whole request fits, which it does before it
     first allocates anything for it (``scheduler_reserve_full_isl``): that call alone is told all of
     the tokens to be prefilled, the prompt and, after a preemption, what had been generated. A
-    request that goes on from a snapshot has the plan of the prompt that was pruned, and blocks of
-    its own into which the snapshot's are copied.
+    request that goes on from a snapshot has the plan of the prompt that was pruned, and either the
+    snapshot's blocks or others, into which they are copied.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -46,23 +46,26 @@ class PlannedManager(FullAttentionManager):
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
-        if (snapshot := self.snapshots.taken.get(request_id)) is not None:
-            num_tokens = max(num_tokens, snapshot.num_tokens)
+        if (taken := self.snapshots.taken.get(request_id)) is not None:
+            num_tokens = max(num_tokens, taken.snapshot.num_tokens)
+            if not held and taken.adopts:
+                held = len(self._sources(request_id))
         return max(self.required_blocks(self.plans[request_id], num_tokens) - held, 0)
 
     def _sources(self, request_id: str) -> list[KVCacheBlock]:
-        """Blocks to be copied into those that the request is about to be given."""
-        if self.req_to_blocks.get(request_id):
+        """The snapshot's blocks that a request takes with its first own ones; none later on."""
+        taken = self.snapshots.taken.get(request_id)
+        if taken is None or self.req_to_blocks.get(request_id):
             return []
-        return self.snapshots.sources(request_id, self.kv_cache_group_id, self.block_pool)
+        return taken.snapshot.blocks_of(self.block_pool, self.kv_cache_group_id)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
     ) -> int:
         if apply_admission_cap and not self.req_to_blocks.get(request_id):
-            plan, snapshot = self.plans.get(request_id), self.snapshots.taken.get(request_id)
-            if snapshot is not None:
-                self.plans[request_id] = snapshot.plan
+            plan, taken = self.plans.get(request_id), self.snapshots.taken.get(request_id)
+            if taken is not None:
+                self.plans[request_id] = taken.snapshot.plan
             elif plan is None or plan.num_prompt != num_tokens:
                 schedule = self.kv_cache_spec.needs.schedule
                 setting = self.settings.get(request_id, DEFAULT)
@@ -71,9 +74,12 @@ class PlannedManager(FullAttentionManager):
         return self._missing_blocks(request_id, num_tokens) + held
 
     def add_local_computed_blocks(self, request_id: str, *args, **kwargs) -> None:
-        """Called for all groups before blocks are allocated for any: hold what is to be copied."""
+        """Called for all groups before blocks are allocated for any: hold what is taken."""
         super().add_local_computed_blocks(request_id, *args, **kwargs)
-        self.block_pool.touch(self._sources(request_id))
+        if sources := self._sources(request_id):
+            self.block_pool.touch(sources)
+            if self.snapshots.taken[request_id].adopts:
+                self.req_to_blocks[request_id].extend(sources)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -83,8 +89,9 @@ class PlannedManager(FullAttentionManager):
             return []
         blocks, sources = self.block_pool.get_new_blocks(missing), self._sources(request_id)
         if sources:
-            copies = self.snapshots.copies.setdefault(request_id, [])
-            copies += zip((b.block_id for b in sources), (b.block_id for b in blocks))
+            pairs = zip(sources, blocks)
+            copies = self.snapshots.taken[request_id].copies
+            copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
 

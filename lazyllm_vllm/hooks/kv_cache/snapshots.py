@@ -1,10 +1,10 @@
-"""What pruned requests leave behind stage 0 when they end, in the scheduler's process: their blocks
-of the later stages and of the prompt's group, for requests that go on from there.
+"""What pruned requests leave behind stage 0, in the scheduler's process: their blocks of the later
+stages and of the prompt's group, for requests that go on from there.
 
 The blocks are free to vLLM's pool, the last to be handed out; once one is, the snapshot is gone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -32,84 +32,109 @@ class Continuation(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Attributes:
+    name: vLLM's hash of the last full block, and so of all tokens before its end; of a request that
+        was preempted its id.
     plan: of the prompt that was pruned; setting: what its request had set.
     num_tokens: the prompt and what came after it.
-    last_hash: vLLM's hash of the last full block of these tokens, and so of all before them.
-    tail: the tokens behind that block.
+    tail: the tokens behind the last full block.
     blocks: by KV cache group, of those that are private to a request.
     prompt_block: the first in the prompt's group.
     """
 
+    name: BlockHash | str
     plan: RequestPlan
     setting: RequestSetting
     num_tokens: int
-    last_hash: BlockHash
     tail: list[int]
     blocks: dict[int, list[int]]
     prompt_block: int
 
-    def begins(self, request: Request) -> bool:
-        """Whether a request's tokens, known to begin with the snapshot's full blocks, begin with
-        all of its tokens, and go on."""
-        first = self.num_tokens - len(self.tail)
-        rest = request.all_token_ids[first : self.num_tokens + 1]
-        return len(rest) > len(self.tail) and rest[: len(self.tail)] == self.tail
+    def blocks_of(self, pool: BlockPool, group: int | None = None) -> list[KVCacheBlock]:
+        """In a group; None: in all."""
+        groups = self.blocks if group is None else (group,)
+        return [pool.blocks[at] for each in groups for at in self.blocks[each]]
+
+
+@dataclass
+class Taken:
+    """A snapshot that a request goes on from.
+
+    Attributes:
+        adopts: whether the request takes over the snapshot's blocks; else it gets copies.
+        copies: as in ``Continuation``.
+    """
+
+    snapshot: Snapshot
+    adopts: bool
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Snapshots:
     """Those whose blocks are in one block pool.
 
     Attributes:
-        taken: the snapshots that requests go on from, by request, until they leave.
-        copies: of requests that go on in the step being scheduled, by request, blocks to be copied.
+        taken: what requests go on from, by request, until they leave.
     """
 
     def __init__(self) -> None:
-        self._by_hash: dict[BlockHash, Snapshot] = {}
-        self.taken: dict[str, Snapshot] = {}
-        self.copies: dict[str, list[tuple[int, int]]] = {}
+        self._by_name: dict[BlockHash | str, list[Snapshot]] = {}
+        self.taken: dict[str, Taken] = {}
 
     def __len__(self) -> int:
-        return len(self._by_hash)
+        return sum(map(len, self._by_name.values()))
 
     def keep(self, snapshot: Snapshot, pool: BlockPool) -> None:
         """Take over blocks that a request held. One of the same tokens before it is forgotten."""
-        self._by_hash[snapshot.last_hash] = snapshot
+        for before in self._by_name.setdefault(snapshot.name, []):
+            if (before.tail, before.setting) == (snapshot.tail, snapshot.setting):
+                self.forget(before)
+                break
+        self._by_name.setdefault(snapshot.name, []).append(snapshot)
         self.release(snapshot, pool)
 
-    def find(self, request: Request, block_size: int, setting: RequestSetting) -> Snapshot | None:
-        """The longest that a request's tokens begin with, of a prompt pruned by the same setting
-        and at least half as long."""
-        if not self._by_hash:
-            return None
-        for last_hash in reversed(request.block_hashes[: (request.num_tokens - 1) // block_size]):
-            snapshot = self._by_hash.get(last_hash)
-            if snapshot is None or snapshot.setting != setting:
-                continue
-            if request.num_tokens <= 2 * snapshot.plan.num_prompt and snapshot.begins(request):
-                return snapshot
-        return None
-
-    def sources(self, request_id: str, group: int, pool: BlockPool) -> list[KVCacheBlock]:
-        """Blocks that a request goes on from in a group; none if it does not."""
-        snapshot = self.taken.get(request_id)
-        return [] if snapshot is None else [pool.blocks[at] for at in snapshot.blocks[group]]
-
     def release(self, snapshot: Snapshot, pool: BlockPool) -> None:
-        """Let go of a snapshot's blocks, held once more than before; they are then the last to be
-        handed out."""
-        blocks = [pool.blocks[at] for of_group in snapshot.blocks.values() for at in of_group]
-        pool.unpin_blocks(blocks, lambda _: self._forget(snapshot))
+        """Let go of a snapshot's blocks, held once more than before: they are free, the last to be
+        handed out, and the snapshot goes with the first of them."""
+        pool.unpin_blocks(snapshot.blocks_of(pool), lambda _: self.forget(snapshot))
+
+    def forget(self, snapshot: Snapshot) -> None:
+        alike = self._by_name.get(snapshot.name, [])
+        if snapshot in alike:
+            alike.remove(snapshot)
+        if not alike:
+            self._by_name.pop(snapshot.name, None)
+
+    def own(self, request: Request) -> Snapshot | None:
+        """What a request left when it was last preempted, if it has all of those tokens and more:
+        vLLM may drop what a preempted request was about to say."""
+        last = self._by_name.get(request.request_id, [None])[-1]
+        return last if last is not None and last.num_tokens < request.num_tokens else None
+
+    def find(self, request: Request, block_size: int, setting: RequestSetting) -> Snapshot | None:
+        """The longest that a request's tokens begin with, of a prompt that was pruned by the same
+        setting and is at least half as long as the request's."""
+        if not self._by_name:
+            return None
+        for full_blocks in range((request.num_tokens - 1) // block_size, 0, -1):
+            begins = [
+                each
+                for each in self._by_name.get(request.block_hashes[full_blocks - 1], ())
+                if each.setting == setting
+                and each.num_tokens < request.num_tokens <= 2 * each.plan.num_prompt
+                and each.tail == request.all_token_ids[full_blocks * block_size : each.num_tokens]
+            ]
+            if begins:
+                return max(begins, key=lambda snapshot: snapshot.num_tokens)
+        return None
 
     def hand_over(self, request_id: str, pool: BlockPool) -> Continuation | None:
         """What workers are told of a request that was just scheduled for the first time."""
-        copies = self.copies.pop(request_id, None)
-        if copies is None:
+        taken = self.taken.get(request_id)
+        if taken is None:
             return None
-        snapshot = self.taken[request_id]
-        self.release(snapshot, pool)
-        return Continuation(snapshot.num_tokens, snapshot.prompt_block, copies)
-
-    def _forget(self, snapshot: Snapshot) -> None:
-        if self._by_hash.get(snapshot.last_hash) is snapshot:
-            del self._by_hash[snapshot.last_hash]
+        snapshot = taken.snapshot
+        if taken.adopts:
+            self.forget(snapshot)
+        else:
+            self.release(snapshot, pool)
+        return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies)
