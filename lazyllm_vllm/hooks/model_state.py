@@ -285,16 +285,23 @@ class LazyModelState(DefaultModelState):
                 metadata |= dict.fromkeys(names, of_group)
         return metadata
 
-    def note_batch(self, batch) -> None:
-        """Called before a batch's graph is chosen (vLLM's ``BatchReqState``)."""
+    def note_batch(self, batch):
+        """Called before a batch's graph is chosen, with vLLM's ``BatchReqState``. Returns it, its
+        prefills those that do not run as decodes do."""
         self.batch_runs_alike = True
-        if batch.has_prefill:
-            at = batch.is_prefilling_np.nonzero()[0]
-            firsts = batch.num_computed_prefill_tokens_np
-            self.batch_runs_alike = not any(
-                self.plans[req_id].is_pruned or self.caught_up[req_id] != first
-                for req_id, first in ((batch.req_ids[i], firsts[i]) for i in at)
-            )
+        if not batch.has_prefill:
+            return batch
+        firsts = batch.num_computed_prefill_tokens_np
+        is_last = (batch.num_scheduled_tokens == 1) & (firsts + 1 == batch.prefill_len_np)
+        caught_up = np.array([self.caught_up[req_id] for req_id in batch.req_ids])
+        goes_on = np.array([req_id in self.shifts for req_id in batch.req_ids])
+        decodes = goes_on & is_last & (caught_up == firsts)
+        batch = batch._replace(is_prefilling_np=batch.is_prefilling_np & ~decodes)
+        self.batch_runs_alike = not any(
+            self.plans[batch.req_ids[i]].is_pruned or caught_up[i] != firsts[i]
+            for i in batch.is_prefilling_np.nonzero()[0]
+        )
+        return batch
 
     def _prefills(self, req_ids: list[str], batch: InputBatch, num_decodes: int) -> Prefills:
         plans = [self.plans[req_id] for req_id in req_ids]

@@ -48,6 +48,8 @@ def install() -> None:
     _wrap(KVCacheManager, "get_computed_blocks", parameters, _get_computed_blocks, newer=1)
     _wrap(KVCacheManager, "free", ["self", "request"], _free)
     _wrap(Scheduler, "schedule", ["self", "throttle_prefills"], _schedule)
+    parameters = ["self", "request", "num_computed_tokens", "num_new_tokens"]
+    _wrap(Scheduler, "_reserve_prefill_lookahead", parameters, _reserve_prefill_lookahead)
     parameters = ["self", "request", "timestamp", "drop_stale_output"]
     _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
 
@@ -236,6 +238,17 @@ def _preempt_request(original, self, request, *args, **kwargs):
     return result
 
 
+# The last token of a request that goes on runs by itself, as a decode: it is the one that tells
+# what is to be revived. Ends when a scheduler's plugin may say where a chunk ends.
+
+
+def _reserve_prefill_lookahead(original, self, request, num_computed_tokens, num_new_tokens):
+    from lazyllm_vllm.hooks.kv_cache.reuse import chunk_size
+
+    num_new_tokens = original(self, request, num_computed_tokens, num_new_tokens)
+    return chunk_size(self.kv_cache_manager, request, num_computed_tokens, num_new_tokens)
+
+
 # Two CUDA graphs a batch size; vLLM captures one and picks by size alone. Ends when a model state
 # can name the cases to capture and choose among them, as LoRA does.
 
@@ -251,16 +264,16 @@ def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
 
 
 # A chunk of one token is no decode: its prompt's later stages are yet to run. vLLM sorts it among
-# the decodes and gives the batch a decode's graph. Ends when a model state is asked which requests
-# of a batch decode.
+# the decodes and gives the batch a decode's graph; of a request that goes on from a snapshot it is
+# one. Ends when a model state is asked which requests of a batch decode.
 
 
 def _gather_batch(original, self, scheduler_output, dummy_run):
     batch, uniform_tokens = original(self, scheduler_output, dummy_run)
     if batch is None or not hasattr(self.model_state, "note_batch"):
         return batch, uniform_tokens
-    self.model_state.note_batch(batch)
-    if not batch.has_prefill:
+    batch = self.model_state.note_batch(batch)
+    if not batch.is_prefilling_np.any():
         return batch, uniform_tokens
     return _decodes_first(batch), None
 

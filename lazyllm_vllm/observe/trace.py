@@ -72,14 +72,15 @@ class Trace:
                 self.keys[req_id][stage] = list(kept)
                 is_pruned_now = step.batch.prefills.is_pruned[i - step.first_prefill]
                 if int(s.is_pruned[i]) and not is_pruned_now:
-                    self.keys[req_id][stage] = self._resident(s, i, stage)
-                    resident = self.prefills[req_id][-1].setdefault("resident", {})
-                    resident[stage] = list(self.keys[req_id][stage])
+                    self._go_on(req_id, stage, self._resident(s, i, stage))
                 continue
             if step.is_part:
                 continue
             is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
             revived = position[mine[is_revived]].tolist()
+            if int(s.is_pruned[i]) and stage not in self.keys[req_id]:  # no row of it ran here
+                resident = set(self._resident(s, i, stage)) - set(revived)
+                self._go_on(req_id, stage, sorted(resident))
             had = self.keys.get(req_id, {}).get(stage, [])
             assert not set(revived) & set(had), "a token is computed twice in a stage"
             had += revived
@@ -91,6 +92,11 @@ class Trace:
                 if step.decodes_select:
                     selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
             self.decodes[req_id][-1][stage] = {"selected": selected, "revived": sorted(revived)}
+
+    def _go_on(self, req_id: str, stage: int, resident: list[int]) -> None:
+        """Note what a request that goes on has in a stage."""
+        self.keys[req_id][stage] = list(resident)
+        self.prefills[req_id][-1].setdefault("resident", {})[stage] = resident
 
     @staticmethod
     def _resident(s, request: int, stage: int) -> list[int]:

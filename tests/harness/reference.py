@@ -82,14 +82,15 @@ def generate_turns(
     turns: list[list[int]],
     stop_token: int | None = None,
 ) -> list[Trace]:
-    """The same, and then further turns that go on from it: the tokens of a turn are run like
-    decoded ones, but none is revived meanwhile, and so many more are generated.
+    """The same, and then further turns that go on from it: the tokens of a turn run like decoded
+    ones, but only the last one selects and revives, and so many more are generated.
 
     Args:
         turns: the tokens of each, after the last one that was generated.
 
     Returns:
-        What each did, with counts of all so far.
+        What each did, with counts of all so far. But for the first, the first step is that of the
+        turn's last token.
     """
     assert prompt and max_new_tokens >= 1
     longest = max_new_tokens + sum(len(turn) + max_new_tokens for turn in turns)
@@ -226,18 +227,18 @@ class ReferenceSequence:
     @torch.inference_mode()
     def go_on(self, tokens: list[int]) -> Tensor:
         """Begin another turn: run these tokens through all stages, one by one, each attending to
-        what has keys there. Return the logits of the token after them, [vocab]."""
+        what has keys there, and the last as any decoded one. Return the logits of the token after
+        them, [vocab]."""
         in_prompt = self.level[: self.num_prompt]
         stages = range(self.num_stages)
         self.trace = Trace(resident=[(in_prompt > s).nonzero()[:, 0].tolist() for s in stages])
-        for token in tokens:
+        for token in tokens[:-1]:
             rows = [self.next_position]
             self.next_position += 1
             hidden = self.decoder.embed([token], torch.tensor(rows))
             for s in stages:
                 hidden, _ = self._run_stage(s, hidden, rows, 1)
-        self._check_invariants()
-        return self.decoder.logits(hidden[-1])
+        return self.decode(tokens[-1])
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position

@@ -75,6 +75,14 @@ def _go_on(
     return None
 
 
+def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int) -> int:
+    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``: the
+    last token of a request that goes on is left to a step of its own."""
+    planned = _planned(manager)
+    goes_on = planned and request.request_id in planned[0].snapshots.taken
+    return size - 1 if goes_on and size > 1 and first + size == request.num_tokens else size
+
+
 def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:
     """Free a request's blocks, but keep what it has behind stage 0 as a snapshot: for others, or,
     if it was preempted, for itself. A snapshot's blocks are to be handed out after the request's
