@@ -30,7 +30,7 @@ from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
-from lazyllm_vllm.runtime.snapshots import BlockCopier, EndedRequests
+from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -43,9 +43,7 @@ class LazyModelState(DefaultModelState):
     selecting: of those, the ones whose decoding chooses tokens anew.
     caught_up: of requests that are not pruned, or go on from others, tokens that need not run in
         the later stages any more.
-    shifts: of requests that go on from others, ``[stages]``, slots less positions after the prompt.
-    prompt_blocks: of requests that may leave a snapshot, the first block in the prompt's group.
-    ended: those of them that have.
+    continuations: the requests that go on from others.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -66,9 +64,7 @@ class LazyModelState(DefaultModelState):
         self.plans: dict[str, RequestPlan] = {}
         self.selecting: dict[str, int] = {}
         self.caught_up: dict[str, int] = {}
-        self.shifts: dict[str, np.ndarray] = {}
-        self.prompt_blocks: dict[str, int] = {}
-        self.ended = EndedRequests()
+        self.continuations = Continuations(self.schedule.num_stages)
         self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
@@ -82,23 +78,22 @@ class LazyModelState(DefaultModelState):
         req_id = new_req_data.req_id
         params = new_req_data.sampling_params
         setting = self.schedule.setting(params and params.extra_args)
-        plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
-        prompt_keys = plan.kept
         continuation = getattr(new_req_data, CONTINUATION, None)
-        if continuation is not None:
+        if continuation is None:
+            plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
+            prompt_keys = plan.kept
+            # Where no prompt is pruned, later stages' keys are shared like the first's.
+            caught_up = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+        else:
             self.copier.copy(continuation.copies)
-            row = self.ended.row(continuation.prompt_block)
-            plan, prompt_keys = row.plan, row.prompt_keys
-            self.shifts[req_id] = np.array(prompt_keys, np.int32) - plan.num_prompt
+            row = self.continuations.begin(req_id, continuation)
+            plan, prompt_keys, caught_up = row.plan, row.prompt_keys, continuation.num_tokens
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
-        # Where no prompt is pruned, later stages' keys are shared like the first's.
-        self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
-        if continuation is not None:
-            self.caught_up[req_id] = continuation.num_tokens
+        self.caught_up[req_id] = caught_up
         if plan.is_pruned:
-            self.prompt_blocks[req_id] = new_req_data.block_ids[self.prompt_group][0]
-        if plan.is_pruned:
+            if blocks := new_req_data.block_ids[self.prompt_group]:  # none at vLLM's warm-up
+                self.continuations.may_leave(req_id, blocks[0])
             if self.schedule.is_strict or plan.capacity != plan.kept:
                 self.selecting[req_id] = req_index
         elif _reads_prompt(params):
@@ -117,18 +112,17 @@ class LazyModelState(DefaultModelState):
         del self.plans[req_id]
         self.selecting.pop(req_id, None)
         self.caught_up.pop(req_id, None)
-        self.shifts.pop(req_id, None)
-        if req_id in self.prompt_blocks:
-            self.ended.add(self.prompt_blocks.pop(req_id), self.table.row(index))
         self.wants_prompt.discard(req_id)
+        row, reused = self.table.row(index), self.continuations.reused(req_id)
+        self.continuations.end(req_id, row)
         if self.group.is_first_rank and not req_id.startswith(VLLM_WARMUP):
-            self.stats.record(req_id, self.table.row(index))
+            self.stats.record(req_id, row, reused)
 
     def report_stats(self) -> dict:
         """See ``stats.request_stats``. The first rank counts for all, which do the same."""
         live = self.index_of.items() if self.group.is_first_rank else ()
-        live = {req_id: self.table.row(index) for req_id, index in live}
-        return self.stats.report(live)
+        reused = self.continuations.reused
+        return self.stats.report({name: (self.table.row(at), reused(name)) for name, at in live})
 
     def report_trace(self) -> dict:
         """See ``trace.Trace.report``. Raises RuntimeError if nothing was traced."""
@@ -294,7 +288,7 @@ class LazyModelState(DefaultModelState):
         firsts = batch.num_computed_prefill_tokens_np
         is_last = (batch.num_scheduled_tokens == 1) & (firsts + 1 == batch.prefill_len_np)
         caught_up = np.array([self.caught_up[req_id] for req_id in batch.req_ids])
-        goes_on = np.array([req_id in self.shifts for req_id in batch.req_ids])
+        goes_on = np.array([req_id in self.continuations for req_id in batch.req_ids])
         decodes = goes_on & is_last & (caught_up == firsts)
         batch = batch._replace(is_prefilling_np=batch.is_prefilling_np & ~decodes)
         self.batch_runs_alike = not any(
@@ -312,9 +306,7 @@ class LazyModelState(DefaultModelState):
         first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
         stages = self.schedule.num_stages
         kept = ints(plan.kept for plan in plans).reshape(-1, stages)
-        goes_on = np.array([req_id in self.shifts for req_id in req_ids], bool)
-        none = np.zeros(stages, np.int32)
-        shift = ints(self.shifts.get(req_id, none) for req_id in req_ids).reshape(-1, stages)
+        goes_on = np.array([req_id in self.continuations for req_id in req_ids], bool)
         return Prefills(
             num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
             first=first,
@@ -322,7 +314,7 @@ class LazyModelState(DefaultModelState):
             caught_up=ints(self.caught_up[req_id] for req_id in req_ids),
             is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
             kept=kept.T,
-            shift=shift.T,
+            shift=self.continuations.shift(req_ids),
         )
 
 

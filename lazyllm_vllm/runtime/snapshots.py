@@ -6,6 +6,7 @@ import torch
 
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from lazyllm_vllm.plan.request_plan import Continuation
 from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
 
 # Bytes copied at once, which are held twice meanwhile.
@@ -35,22 +36,55 @@ class BlockCopier:
             self.slot_position[mine] = self.slot_position[theirs]
 
 
-class EndedRequests:
-    """Rows of the request table of pruned requests that ended, by the first block that each had in
-    the prompt's group: as long as nobody else has that block, its snapshot may be there."""
+class Continuations:
+    """Of a worker's requests those that go on from a snapshot, and what is known of those that left
+    one."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_stages: int) -> None:
+        self._none = np.zeros(num_stages, np.int32)
+        self._num_tokens: dict[str, int] = {}
+        self._shifts: dict[str, np.ndarray] = {}
+        # By request, the first block in the prompt's group; by that block, what its last request
+        # left in the request table. It is a snapshot's as long as nobody else has the block.
+        self._blocks: dict[str, int] = {}
         self._rows: dict[int, RequestRow] = {}
         self._copies: dict[int, RowCopy] = {}
 
-    def add(self, block: int, row: torch.Tensor) -> None:
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._shifts
+
+    def begin(self, req_id: str, continuation: Continuation) -> RequestRow:
+        """A request goes on; returns its row of the request table. Waits only for a request that
+        left its snapshot a moment ago."""
+        block = continuation.prompt_block
+        if block in self._copies:
+            self._rows[block] = self._copies.pop(block).read()
+        row = self._rows[block]
+        self._num_tokens[req_id] = continuation.num_tokens
+        self._shifts[req_id] = np.array(row.prompt_keys, np.int32) - row.num_prompt
+        return row
+
+    def may_leave(self, req_id: str, prompt_block: int) -> None:
+        """A request may leave a snapshot whose first block in the prompt's group is this."""
+        self._blocks[req_id] = prompt_block
+
+    def end(self, req_id: str, row: torch.Tensor) -> None:
         """``row``: as ``RequestTable.row`` gives it."""
+        self._num_tokens.pop(req_id, None)
+        self._shifts.pop(req_id, None)
+        block = self._blocks.pop(req_id, None)
+        if block is None:
+            return
         for at in [at for at, copy in self._copies.items() if copy.is_here]:
             self._rows[at] = self._copies.pop(at).read()
         self._copies[block] = RowCopy(row)
 
-    def row(self, block: int) -> RequestRow:
-        """Waits only for a request that ended a moment ago."""
-        if block in self._copies:
-            self._rows[block] = self._copies.pop(block).read()
-        return self._rows[block]
+    def reused(self, req_id: str) -> int:
+        """Tokens that a request had when it began; 0: it does not go on."""
+        return self._num_tokens.get(req_id, 0)
+
+    def shift(self, req_ids: list[str]) -> np.ndarray:
+        """``[stages, requests]`` int32: slot less position of tokens that run behind what a request
+        goes on from; 0 for others."""
+        shifts = [self._shifts.get(req_id, self._none) for req_id in req_ids]
+        return np.array(shifts, np.int32).reshape(-1, len(self._none)).T

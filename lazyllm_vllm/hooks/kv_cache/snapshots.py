@@ -5,28 +5,13 @@ The blocks are free to vLLM's pool, the last to be handed out; once one is, the 
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.request import Request
 
-from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
 from lazyllm_vllm.plan.request_setting import RequestSetting
-
-
-class Continuation(NamedTuple):
-    """What workers are told of a request that goes on from a snapshot.
-
-    Attributes:
-        num_tokens: tokens that have run behind stage 0, or were dropped there.
-        prompt_block: the snapshot's first block in the prompt's group, by which workers know it.
-        copies: blocks to be copied before the request's first step, ``(source, destination)``.
-    """
-
-    num_tokens: int
-    prompt_block: int
-    copies: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
