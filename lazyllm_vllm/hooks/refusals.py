@@ -245,7 +245,7 @@ def check_engine_config(config: VllmConfig, schedule: Schedule) -> None:
         _check_page_size(config)
         if schedule.config.reuse == DEEP and not config.cache_config.enable_prefix_caching:
             raise ConfigError(
-                "lazyllm: reuse: deep finds what it reuses in the prefix cache, which is off; leave "
+                "lazyllm: reuse: deep reuses what is in the prefix cache, which is off; leave "
                 "out --no-enable-prefix-caching, or set reuse to exact"
             )
 
