@@ -78,7 +78,8 @@ class Trace:
                 continue
             is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
             revived = position[mine[is_revived]].tolist()
-            if int(s.is_pruned[i]) and stage not in self.keys[req_id]:  # no row of it ran here
+            if int(s.is_pruned[i]) and stage not in self.keys.get(req_id, {}):
+                # It goes on, and no row of it ran in the stage before.
                 resident = set(self._resident(s, i, stage)) - set(revived)
                 self._go_on(req_id, stage, sorted(resident))
             had = self.keys.get(req_id, {}).get(stage, [])
@@ -95,7 +96,9 @@ class Trace:
 
     def _go_on(self, req_id: str, stage: int, resident: list[int]) -> None:
         """Note what a request that goes on has in a stage."""
-        self.keys[req_id][stage] = list(resident)
+        self.keys.setdefault(req_id, {})[stage] = list(resident)
+        if not self.prefills[req_id]:  # all but its last token had run
+            self.prefills[req_id].append({"num_prompt": None, "chunks": []})
         self.prefills[req_id][-1].setdefault("resident", {})[stage] = resident
 
     @staticmethod

@@ -179,3 +179,20 @@ def test_a_preempted_request_says_what_it_would_have_said(engine):
         assert goes_on(result)
         assert result["tokens"] == singly
         assert result["free_blocks"] == [60] * 2
+
+
+def test_in_the_pieces_of_cuda_graphs_it_is_the_same(engine):
+    """The last test: from now on the engine runs stages so."""
+    answers = []
+    for in_pieces in (False, True):
+        if in_pieces:
+            engine.run("run_stages_in_pieces")
+        fresh(engine)
+        engine.generate([DOCUMENTS[0]], 1)
+        answers.append(engine.generate([DOCUMENTS[0] + QUESTIONS[0]], NEW_TOKENS))
+        assert goes_on(answers[-1])
+    assert {(stage, 40 - 1) for stage in (1, 2, 3)} <= set(
+        map(tuple, engine.run("stages_in_pieces"))
+    )
+    for what in ("tokens", "prefills", "decodes"):
+        assert answers[0][what] == answers[1][what]

@@ -77,10 +77,14 @@ def _go_on(
 
 def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int) -> int:
     """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``: the
-    last token of a request that goes on is left to a step of its own."""
+    last token of a request that goes on, if it is to select, is left to a step of its own."""
     planned = _planned(manager)
-    goes_on = planned and request.request_id in planned[0].snapshots.taken
-    return size - 1 if goes_on and size > 1 and first + size == request.num_tokens else size
+    taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
+    if taken is None or size == 1 or first + size < request.num_tokens:
+        return size
+    plan = taken.snapshot.plan
+    selects = planned[0].kv_cache_spec.needs.schedule.is_strict or plan.capacity != plan.kept
+    return size - 1 if selects else size
 
 
 def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:
