@@ -172,6 +172,40 @@ def test_what_there_is_room_for(length):
     assert {"adopts", "copies"} <= set(found) and ("anew" in found) == (length == 180)
 
 
+def three_at_once(spare: int) -> list[str]:
+    """What those do who ask for a snapshot in one step and are admitted, in so many free blocks."""
+    world = World(manager_of(NEEDS, LONGEST, 400, caches=True))
+    manager, pool = world.manager, world.manager.block_pool
+    first = request_of("first", DOCUMENTS[0][:100])
+    assert world.admit(first, 300)
+    world.end(first)
+    groups = next(iter(world.left)).blocks
+    others = pool.get_new_blocks(pool.get_num_free_blocks() - spare)
+    requests = [request_of(f"r{i}", [*DOCUMENTS[0][:100], i, 0]) for i in range(3)]
+    requests = [request for request in requests if admit(manager, request)]
+    taken = [world.snapshots.taken.get(request.request_id) for request in requests]
+    reuse.hand_over(manager, [SimpleNamespace(req_id=each.request_id) for each in requests])
+    held = [
+        block.block_id
+        for request in requests
+        for group in groups
+        for block in manager.get_blocks(request.request_id).blocks[group]
+    ]
+    assert len(held) == len(set(held)), "two have the same block"
+    for request in requests:
+        world.end(request)
+    pool.free_blocks(others)
+    assert manager.reset_prefix_cache()
+    return ["anew" if each is None else "adopts" if each.adopts else "copies" for each in taken]
+
+
+def test_nobody_takes_what_another_took_over():
+    least = NEEDS.total(102, 102)
+    seen = {tuple(three_at_once(spare)) for spare in range(least, 4 * least)}
+    assert all(each.count("adopts") <= 1 for each in seen)
+    assert {("adopts",), ("copies", "adopts"), ("copies",) * 3} <= seen
+
+
 def test_who_goes_on():
     """100 tokens and one more, of which stages 1 and 2 have room for 55 and 33, and one more, in
     blocks of 16. Whoever begins with all of them and has more tokens, up to 200, goes on."""

@@ -78,7 +78,9 @@ class PlannedManager(FullAttentionManager):
         super().add_local_computed_blocks(request_id, *args, **kwargs)
         if sources := self._sources(request_id):
             self.block_pool.touch(sources)
-            if self.snapshots.taken[request_id].adopts:
+            taken = self.snapshots.taken[request_id]
+            if taken.adopts:
+                self.snapshots.forget(taken.snapshot)
                 self.req_to_blocks[request_id].extend(sources)
 
     def allocate_new_blocks(

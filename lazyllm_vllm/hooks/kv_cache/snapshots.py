@@ -118,8 +118,6 @@ class Snapshots:
         if taken is None:
             return None
         snapshot = taken.snapshot
-        if taken.adopts:
-            self.forget(snapshot)
-        else:
+        if not taken.adopts:
             self.release(snapshot, pool)
         return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies)
