@@ -43,14 +43,16 @@ def _park_kernel(
     request = tl.load(row_request_ptr + row)
     if request < 0:
         return
-    if tl.load(is_pruned_ptr + request) == 0:
+    num_prompt = tl.load(num_prompt_ptr + request)
+    position = tl.load(row_position_ptr + row)
+    if (tl.load(is_pruned_ptr + request) == 0) | (position >= num_prompt):
         return
     block_table = block_table_ptr + request * block_table_stride
     dtype: tl.constexpr = aux_ptr.dtype.element_ty
     where, at = _addresses(
         block_table,
-        tl.load(num_prompt_ptr + request),
-        tl.load(row_position_ptr + row),
+        num_prompt,
+        position,
         place_ptr,
         page_stride,
         block_stride,
@@ -196,7 +198,9 @@ def park_triton(hidden, rows, batch, is_pruned, aux):
 def park_reference(hidden, rows, batch, is_pruned, aux):
     at = torch.arange(batch.start, batch.stop, device=hidden.device)
     request = rows.request[at]
-    at = at[(request >= 0) & (is_pruned[request.clamp(min=0).long()] != 0)]
+    real = request.clamp(min=0).long()
+    in_prompt = rows.position[at] < aux.num_prompt[real]
+    at = at[(request >= 0) & (is_pruned[real] != 0) & in_prompt]
     element = torch.arange(hidden.shape[1], device=hidden.device)
     address = aux.at(rows.request[at], rows.position[at])
     states = hidden[at]
@@ -254,7 +258,8 @@ def park(
 
     Args:
         rows: of the same stage: whose they are, -1: nobody's, and their positions.
-        is_pruned: ``[batch]`` int32; rows of other requests have no place there.
+        is_pruned: ``[batch]`` int32; rows of other requests have no place there, nor have tokens
+            after the prompt.
     """
     run = park_triton if hidden.is_cuda else park_reference
     run(hidden, rows, which, is_pruned, aux)

@@ -48,9 +48,11 @@ def _select_prefill_kernel(
     index_ptr,
     before_start_ptr,  # [prefills + 1], first row of each prefill in the stage before
     before_first_ptr,  # [prefills], and its slot
+    before_shift_ptr,  # [prefills]
     before_base,
     after_start_ptr,  # [prefills + 1], and in the stage
     after_first_ptr,
+    after_shift_ptr,
     after_base,
     row_position_ptr,  # rows of the stage, written
     row_request_ptr,
@@ -76,14 +78,17 @@ def _select_prefill_kernel(
     after_first = tl.load(after_first_ptr + nth)
     num_rows = tl.load(after_start_ptr + nth + 1) - tl.load(after_start_ptr + nth)
 
-    if tl.load(active_ptr + batch) == 0:  # slots are positions
+    if tl.load(active_ptr + batch) == 0:
+        shift = tl.load(after_shift_ptr + nth)
+        before_position = before_first - tl.load(before_shift_ptr + nth)
         start, end = split_bounds(num_rows, split, splits, BLOCK)
         for j0 in range(start, end, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             valid = j < end
             slot = after_first + j
-            back = slot - before_first
-            tl.store(row_position_ptr + after + j, slot.to(tl.int64), mask=valid)
+            position = slot - shift
+            back = position - before_position
+            tl.store(row_position_ptr + after + j, position.to(tl.int64), mask=valid)
             tl.store(row_request_ptr + after + j, request, mask=valid)
             tl.store(row_slot_ptr + after + j, slot, mask=valid)
             tl.store(row_source_ptr + after + j, tl.where(back >= 0, before + back, -1), mask=valid)
@@ -142,9 +147,11 @@ def select_prefill_triton(s, stage, batch, before, after, searches):
         s.index,
         before.start,
         before.first,
+        before.shift,
         before.base,
         after.segments.start,
         after.segments.first,
+        after.segments.shift,
         after.segments.base,
         rows.position,
         rows.request,
@@ -164,7 +171,8 @@ def select_prefill_reference(s, stage, batch, before, after, searches):
     for nth, i in enumerate(batch):
         new, first = after.segments.of(nth), int(after.segments.first[nth])
         slot = torch.arange(first, first + new.stop - new.start, device=rows.slot.device)
-        position, before_slot = slot, slot
+        position = slot - after.segments.shift[nth]
+        before_slot = position + before.shift[nth]
         if s.active[stage, i]:
             at = state.prompt_at(i, s.num_prompt)
             rank = state.rank[at]
@@ -195,7 +203,8 @@ def select_prefill(
     ``place``.
 
     Args:
-        batch: the prefills' batch indices.
+        batch: the prefills' batch indices. Of one that is not pruned now the rows are tokens side
+            by side.
         before: rows of the stage before that are at hand; the others come from where they are
             parked.
         searches: whether the best are yet to be found among the ranks; False: an earlier part was

@@ -145,11 +145,14 @@ class Segments:
     Attributes:
         start: ``[prefills + 1]`` int32.
         first: ``[prefills]`` int32; more than 0 where earlier rows of a prompt have run already.
+        shift: ``[prefills]`` int32, the slot of a token less its position, where no tokens are
+            chosen.
     """
 
     start: torch.Tensor
     base: int
     first: torch.Tensor
+    shift: torch.Tensor
 
     @property
     def count(self) -> int:

@@ -16,7 +16,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
-from lazyllm_vllm.hooks.kv_cache.specs import StageSpec
+from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
@@ -28,6 +29,7 @@ from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
+from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -38,8 +40,10 @@ class LazyModelState(DefaultModelState):
     """Attributes:
     index_of: rows in the request table of the requests there are; plans: what each may have.
     selecting: of those, the ones whose decoding chooses tokens anew.
-    caught_up: tokens of a prompt that have run, of one that is not pruned in the later stages too.
+    caught_up: tokens of a prompt that have run, of one that is not pruned in the later stages too,
+        or those from which a request goes on.
     needs: blocks that a request needs, once there is a KV cache.
+    continuations: the requests that go on from others.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -60,6 +64,7 @@ class LazyModelState(DefaultModelState):
         self.plans: dict[str, RequestPlan] = {}
         self.selecting: dict[str, int] = {}
         self.caught_up: dict[str, int] = {}
+        self.continuations = Continuations(self.schedule.num_stages)
         self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
@@ -73,18 +78,28 @@ class LazyModelState(DefaultModelState):
         req_id = new_req_data.req_id
         params = new_req_data.sampling_params
         setting = self.schedule.setting(params and params.extra_args)
-        plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
+        continuation = getattr(new_req_data, CONTINUATION, None)
+        if continuation is None:
+            plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
+            prompt_keys = plan.kept
+            # Where no prompt is pruned, later stages' keys are shared like the first's.
+            caught_up = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+        else:
+            self.copier.copy(continuation.copies)
+            row = self.continuations.begin(req_id, continuation)
+            plan, prompt_keys, caught_up = row.plan, row.prompt_keys, continuation.num_tokens
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
         self.stats.aux_blocks += self.needs.prompt_blocks(plan)
-        # Where no prompt is pruned, later stages' keys are shared like the first's.
-        self.caught_up[req_id] = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+        self.caught_up[req_id] = caught_up
         if plan.is_pruned:
+            if blocks := new_req_data.block_ids[self.prompt_group]:  # none at vLLM's warm-up
+                self.continuations.may_leave(req_id, blocks[0])
             if self.schedule.is_strict or plan.capacity != plan.kept:
                 self.selecting[req_id] = req_index
         elif _reads_prompt(params):
             self.wants_prompt.add(req_id)
-        self.table.add(req_index, plan)
+        self.table.add(req_index, plan, prompt_keys)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
@@ -100,8 +115,10 @@ class LazyModelState(DefaultModelState):
         self.selecting.pop(req_id, None)
         del self.caught_up[req_id]
         self.wants_prompt.discard(req_id)
+        row, reused = self.table.row(index), self.continuations.reused(req_id)
+        self.continuations.end(req_id, row)
         if counts:
-            self.stats.record(req_id, self.table.row(index))
+            self.stats.record(req_id, row, reused)
 
     def _counts(self, req_id: str) -> bool:
         """Whether a request is counted: once it is prefilled, and by the first rank for all, which
@@ -111,8 +128,9 @@ class LazyModelState(DefaultModelState):
 
     def report_stats(self) -> dict:
         """See ``stats.request_stats``."""
-        live = filter(self._counts, self.index_of)
-        return self.stats.report({name: self.table.row(self.index_of[name]) for name in live})
+        live, reused = filter(self._counts, self.index_of), self.continuations.reused
+        rows = {name: (self.table.row(self.index_of[name]), reused(name)) for name in live}
+        return self.stats.report(rows)
 
     def report_trace(self, request: str | None = None) -> dict:
         """``trace.Trace.report``, and with it ``starts``, the stages' first layers (``Schedule``).
@@ -141,13 +159,16 @@ class LazyModelState(DefaultModelState):
         block_size = specs[stage_tables[0][0][0]].block_size
         self.needs = specs[stage_tables[0][0][0]].needs
         layers = self.vllm_config.compilation_config.static_forward_context
-        state, aux = prompt_cache(
+        state, aux, blocks = prompt_cache(
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
         )
         num_slots = kv_cache_config.num_blocks * block_size
         hidden_size = self.model_config.get_hidden_size()
         parked = parked_states(kv_cache_config, block_tables, layers, hidden_size)
         self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
+        if blocks is not None:
+            self.copier = BlockCopier(blocks, self.buffers.slot_position)
+            self.prompt_group = next(g for g, s in enumerate(specs) if isinstance(s, PromptSpec))
         parks_all = self.vllm_config.cache_config.enable_prefix_caching
         self.boundary = Boundary(
             self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
@@ -237,7 +258,8 @@ class LazyModelState(DefaultModelState):
             prefills = self._prefills(prefilled, input_batch, num_decodes)
             selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
             self.stats.selecting_steps += selects
-            self.caught_up.update(zip(prefilled, prefills.end.tolist()))
+            caught_up = np.maximum(prefills.end, prefills.caught_up)
+            self.caught_up.update(zip(prefilled, caught_up.tolist()))
             if self.boundary.reduction is not None:
                 plans = (self.plans[req_id] for req_id in req_ids)
                 pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
@@ -269,16 +291,23 @@ class LazyModelState(DefaultModelState):
                 metadata |= dict.fromkeys(names, of_group)
         return metadata
 
-    def note_batch(self, batch) -> None:
-        """Called before a batch's graph is chosen (vLLM's ``BatchReqState``)."""
+    def note_batch(self, batch):
+        """Called before a batch's graph is chosen, with vLLM's ``BatchReqState``. Returns it, its
+        prefills those that do not run as decodes do."""
         self.batch_runs_alike = True
-        if batch.has_prefill:
-            at = batch.is_prefilling_np.nonzero()[0]
-            firsts = batch.num_computed_prefill_tokens_np
-            self.batch_runs_alike = not any(
-                self.plans[req_id].is_pruned or self.caught_up[req_id] != first
-                for req_id, first in ((batch.req_ids[i], firsts[i]) for i in at)
-            )
+        if not batch.has_prefill:
+            return batch
+        firsts = batch.num_computed_prefill_tokens_np
+        is_last = (batch.num_scheduled_tokens == 1) & (firsts + 1 == batch.prefill_len_np)
+        caught_up = np.array([self.caught_up[req_id] for req_id in batch.req_ids])
+        goes_on = np.array([req_id in self.continuations for req_id in batch.req_ids])
+        decodes = goes_on & is_last & (caught_up == firsts)
+        batch = batch._replace(is_prefilling_np=batch.is_prefilling_np & ~decodes)
+        self.batch_runs_alike = not any(
+            self.plans[batch.req_ids[i]].is_pruned or caught_up[i] != firsts[i]
+            for i in batch.is_prefilling_np.nonzero()[0]
+        )
+        return batch
 
     def _prefills(self, req_ids: list[str], batch: InputBatch, num_decodes: int) -> Prefills:
         plans = [self.plans[req_id] for req_id in req_ids]
@@ -287,14 +316,17 @@ class LazyModelState(DefaultModelState):
             return np.array(list(values), np.int32)
 
         first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
-        kept = ints(plan.kept for plan in plans).reshape(-1, self.schedule.num_stages)
+        stages = self.schedule.num_stages
+        kept = ints(plan.kept for plan in plans).reshape(-1, stages)
+        goes_on = np.array([req_id in self.continuations for req_id in req_ids], bool)
         return Prefills(
-            num_prompt=ints(plan.num_prompt for plan in plans),
+            num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
             first=first,
             end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
             caught_up=ints(self.caught_up[req_id] for req_id in req_ids),
-            is_pruned=np.array([plan.is_pruned for plan in plans], bool),
+            is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
             kept=kept.T,
+            shift=self.continuations.shift(req_ids),
         )
 
 

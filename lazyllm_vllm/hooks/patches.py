@@ -47,6 +47,10 @@ def install() -> None:
     _wrap(InputProcessor, "process_inputs", parameters, _process_inputs)
     parameters = ["self", "request", "max_cache_hit_length"]  # the last from 0.33 on
     _wrap(KVCacheManager, "get_computed_blocks", parameters, _get_computed_blocks, newer=1)
+    _wrap(KVCacheManager, "free", ["self", "request"], _free)
+    _wrap(Scheduler, "schedule", ["self", "throttle_prefills"], _schedule)
+    parameters = ["self", "request", "num_computed_tokens", "num_new_tokens"]
+    _wrap(Scheduler, "_reserve_prefill_lookahead", parameters, _reserve_prefill_lookahead)
     parameters = ["self", "request", "timestamp", "drop_stale_output"]
     _wrap(Scheduler, "_preempt_request", parameters, _preempt_request)
     parameters = ["self", "vllm_config", "labelnames", "per_engine_labelvalues"]
@@ -198,10 +202,31 @@ def _process_inputs(original, self, *args, **kwargs):
 
 
 def _get_computed_blocks(original, self, request, *args, **kwargs):
-    from lazyllm_vllm.hooks.kv_cache.managers import note_request
+    from lazyllm_vllm.hooks.kv_cache.reuse import find_blocks
 
-    note_request(self.block_pool, request)
-    return original(self, request, *args, **kwargs)
+    return find_blocks(functools.partial(original, self, request, *args, **kwargs), self, request)
+
+
+# What a pruned request leaves for others. Ends when a group's manager is told of the request whose
+# blocks it frees.
+
+
+def _free(original, self, request):
+    from lazyllm_vllm.hooks.kv_cache.reuse import free
+
+    free(functools.partial(original, self, request), self, request)
+
+
+# What workers must know of a request that goes on from there. Ends when a group's manager can send
+# them a word with a request, and have blocks copied that stay the last to be reused.
+
+
+def _schedule(original, self, *args, **kwargs):
+    from lazyllm_vllm.hooks.kv_cache.reuse import hand_over
+
+    output = original(self, *args, **kwargs)
+    hand_over(self.kv_cache_manager, output.scheduled_new_reqs)
+    return output
 
 
 # With priorities vLLM may withdraw a chunk in the step that scheduled it, and its blocks stay in
@@ -228,6 +253,17 @@ def _preempt_request(original, self, request, *args, **kwargs):
     return result
 
 
+# The last token of a request that goes on runs by itself, as a decode: it is the one that tells
+# what is to be revived. Ends when a scheduler's plugin may say where a chunk ends.
+
+
+def _reserve_prefill_lookahead(original, self, request, num_computed_tokens, num_new_tokens):
+    from lazyllm_vllm.hooks.kv_cache.reuse import chunk_size
+
+    num_new_tokens = original(self, request, num_computed_tokens, num_new_tokens)
+    return chunk_size(self.kv_cache_manager, request, num_computed_tokens, num_new_tokens)
+
+
 # Two CUDA graphs a batch size; vLLM captures one and picks by size alone. Ends when a model state
 # can name the cases to capture and choose among them, as LoRA does.
 
@@ -243,16 +279,16 @@ def _cuda_graph_manager(original, vllm_config, *args, **kwargs):
 
 
 # A chunk of one token is no decode: its prompt's later stages are yet to run. vLLM sorts it among
-# the decodes and gives the batch a decode's graph. Ends when a model state is asked which requests
-# of a batch decode.
+# the decodes and gives the batch a decode's graph; of a request that goes on from a snapshot it is
+# one. Ends when a model state is asked which requests of a batch decode.
 
 
 def _gather_batch(original, self, scheduler_output, dummy_run):
     batch, uniform_tokens = original(self, scheduler_output, dummy_run)
     if batch is None or not hasattr(self.model_state, "note_batch"):
         return batch, uniform_tokens
-    self.model_state.note_batch(batch)
-    if not batch.has_prefill:
+    batch = self.model_state.note_batch(batch)
+    if not batch.is_prefilling_np.any():
         return batch, uniform_tokens
     return _decodes_first(batch), None
 

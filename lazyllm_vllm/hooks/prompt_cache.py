@@ -79,8 +79,13 @@ _PARKED = "lazyllm.parked."
 
 
 class PromptCache(NamedTuple):
+    """Attributes:
+    blocks: ``[blocks, pages, words]`` int32, all that a block has, whichever group it is in.
+    """
+
     state: PromptState | None
     aux: AuxCache | None
+    blocks: torch.Tensor | None
 
 
 def parked_states(
@@ -132,7 +137,7 @@ def prompt_cache(
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     group = next((at for at, spec in enumerate(specs) if isinstance(spec, PromptSpec)), None)
     if group is None:
-        return PromptCache(None, None)
+        return PromptCache(None, None, None)
     needs = specs[group].needs
     names = kv_cache_config.kv_cache_groups[group].layer_names
     tensor = next(t for t in kv_cache_config.kv_cache_tensors if t.layers[0] in names)
@@ -151,9 +156,11 @@ def prompt_cache(
 
     words = raw.view(torch.int32)[tensor.offset // 4 :]
     state = PromptState.of_buffer(words, pages(4))
+    shape = kv_cache_config.num_blocks, needs.pages, needs.page_size // 4
+    blocks = words.as_strided(shape, (tensor.block_stride // 4, tensor.layer_stride // 4, 1))
     if needs.schedule.num_stages == 2:
-        return PromptCache(state, None)
+        return PromptCache(state, None, blocks)
     dtype = FP8 if layers[names[0]].is_fp8 else dtype
     size = get_dtype_size(dtype)
     vectors = raw.view(dtype)[tensor.offset // size :]
-    return PromptCache(state, AuxCache(vectors, num_prompt, pages(size), state))
+    return PromptCache(state, AuxCache(vectors, num_prompt, pages(size), state), blocks)

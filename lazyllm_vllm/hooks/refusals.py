@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.config import ConfigError
+from lazyllm_vllm.plan.request_setting import DEEP
 from lazyllm_vllm.plan.schedule import Schedule
 
 FP8 = ("fp8", "fp8_e4m3")  # vLLM's names for an FP8 KV cache that works
@@ -245,6 +246,11 @@ def check_engine_config(config: VllmConfig, schedule: Schedule) -> None:
         )
     if schedule.prunes:
         _check_page_size(config)
+        if schedule.config.reuse == DEEP and not config.cache_config.enable_prefix_caching:
+            raise ConfigError(
+                "lazyllm: reuse: deep reuses what is in the prefix cache, which is off; leave "
+                "out --no-enable-prefix-caching, or set reuse to exact"
+            )
 
 
 def _check_page_size(config: VllmConfig) -> None:

@@ -38,6 +38,8 @@ METRICS = (
     Metric("revived_tokens", "Of these, the tokens that decoding revived in each stage.", "stage"),
     Metric("pairs", "Pairs of a prompt token and a decoder layer, of requests that left."),
     Metric("computed_pairs", "Of these, the pairs whose token got keys and values in the layer."),
+    Metric("reuses", "Requests that went on from what an earlier one kept (deep reuse)."),
+    Metric("reused_tokens", "Tokens of that earlier one, which did not run again."),
     Metric("selecting_steps", "Steps that chose tokens anew for a request that decodes."),
     Metric(
         "aux_cache_blocks",

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from lazyllm_vllm.observe.metrics import METRICS
 from lazyllm_vllm.plan.schedule import Schedule
-from lazyllm_vllm.runtime.request_table import RequestRow
+from lazyllm_vllm.runtime.request_table import RowCopy
 
 logger = init_logger("vllm.lazyllm")
 
@@ -41,6 +41,8 @@ class RequestStats:
             "prompt_tokens": 0,
             "kept": list(zeros),
             "revived": list(zeros),
+            "reuses": 0,
+            "reused": 0,
             "share_computed": 1.0,
         }
         self.selecting_steps = self.aux_blocks = 0
@@ -49,51 +51,47 @@ class RequestStats:
         self._last_log = -LOG_INTERVAL
         self._logged = 0
 
-    def record(self, req_id: str, row: torch.Tensor) -> None:
+    def record(self, req_id: str, row: torch.Tensor, reused: int = 0) -> None:
         """Count a request that leaves the engine, finished, aborted or preempted.
 
         Args:
             row: ``[1 + 3 * stages]`` int32 on the device: its row of the request table.
+            reused: tokens that it had from a request from which it went on.
         """
-        if row.is_cuda:
-            copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-            copy.copy_(row, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            copy, event = row, None
-        self._copies.append((req_id, copy, event))
+        self._copies.append((req_id, RowCopy(row), reused))
         self._collect(wait=False)
         self._maybe_log()
 
     def _collect(self, wait: bool) -> None:
         while self._copies:
-            req_id, copy, event = self._copies[0]
-            if event is not None:
-                if wait:
-                    event.synchronize()
-                elif not event.query():
-                    return
+            req_id, copy, reused = self._copies[0]
+            if not (wait or copy.is_here):
+                return
             self._copies.popleft()
-            entry = self._entry(req_id, copy)
+            entry = self._entry(req_id, copy, reused)
             self.requests[req_id] = entry
             if len(self.requests) > HISTORY:
                 self.requests.popitem(last=False)
             self._add(self.total, entry)
 
-    def _entry(self, req_id: str, row: torch.Tensor) -> dict[str, Any]:
-        row = RequestRow.of(row.tolist())
+    def _entry(self, req_id: str, copy: RowCopy, reused: int) -> dict[str, Any]:
+        row = copy.read()
         return {
             "request_id": req_id,
             "prompt_tokens": row.num_prompt,
             "kept": row.kept,
             "revived": row.revived,
+            "reused": reused,
             "share_computed": self.schedule.share_computed(row.prompt_keys, row.num_prompt),
         }
 
     def _add(self, total: dict[str, Any], entry: dict[str, Any]) -> None:
         total["requests"] += 1
         total["pruned"] += entry["kept"][-1] < entry["prompt_tokens"]
+        total["reuses"] += entry["reused"] > 0
+        total["reused"] += entry["reused"]
+        if entry["reused"]:
+            return
         total["prompt_tokens"] += entry["prompt_tokens"]
         for count in ("kept", "revived"):
             total[count] = [a + b for a, b in zip(total[count], entry[count])]
@@ -127,6 +125,8 @@ class RequestStats:
             "revived_tokens": total["revived"],
             "pairs": [total["prompt_tokens"] * self.schedule.num_layers],
             "computed_pairs": [self.schedule.pairs_computed(keys)],
+            "reuses": [total["reuses"]],
+            "reused_tokens": [total["reused"]],
             "selecting_steps": [self.selecting_steps],
             "aux_cache_blocks": [self.aux_blocks],
         }
@@ -146,16 +146,16 @@ class RequestStats:
             100 * total["share_computed"],
         )
 
-    def report(self, live: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def report(self, live: dict[str, tuple[torch.Tensor, int]]) -> dict[str, Any]:
         """``{"requests": [one dict a request], "total": {...}}``; waits for the device.
 
         Args:
-            live: rows of the requests that have not left, counted as they are.
+            live: rows and reused tokens of the requests that have not left, counted as they are.
         """
         self._collect(wait=True)
         requests, total = dict(self.requests), dict(self.total)
-        for req_id, row in live.items():
-            requests[req_id] = self._entry(req_id, row)
+        for req_id, (row, reused) in live.items():
+            requests[req_id] = self._entry(req_id, RowCopy(row), reused)
             self._add(total, requests[req_id])
         return {"requests": list(requests.values()), "total": total}
 
@@ -164,14 +164,16 @@ def request_stats(llm) -> dict[str, Any]:
     """Counters of an ``LLM``'s requests: the last ``HISTORY`` one by one, and all together.
 
     A request that was preempted counts in ``total`` for each of its prefills, in ``requests`` for
-    its last.
+    its last. One that went on from another's snapshot, or its own, counts in ``total`` by what it
+    ``reused`` alone: its prompt is the one that was pruned then.
 
     Returns:
         ``{"requests": [...], "total": {...}}``. Each has ``prompt_tokens``, ``kept`` and
         ``revived`` (tokens, by stage), ``share_computed`` (of (prompt token, layer) pairs; the
-        paper's "% of prompt tokens computed", section 5); a request has its ``request_id``, the
-        total its number of ``requests``, and how many were ``pruned``. A request counts from the
-        end of its prefill on.
+        paper's "% of prompt tokens computed", section 5), ``reused`` (tokens that it had of the
+        request from which it went on); a request has its ``request_id``, the total its number of
+        ``requests``, how many were ``pruned`` and how many went on from others (``reuses``). A
+        request counts from the end of its prefill on.
 
     Raises:
         RuntimeError: the engine runs without LazyLLM.

@@ -17,7 +17,9 @@ class Trace:
 
     Attributes:
         prefills: for each prefill (several after preemption) ``num_prompt``, the ``chunks`` that it
-            ran in, first and end of each, and the sorted positions kept, by stage.
+            ran in, first and end of each, and the sorted positions kept, by stage. Of one that goes
+            on from a snapshot, by stage the positions that ran; and ``resident``, by stage the
+            sorted positions of the pruned prompt that have keys.
         places: of each pruned prompt's last prefill, by stage from 1 on: of each position its place
             in the order in which tokens were chosen, 1 the best; 0: it was no candidate.
         decodes: for each token decoded, by stage, sorted ``selected`` and ``revived`` positions.
@@ -48,7 +50,7 @@ class Trace:
         num_prompt, first, end, caught_up = (
             int(x[at]) for x in (p.num_prompt, p.first, p.end, p.caught_up)
         )
-        goes_on = seen and seen[-1]["chunks"][-1][1] == first == caught_up  # not after preemption
+        goes_on = seen and seen[-1]["chunks"][-1][1] == first <= caught_up  # not after preemption
         if not (goes_on and first < seen[-1]["num_prompt"]):
             seen.append({"num_prompt": num_prompt, "chunks": []})
             self.keys[req_id] = {}
@@ -61,7 +63,7 @@ class Trace:
             RuntimeError: not all ranks chose the same.
         """
         self._check_ranks(step, stage, buffers)
-        rows = step.rows[stage]
+        rows, s = step.rows[stage], buffers.selection
         request = rows.request[: step.num_rows(stage)].cpu()
         position = rows.position[: step.num_rows(stage)].cpu()
         for i, req_id in enumerate(step.batch.req_ids):
@@ -71,21 +73,27 @@ class Trace:
                 kept += position[mine].tolist()
                 assert kept == sorted(set(kept)), "kept tokens run in order of position"
                 self.keys[req_id][stage] = list(kept)
-                if stage > 0 and step.prefills_select and int(buffers.selection.is_pruned[i]):
-                    self.places[req_id][stage] = self._places(buffers.selection, i)
+                if step.batch.prefills.is_pruned[i - step.first_prefill]:
+                    if stage > 0 and step.prefills_select:
+                        self.places[req_id][stage] = self._places(s, i)
+                elif int(s.is_pruned[i]):
+                    self._go_on(req_id, stage, self._resident(s, i, stage))
                 continue
             if step.is_part:
                 continue
             is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
             revived = position[mine[is_revived]].tolist()
+            if int(s.is_pruned[i]) and stage not in self.keys.get(req_id, {}):
+                # It goes on, and no row of it ran in the stage before.
+                resident = set(self._resident(s, i, stage)) - set(revived)
+                self._go_on(req_id, stage, sorted(resident))
             had = self.keys.get(req_id, {}).get(stage, [])
             assert not set(revived) & set(had), "a token is computed twice in a stage"
             had += revived
-            s = buffers.selection
             selected = []
             if int(s.is_pruned[i]):
                 at = s.state.prompt_at(i, s.num_prompt)
-                has_keys = (s.state.level[at] > stage).nonzero()[:, 0].tolist()
+                has_keys = self._resident(s, i, stage)
                 assert has_keys == sorted(had), "a token's level disagrees with the keys it has"
                 if step.decodes_select:
                     selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
@@ -101,6 +109,19 @@ class Trace:
             1, len(rank) + 1, dtype=rank.dtype
         )
         return place.where(rank >= 0, 0).tolist()
+
+    def _go_on(self, req_id: str, stage: int, resident: list[int]) -> None:
+        """Note what a request that goes on has in a stage."""
+        self.keys.setdefault(req_id, {})[stage] = list(resident)
+        if not self.prefills[req_id]:  # all but its last token had run
+            self.prefills[req_id].append({"num_prompt": None, "chunks": []})
+        self.prefills[req_id][-1].setdefault("resident", {})[stage] = resident
+
+    @staticmethod
+    def _resident(s, request: int, stage: int) -> list[int]:
+        """Positions of a request's pruned prompt that have keys in a stage."""
+        at = s.state.prompt_at(request, s.num_prompt)
+        return (s.state.level[at] > stage).nonzero()[:, 0].tolist()
 
     def _check_ranks(self, step, stage: int, buffers) -> None:
         if self.group.world_size == 1:

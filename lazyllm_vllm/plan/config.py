@@ -79,6 +79,10 @@ class LazyLLMConfig(BaseModel):
             experts 0 unless it is set.
         revive_per_request: most of them that one request may use.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
+        reuse: what a request takes of what earlier ones with the same beginning left in the prefix
+            cache. ``off``: nothing, if its prompt is pruned. ``exact``: stage 0, with the answer
+            that it would have had without. ``deep``: also what they kept behind stage 0, with
+            which it goes on as if decoding had.
         allow_untested_model: run a model class that has the form of those that were tested, but
             was not tested itself.
     """
@@ -104,6 +108,7 @@ class LazyLLMConfig(BaseModel):
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
+    reuse: Literal["off", "exact", "deep"] = "exact"
     allow_untested_model: bool = False
 
     @model_validator(mode="before")

@@ -1,7 +1,8 @@
-"""What follows from the length of a request's prompt."""
+"""What follows from the length of a request's prompt, or from what it goes on from."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,17 @@ class RequestPlan:
         """Slots in the Aux Cache: one for each prompt token that may have keys in stage 1, and so
         may be dropped behind it. What is dropped before is parked beside stage 0's keys."""
         return self.capacity[1] if self.is_pruned and len(self.capacity) > 2 else 0
+
+
+class Continuation(NamedTuple):
+    """What workers are told of a request that goes on from a snapshot.
+
+    Attributes:
+        num_tokens: tokens that have run behind stage 0, or were dropped there.
+        prompt_block: the snapshot's first block in the prompt's group, by which workers know it.
+        copies: blocks to be copied before the request's first step, ``(source, destination)``.
+    """
+
+    num_tokens: int
+    prompt_block: int
+    copies: list[tuple[int, int]]

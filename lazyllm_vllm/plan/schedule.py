@@ -92,7 +92,11 @@ class Schedule:
 
     def setting(self, extra_args: dict | None) -> RequestSetting:
         """What a request sets for itself; raises SettingError."""
-        return RequestSetting.of(extra_args, self.names)
+        return RequestSetting.of(extra_args, self.names, self.config.reuse)
+
+    def reuse(self, setting: RequestSetting) -> str:
+        """What a request takes of earlier ones."""
+        return setting.reuse or self.config.reuse
 
     def may_prune(self, num_prompt: int) -> bool:
         """Whether a request with so long a prompt may choose to have it pruned."""

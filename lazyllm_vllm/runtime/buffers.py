@@ -61,7 +61,7 @@ class StepBuffers:
         self.lse = torch.zeros(lse_shape, dtype=torch.float32, device=device)
         self.all_rows = Rows.make(stages, self.max_rows, batch, device)
         self.rows = [self.all_rows.of_stage(stage) for stage in range(stages)]
-        self.no_prefills = Segments(torch.zeros(1, **ints), 0, torch.zeros(0, **ints))
+        self.no_prefills = Segments(torch.zeros(1, **ints), 0, *torch.zeros(2, 0, **ints))
         part = Rows.make(1, max_num_tokens, batch, device).of_stage(0)
         self.part_rows = [
             replace(part, num_keys=rows.num_keys, num_revived=rows.num_revived)

@@ -2,7 +2,9 @@
 
 A prompt that is pruned runs stage 0 chunk by chunk; its last chunk runs the later stages, on the
 tokens that are kept. A prompt that is not pruned runs all stages chunk by chunk. What shared keys
-spared it in stage 0 it must still run in the later stages, which are its own: it catches up.
+spared it in stage 0 it must still run in the later stages, which are its own: it catches up. A
+prompt that goes on from what an earlier request left runs all stages chunk by chunk, too: behind
+stage 0 only what comes after that, in slots after what it took over.
 
 No layer sees more rows at once than a step's budget of tokens: where a stage has more, parts of
 them run through it first, and the rest, with every prompt's last tokens, runs beside the decodes.
@@ -20,9 +22,12 @@ class Prefills:
     Attributes:
         num_prompt: tokens to be prefilled, over all chunks.
         first, end: this chunk has the tokens at positions ``first .. end - 1``.
-        caught_up: tokens that have keys in the later stages, of prompts that are not pruned.
-        is_pruned: bool.
+        caught_up: tokens that need not run in the later stages any more, of prompts that are not
+            pruned now.
+        is_pruned: bool, whether the prompt is pruned in this prefill.
         kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
+        shift: ``[stages, prefills]``, the slot of a token less its position; 0 but behind stage 0
+            of a prompt that goes on.
     """
 
     num_prompt: np.ndarray
@@ -31,13 +36,15 @@ class Prefills:
     caught_up: np.ndarray
     is_pruned: np.ndarray
     kept: np.ndarray
+    shift: np.ndarray
 
     @classmethod
     def whole(cls, lengths: list[int], num_stages: int) -> "Prefills":
         """Prompts that come in one piece, and of which nothing is dropped."""
         n = np.array(lengths, np.int32)
         none = np.zeros_like(n)
-        return cls(n, none, n, none, none.astype(bool), np.tile(n, (num_stages, 1)))
+        kept, shift = (np.tile(x, (num_stages, 1)) for x in (n, none))
+        return cls(n, none, n, none, none.astype(bool), kept, shift)
 
     @property
     def is_last_chunk(self) -> np.ndarray:
@@ -99,15 +106,16 @@ class RowPlan:
         p, stages = prefills, len(prefills.kept)
         spans, parts = [Span(p.first, p.end)], [[]]
         room = budget - num_decodes - int((p.end - p.first)[~p.is_pruned].sum())
+        new = np.minimum(np.maximum(p.first, p.caught_up), p.end)
         for stage in range(1, stages):
             kept = np.where(p.prunes, p.kept[stage], 0)
             at_least = np.minimum(kept, window if stage < stages - 1 else 1)
             done = _first(kept - at_least, int(kept.sum()) - room)
             parts.append(_cut(done * 0, done, budget))
-            first = np.where(p.is_pruned, done, p.first)
-            spans.append(Span(first, np.where(p.is_pruned, kept, p.end)))
-        behind = np.where(p.is_pruned, 0, p.first - p.caught_up)
-        catch_up = _cut(p.caught_up, p.caught_up + behind, budget)
+            first = np.where(p.is_pruned, done, new + p.shift[stage])
+            spans.append(Span(first, np.where(p.is_pruned, kept, p.end + p.shift[stage])))
+        is_behind = ~p.is_pruned & (p.caught_up < p.first)
+        catch_up = _cut(p.caught_up * is_behind, p.first * is_behind, budget)
         return cls(spans, parts, catch_up)
 
 

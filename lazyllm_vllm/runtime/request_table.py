@@ -25,6 +25,10 @@ class RequestRow(NamedTuple):
         return cls(numbers[0], *columns)
 
     @property
+    def plan(self) -> RequestPlan:
+        return RequestPlan(self.num_prompt, tuple(self.kept), tuple(self.capacity))
+
+    @property
     def revived(self) -> list[int]:
         """Prompt tokens revived so far, by stage."""
         return [now - then for now, then in zip(self.prompt_keys, self.kept)]
@@ -33,6 +37,29 @@ class RequestRow(NamedTuple):
     def is_full(self) -> bool:
         """Whether no stage has room for another revived token."""
         return all(keys >= most for keys, most in zip(self.prompt_keys, self.capacity))
+
+
+class RowCopy:
+    """A row of the request table on its way to the CPU, which waits only if it must."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        """``row``: ``[1 + 3 * stages]`` int32 on the device."""
+        self._event = None
+        if row.is_cuda:
+            copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+            row = copy.copy_(row, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._row = row
+
+    @property
+    def is_here(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> RequestRow:
+        if self._event is not None:
+            self._event.synchronize()
+        return RequestRow.of(self._row.tolist())
 
 
 class RequestTable:
@@ -54,14 +81,18 @@ class RequestTable:
         """``[max_num_reqs, 1 + 3 * stages]`` int32, all columns side by side."""
         return self._rows.gpu
 
-    def add(self, index: int, plan: RequestPlan) -> None:
-        """Stage the row of a request about to be prefilled."""
-        row = RequestRow(plan.num_prompt, plan.kept, plan.capacity, plan.kept)
-        self._rows.stage_write(index, 0, [row.num_prompt, *sum(row[1:], ())])
+    def add(self, index: int, plan: RequestPlan, prompt_keys: tuple[int, ...]) -> None:
+        """Stage the row of a request about to be prefilled.
+
+        Args:
+            prompt_keys: prompt tokens that have keys in each stage once it was.
+        """
+        row = (plan.num_prompt, *plan.kept, *plan.capacity, *prompt_keys)
+        self._rows.stage_write(index, 0, list(row))
 
     def apply_staged_writes(self) -> None:
         self._rows.apply_write()
 
     def row(self, index: int) -> torch.Tensor:
-        """``[1 + 3 * stages]``, a copy made on the device's stream, for ``RequestRow.of``."""
+        """``[1 + 3 * stages]``, a copy made on the device's stream, for ``RowCopy``."""
         return self._rows.gpu[index].clone()

@@ -160,15 +160,15 @@ class Step:
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        parts = (starts, key_starts, first, end, last_rows)
+        parts = (starts, key_starts, first, end, last_rows, self.batch.prefills.shift)
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
         packed = async_tensor_h2d(packed, device=self.buffers.device)
         packed = packed.split([part.size for part in parts])
-        starts, self.key_starts, first, self._ends, self._last_rows = (
+        starts, self.key_starts, first, self._ends, self._last_rows, shift = (
             part.view(stages, -1) for part in packed
         )
-        by_stage = zip(starts, bases, first)
-        self.segments = [Segments(start, int(base), slot) for start, base, slot in by_stage]
+        by_stage = zip(starts, bases.tolist(), first, shift)
+        self.segments = [Segments(*of_stage) for of_stage in by_stage]
 
     def show(self) -> None:
         """Let kernels see this step's prefill rows, after a part of it has run."""

@@ -17,7 +17,7 @@ NEW_TOKENS = 8
 QUOTA = 8
 CONFIG = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
 # However many decode, as prompts are done: each may revive as many as QUOTA.
-CONFIG |= {"revive_per_request": QUOTA}
+CONFIG |= {"revive_per_request": QUOTA, "reuse": "deep"}
 # The first two prompts come whole, the others in chunks.
 OPTIONS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 512}
 
@@ -38,6 +38,8 @@ def assert_close(mine: dict, theirs: dict, tolerance: float = 1e-3) -> None:
             assert max(abs(a[t] - b[t]) for t in shared) < tolerance
 
 
+# Of these, which have layers with windows, a prompt goes on from what it left.
+GOING_ON = ("gemma3", "gpt_oss")
 # A checkpoint that calls Llama otherwise is the same class: ``tests/unit/test_architectures.py``.
 NAMES = [name for name in families.NAMES if not families.FAMILIES[name].edits]
 
@@ -58,11 +60,18 @@ def test_a_family(name, tmp_path, prompts, open_engine):
     result = pruned.generate(prompts, NEW_TOKENS)
     assert ("allow_untested_model lets it run" in pruned.log) == bool(allowed)
     assert [len(p[-1]["chunks"]) > 1 for p in result["prefills"]] == [False, False, True, True]
+    turns = [prompts[0][:30]] if name in GOING_ON else []
+    results = [{key: [result[key][1]] for key in ("tokens", "prefills", "decodes")}]
+    for turn in turns:
+        results.append(pruned.generate([prompts[1] + result["tokens"][1] + turn], NEW_TOKENS))
     for engine in (stock, whole, pruned):
         engine.close()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen = agreement.compare(model, prompts, config, QUOTA, result)
     seen.check(least_compared=0.5, most_ties=2)
+    if turns:
+        seen = agreement.compare_turns(model, prompts[1], turns, config, QUOTA, results)
+        seen.check(least_compared=0.9, most_ties=1)
 
 
 def test_gemma_finds_a_pass_key(gemma3, open_engine):

@@ -19,6 +19,7 @@ CONFIG = {
     "first_tokens": 4,
     "last_tokens": 32,
     "revive_per_request": QUOTA,
+    "reuse": "deep",
 }
 MODES = {
     # The peak over heads; keys of one of two heads on each rank.
@@ -119,6 +120,17 @@ def test_small_chunks_and_shared_prefixes(ranks):
     ranks.run("set_budget", tokens=512)
 
 
+def test_the_next_turn_goes_on(ranks):
+    ranks.run("reset_prefix_cache")
+    prompt, turns = PROMPTS[1], [PROMPTS[0][:20]]
+    results = [ranks.generate([prompt], NEW_TOKENS)]
+    results.append(ranks.generate([prompt + results[0]["tokens"][0] + turns[0]], NEW_TOKENS))
+    assert results[1]["stats"][0]["reused"] == len(prompt) + NEW_TOKENS - 1
+    model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
+    seen = agreement.compare_turns(model, prompt, turns, ranks.config, QUOTA, results)
+    seen.check(least_compared=0.9, most_ties=0)
+
+
 def test_aborted_requests_leave_nothing_behind(ranks):
     ranks.run("reset_prefix_cache")
     prompts = [PROMPTS[2][i : 300 + i] for i in range(5)]
@@ -128,7 +140,8 @@ def test_aborted_requests_leave_nothing_behind(ranks):
 
 
 def test_preempted_requests_finish_right(ranks):
-    """Each prefill's tokens are the reference's for the prompt and what had been generated."""
+    """Tokens are the reference's for the prompt; where it had to be pruned anew, for it and what
+    had been generated."""
     prompts = [PROMPTS[3][i : 300 + i] for i in range(3)]
     need = ranks.two.run("blocks_needed", num_tokens=300)
     ranks.two.run("set_room", blocks=3 * need + 2)
@@ -139,7 +152,7 @@ def test_preempted_requests_finish_right(ranks):
     model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
     config = parse_config(ranks.config | {"revive_budget": QUOTA})
     for prompt, tokens, prefills in zip(prompts, result["tokens"], result["prefills"], strict=True):
-        starts = [prefill["num_prompt"] - len(prompt) for prefill in prefills]
+        starts = [p["num_prompt"] - len(prompt) for p in prefills if "resident" not in p]
         assert starts[0] == 0 and len(tokens) == 20
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             ref = reference.generate(model, prompt + tokens[:start], config, end - start)

@@ -5,7 +5,7 @@ way round. From a place where the reference itself shows such a tie the two runs
 computations, and that request is followed no further.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -67,6 +67,37 @@ def compare(model, prompts: list[list[int]], config: dict, quota: int, result: d
     return total
 
 
+def compare_turns(
+    model, prompt: list[int], turns: list[list[int]], config: dict, quota: int, results: list[dict]
+) -> Agreement:
+    """What the engine made of a conversation, in which each turn goes on from the one before.
+
+    Args:
+        turns: as ``reference.generate_turns`` has them.
+        config, quota: as in ``compare``.
+        results: of ``harness.engine.generate`` for each prompt of the conversation alone.
+    """
+    alone = parse_config(config | {"revive_budget": quota})
+    new_tokens = len(results[0]["tokens"][0])
+    refs = reference.generate_turns(model, prompt, alone, new_tokens, turns)
+    num_stages, total = len(refs[0].kept), Agreement()
+    for turn, (ref, result) in enumerate(zip(refs, results, strict=True)):
+        total.total += 2 * (num_stages - 1) * len(ref.selected) + len(ref.prefill_scores)
+        total.revived += sum(len(r) for step in ref.revived for r in step)
+        if total.ties:
+            continue
+        prefill, decodes, tokens = result["prefills"][0][-1], result["decodes"][0], result["tokens"]
+        if turn:
+            of_stages = range(1, num_stages)
+            assert [prefill["resident"][s] for s in of_stages] == ref.resident[1:], f"turn {turn}"
+            seen = _follow_turn(decodes, tokens[0], ref, num_stages)
+        else:
+            seen = _follow(prefill, decodes, tokens[0], ref)
+        total.compared += seen.compared
+        total.ties += [f"turn {turn}, {where}" for where in seen.ties]
+    return total
+
+
 def _check_counts(config: LazyLLMConfig, prompt, result, i: int, ref) -> None:
     assert result["tokens"][i] == ref.tokens
     stats = result["stats"][i]
@@ -92,6 +123,32 @@ def _follow(prefill, decodes, tokens, ref) -> Agreement:
         where = f"prefill, boundary {s}"
         if not _same_set(seen, prefill[s], ref.kept[s], ref.prefill_scores[s - 1], where):
             return seen
+    return _follow_decodes(seen, decodes, tokens, ref, num_stages)
+
+
+def _follow_turn(decodes, tokens, ref, num_stages: int) -> Agreement:
+    """The same of a turn that goes on, whose last token is decoded before the first new one."""
+    seen = Agreement()
+    if not _same_step(seen, decodes[0], ref, 0, num_stages):
+        return seen
+    rest = replace(
+        ref, **{what: getattr(ref, what)[1:] for what in ("selected", "revived", "scores")}
+    )
+    return _follow_decodes(seen, decodes[1:], tokens, rest, num_stages)
+
+
+def _same_step(seen: Agreement, decode, ref, step: int, num_stages: int) -> bool:
+    for s in range(1, num_stages):
+        scores = ref.scores[step][s - 1]
+        for what in ("selected", "revived"):
+            theirs = getattr(ref, what)[step][s - 1]
+            where = f"step {step}, boundary {s}, {what}"
+            if not _same_set(seen, decode[s][what], theirs, scores, where):
+                return False
+    return True
+
+
+def _follow_decodes(seen: Agreement, decodes, tokens, ref, num_stages: int) -> Agreement:
     for step, token in enumerate(tokens):
         if token != ref.tokens[step]:
             best, second = ref.logits[step].topk(2).values
@@ -100,11 +157,6 @@ def _follow(prefill, decodes, tokens, ref) -> Agreement:
             return seen
         if step == len(tokens) - 1:
             return seen
-        for s in range(1, num_stages):
-            mine, scores = decodes[step][s], ref.scores[step][s - 1]
-            for what in ("selected", "revived"):
-                theirs = getattr(ref, what)[step][s - 1]
-                where = f"step {step}, boundary {s}, {what}"
-                if not _same_set(seen, mine[what], theirs, scores, where):
-                    return seen
+        if not _same_step(seen, decodes[step], ref, step, num_stages):
+            return seen
     return seen

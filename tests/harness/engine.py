@@ -62,6 +62,7 @@ def start(
     compiled_ops: bool = True,
     only_greedy: bool = True,
     forks_workers: bool = False,
+    schedules_ahead: bool = False,
 ):
     """A ``vllm.LLM``.
 
@@ -72,6 +73,7 @@ def start(
         only_greedy: on a CPU, sample greedily alone; see ``_sample_greedily``.
         forks_workers: on a CPU, fork the processes of tensor parallelism, which spares them vLLM's
             import.
+        schedules_ahead: on a CPU, schedule a step while the one before runs, as on a GPU.
     """
     os.environ["LAZYLLM_TRACE"] = str(int(trace))
     import torch
@@ -85,6 +87,9 @@ def start(
         from vllm.v1.executor import multiproc_executor
 
         multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
+
+    if torch.version.cuda is None and schedules_ahead:
+        _schedule_ahead()
 
     if not compiled_ops:
         from lazyllm_vllm.models import staged
@@ -110,6 +115,19 @@ def _sample_greedily() -> None:
         return logits.argmax(-1)
 
     sampler.gumbel_sample = greedy
+
+
+def _schedule_ahead() -> None:
+    """vLLM has a CPU wait for each step."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    adapt = CpuPlatform.check_and_update_config
+
+    def adapt_and_schedule_ahead(vllm_config) -> None:
+        adapt(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = staticmethod(adapt_and_schedule_ahead)
 
 
 def _core(llm):
@@ -388,6 +406,12 @@ def cached_blocks(llm) -> list[tuple[int, int]]:
     pool = _core(llm).scheduler.kv_cache_manager.block_pool
     keys = [block.block_hash for block in pool.blocks if block.block_hash is not None]
     return [(get_group_id(key), maybe_convert_block_hash(get_block_hash(key))) for key in keys]
+
+
+def snapshots(llm) -> int:
+    """How many there are to go on from."""
+    managers = _core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+    return len(next(m.snapshots for m in managers if hasattr(m, "snapshots")))
 
 
 def metrics(llm) -> dict[str, int]:

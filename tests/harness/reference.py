@@ -41,6 +41,8 @@ class Trace:
             may decide either way.
         margins: ``margins[step][s - 1]``: the same for each decode step.
         logits: for each generated token the logits it was chosen by, [vocab].
+        resident: ``resident[s]``: sorted prompt positions with keys in stage s, when a turn that is
+            not the first begins.
         computed: (position, layer) pairs computed, prompt and generated, layers counted from 0.
         prompt_keys: number of prompt tokens with keys in each stage at the end.
         share_computed: share of the (prompt token, layer) pairs that were computed.
@@ -55,6 +57,7 @@ class Trace:
     prefill_margins: list[Margin] = field(default_factory=list)
     margins: list[list[Margin]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    resident: list[list[int]] = field(default_factory=list)
     computed: set[tuple[int, int]] = field(default_factory=set)
     prompt_keys: list[int] = field(default_factory=list)
     share_computed: float = 1.0
@@ -68,20 +71,47 @@ def generate(
     stop_token: int | None = None,
 ) -> Trace:
     """Greedy decoding of at least one token, until ``stop_token`` or ``max_new_tokens``."""
-    assert prompt and max_new_tokens >= 1
-    sequence = ReferenceSequence(model, prompt, config, max_new_tokens)
-    trace = sequence.trace
-    trace.logits.append(sequence.prefill())
-    trace.tokens.append(int(trace.logits[-1].argmax()))
-    while len(trace.tokens) < max_new_tokens and trace.tokens[-1] != stop_token:
-        trace.logits.append(sequence.decode(trace.tokens[-1]))
-        trace.tokens.append(int(trace.logits[-1].argmax()))
+    return generate_turns(model, prompt, config, max_new_tokens, [], stop_token)[0]
 
-    trace.computed = {(p, layer) for layer, p in sequence.computed.nonzero().tolist()}
-    trace.prompt_keys = [sequence.prompt_keys(s) for s in range(sequence.num_stages)]
-    computed_prompt = sequence.computed[:, : sequence.num_prompt]
-    trace.share_computed = int(computed_prompt.sum()) / computed_prompt.numel()
-    return trace
+
+def generate_turns(
+    model: PreTrainedModel,
+    prompt: list[int],
+    config: LazyLLMConfig,
+    max_new_tokens: int,
+    turns: list[list[int]],
+    stop_token: int | None = None,
+) -> list[Trace]:
+    """The same, and then further turns that go on from it: the tokens of a turn run like decoded
+    ones, but only the last one selects and revives, and so many more are generated.
+
+    Args:
+        turns: the tokens of each, after the last one that was generated.
+
+    Returns:
+        What each did, with counts of all so far. But for the first, the first step is that of the
+        turn's last token.
+    """
+    assert prompt and max_new_tokens >= 1
+    longest = max_new_tokens + sum(len(turn) + max_new_tokens for turn in turns)
+    sequence = ReferenceSequence(model, prompt, config, longest)
+    logits, traces = sequence.prefill(), []
+    for turn in [*turns, None]:
+        trace = sequence.trace
+        trace.logits.append(logits)
+        trace.tokens.append(int(logits.argmax()))
+        while len(trace.tokens) < max_new_tokens and trace.tokens[-1] != stop_token:
+            trace.logits.append(sequence.decode(trace.tokens[-1]))
+            trace.tokens.append(int(trace.logits[-1].argmax()))
+
+        trace.computed = {(p, layer) for layer, p in sequence.computed.nonzero().tolist()}
+        trace.prompt_keys = [sequence.prompt_keys(s) for s in range(sequence.num_stages)]
+        computed_prompt = sequence.computed[:, : sequence.num_prompt]
+        trace.share_computed = int(computed_prompt.sum()) / computed_prompt.numel()
+        traces.append(trace)
+        if turn is not None:
+            logits = sequence.go_on([trace.tokens[-1], *turn])
+    return traces
 
 
 class ReferenceSequence:
@@ -193,6 +223,22 @@ class ReferenceSequence:
             trace.margins[-1].append(margin)
         self._check_invariants()
         return self.decoder.logits(hidden[-1])
+
+    @torch.inference_mode()
+    def go_on(self, tokens: list[int]) -> Tensor:
+        """Begin another turn: run these tokens through all stages, one by one, each attending to
+        what has keys there, and the last as any decoded one. Return the logits of the token after
+        them, [vocab]."""
+        in_prompt = self.level[: self.num_prompt]
+        stages = range(self.num_stages)
+        self.trace = Trace(resident=[(in_prompt > s).nonzero()[:, 0].tolist() for s in stages])
+        for token in tokens[:-1]:
+            rows = [self.next_position]
+            self.next_position += 1
+            hidden = self.decoder.embed([token], torch.tensor(rows))
+            for s in stages:
+                hidden, _ = self._run_stage(s, hidden, rows, 1)
+        return self.decode(tokens[-1])
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position

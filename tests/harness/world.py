@@ -197,7 +197,8 @@ class World:
         starts = [0]
         for first, end in spans:
             starts.append(starts[-1] + end - first)
-        return Segments(self.ints(starts), base, self.ints([first for first, _ in spans]))
+        first = self.ints([first for first, _ in spans])
+        return Segments(self.ints(starts), base, first, torch.zeros_like(first))
 
     def aux(self, hidden_size: int, dtype: torch.dtype) -> AuxCache:
         """An Aux Cache with the prompt state in the same pages, all of it poisoned but for the

@@ -46,6 +46,8 @@ def test_parked_states_are_fetched(world):
     before.request[2:] = request[order].int()
     before.request[5] = -1  # an unused row
     before.position[2:] = position[order]
+    late = next(row for row in range(6, num_rows) if int(before.request[row]) != 2)
+    before.position[late] = w.prompts[int(before.request[late])] + 3  # after the prompt
     hidden = w.rand(num_rows, HIDDEN)
     is_pruned = w.ints([1, 1, 0, 1])
     empty = w.aux(HIDDEN, w.dtype)
@@ -57,6 +59,7 @@ def test_parked_states_are_fetched(world):
     aux = results[0]
     assert torch.equal(*map(_words, results))
     pruned = [row for row in range(2, num_rows) if int(before.request[row]) not in (-1, 2)]
+    pruned.remove(late)
     untouched = torch.ones(len(aux.buffer), dtype=torch.bool, device=w.device)
     for row in pruned:
         i, p = int(before.request[row]), before.position[row : row + 1]

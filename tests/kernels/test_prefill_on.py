@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness.world import close, make_world
+from harness.world import LONG, close, make_world
 
 from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.hooks import prefill_attention
 from lazyllm_vllm.hooks.prefill_attention import PrefillAttention
-from lazyllm_vllm.kernels.layer_form import LayerForm
+from lazyllm_vllm.kernels.layer_form import LayerForm, attend
 from lazyllm_vllm.kernels.selection import Segments
+from lazyllm_vllm.kernels.window_attention import window_attention_triton
 from lazyllm_vllm.runtime.prefill_rows import Span
 from lazyllm_vllm.runtime.step import StepKind
 
@@ -48,7 +49,7 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
     step = SimpleNamespace(
         kind=StepKind.RUN,
         spans={stage: span},
-        segments={stage: Segments(starts, 0, w.ints(first.tolist()))},
+        segments={stage: Segments(starts, 0, *w.ints([first.tolist(), [0] * len(first)]))},
         key_starts={stage: key_starts},
         longest_prefill={stage: int((end - first).max())},
         prefills=range(len(end)),
@@ -71,3 +72,32 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
         close(out[row : row + n - skipped], expected, dtype)
         for at in range(2):
             close(lse[at, i], logits[:, -1 - at].logsumexp(-1), dtype)
+
+
+def test_a_window_over_keys_in_any_order(device, dtype, monkeypatch):
+    """Rows that go on where tokens were decoded and revived, in slots as they came."""
+    monkeypatch.setattr(prefill_attention, "window_attention", window_attention_triton)
+    w = make_world(LONG, 2, decoded=(3, 1, 9, 40), device=device, dtype=dtype)
+    first = np.array([len(p) for p in w.present], np.int32)
+    end = first + np.array(w.decoded, np.int32)
+    keys, form = w.keys(end.tolist()), LayerForm(w.head_dim**-0.5, 100, None)
+    starts, key_starts = (
+        torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (end - first, end)
+    )
+    step = SimpleNamespace(
+        batch=SimpleNamespace(prefills=SimpleNamespace(shift=first)),
+        spans={2: Span(first, end)},
+        segments={2: Segments(starts, 0, w.ints(first.tolist()), w.ints([0] * len(end)))},
+        key_starts={2: key_starts},
+        prefills=range(len(end)),
+        num_prefills=len(end),
+    )
+    q = w.rand(sum(w.decoded), w.kv_heads * w.group, w.head_dim)
+    out = torch.full_like(q, 9e9)
+    PrefillAttention(form, None)._window_on(q, out, keys, step)
+    for i, (row, count) in enumerate(zip(starts.tolist(), w.decoded)):
+        mine, position = slice(row, row + count), keys.positions(i)
+        assert (position.diff() < 0).any(), "in order: the test shows nothing"
+        seen = form.sees(position[-count:], position)
+        expected = attend(q[mine].double(), *(x.double() for x in keys.gather(i)), seen, form)[0]
+        close(out[mine], expected, dtype)

@@ -1,6 +1,6 @@
 """Selection for prefills against its reference and a plain sort: whose rows go on, and when."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -199,5 +199,36 @@ def test_prompts_that_keep_all_run_chunk_by_chunk(stage, device):
         for slot in range(first, end):
             source = row + slot - had if slot >= had else -1
             expected.append((slot, slot, -1 if nth == 1 else nth, source))
+    mine = (rows.position, rows.slot, rows.request, rows.source)
+    assert list(zip(*(x[AFTER:].tolist() for x in mine))) == expected
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_prompts_that_go_on_have_slots_of_their_own(stage, device):
+    """The first has rows that the stage before runs, too; the second fewer than stage 0, of whose
+    first tokens the later stages have keys; the third has none."""
+    w = make_world(1, stage, decoded=(0, 0, 0, 0), device=device)
+    positions, shifts = [(310, 330), (70, 81), (90, 90), (0, 0)], (-200, -50, -11, 0)
+    before_first, before_shifts = (310, 64, 80, 0), (0, 0, 0, 0) if stage == 1 else (-90, -20, 0, 0)
+    chunks = [(first + shift, end + shift) for (first, end), shift in zip(positions, shifts)]
+    chunks_before = [
+        (first + shift, end + shift)
+        for first, (_, end), shift in zip(before_first, positions, before_shifts)
+    ]
+    before = replace(w.segments(chunks_before, BEFORE), shift=w.ints(before_shifts))
+    after = replace(w.segments(chunks, AFTER), shift=w.ints(shifts))
+    results = []
+    for run in (select_prefill_triton, select_prefill_reference):
+        s, rows = w.selection(w.prompts, 0), w.rows(AFTER + 31)
+        s.active[stage] = 0
+        run(s, stage, range(4), before, PrefillRows(rows, after), False)
+        results.append(rows)
+    same(*results)
+    rows = results[0]
+    expected = []
+    for nth, (first, end) in enumerate(positions):
+        for position in range(first, end):
+            source = before.of(nth).start + position - before_first[nth]
+            expected.append((position, position + shifts[nth], nth, source))
     mine = (rows.position, rows.slot, rows.request, rows.source)
     assert list(zip(*(x[AFTER:].tolist() for x in mine))) == expected

@@ -79,6 +79,8 @@ def test_what_grew_is_sent_once(config):
         "aux_cache_blocks": [5],
     }
     assert stats.changes(wait=False) is None
+    stats.record("c", _row(100, [100, 50, 20], [0, 5, 6]), reused=90)  # its prompt counted before
+    assert stats.changes(wait=False) == {"requests": [0, 1], "reuses": [1], "reused_tokens": [90]}
     stats.selecting_steps, stats.aux_blocks = 9, 2
     assert stats.changes(wait=False) == {"selecting_steps": [2], "aux_cache_blocks": [2]}
 

@@ -16,6 +16,8 @@ class Prompt:
     hit: tokens whose first stage was found in the cache.
     kept: in each stage, of a prompt that is pruned; all of them of another.
     done: tokens that have run in stage 0, or were found.
+    taken: tokens that need not run behind stage 0, of one that goes on from a snapshot.
+    shift: by stage, slots less positions behind what it took.
     ran: by stage, the slots that have run, in the order in which they did.
     """
 
@@ -26,11 +28,19 @@ class Prompt:
     done: int = 0
     caught_up: int = 0
     ran: list[list[int]] = field(default_factory=list)
+    taken: int = 0
+    shift: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.caught_up = max(self.caught_up, self.taken)
+        self.shift = self.shift or (0,) * len(self.kept)
 
     def must_run(self, stage: int) -> list[int]:
         if stage == 0:
             return list(range(self.hit, self.length))
-        return list(range(self.kept[stage] if self.is_pruned else self.length))
+        if self.is_pruned:
+            return list(range(self.kept[stage]))
+        return [at + self.shift[stage] for at in range(self.taken, self.length)]
 
 
 @st.composite
@@ -42,7 +52,11 @@ def prompts_of(draw, stages: int, window: int) -> Prompt:
     kept = draw(st.lists(st.integers(least_kept, length), min_size=stages - 1, max_size=stages - 1))
     hit = draw(st.just(0) | st.integers(0, most_found))
     kept = [length, *sorted(kept, reverse=True)] if is_pruned else [length] * stages
-    return Prompt(length, hit, is_pruned, kept, hit, ran=[[] for _ in range(stages)])
+    ran, taken, shift = [[] for _ in range(stages)], 0, ()
+    if not is_pruned and hit and draw(st.booleans()):
+        taken = draw(st.integers(hit, length - 1))
+        shift = (0, *(-draw(st.integers(0, taken)) for _ in range(stages - 1)))
+    return Prompt(length, hit, is_pruned, kept, hit, ran=ran, taken=taken, shift=shift)
 
 
 @dataclass
@@ -84,6 +98,7 @@ def prefills_of(chunks: list[tuple[Prompt, int]]) -> Prefills:
         caught_up=ints(p.caught_up for p, _ in chunks),
         is_pruned=np.array([p.is_pruned for p, _ in chunks]),
         kept=ints(p.kept for p, _ in chunks).T,
+        shift=ints(p.shift for p, _ in chunks).T,
     )
 
 
@@ -125,7 +140,7 @@ def test_every_token_runs_once_in_each_of_its_stages(w, data):
             run(chunks, plan.spans[stage], range(stage, stage + 1))
         for prompt, size in chunks:
             prompt.done += size
-            prompt.caught_up = prompt.done
+            prompt.caught_up = max(prompt.caught_up, prompt.done)
             if prompt.is_pruned and prompt.done < prompt.length:
                 assert not any(prompt.ran[1:]), "its tokens are chosen when all have run stage 0"
     for prompt in w.prompts:
@@ -148,7 +163,10 @@ def check_main_rows(
     scoring = 0
     for (prompt, size), first, end in zip(chunks, span.first.tolist(), span.end.tolist()):
         if not prompt.is_pruned:
-            assert (first, end) == (prompt.done, prompt.done + size)
+            end -= prompt.shift[stage]
+            assert end == prompt.done + size
+            new = max(prompt.done, prompt.taken)  # behind stage 0
+            assert first == min(new, end) + prompt.shift[stage]
         elif prompt.done + size < prompt.length:
             assert first == end
         else:

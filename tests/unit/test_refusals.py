@@ -97,6 +97,7 @@ def test_blocks_by_the_type_of_the_kv_cache(tiny):
     [
         ({"lazyllm": {"prune": [{"layer": 30, "keep": 0.5}]}}, "outside the model"),
         ({"lazyllm": {"no_such_field": 1}}, "no_such_field: unknown field"),
+        ({"lazyllm": {"reuse": "always"}}, "reuse: Input should be 'off', 'exact' or 'deep'"),
         ({"lazy_llm": {"preset": "balanced"}}, "has the key 'lazy_llm'; use 'lazyllm'"),
         ({"LazyLLM": "balanced"}, "has the key 'LazyLLM'; use 'lazyllm'"),
         ({"lazylm": "balanced"}, "has the key 'lazylm'; use 'lazyllm'"),
@@ -105,6 +106,13 @@ def test_blocks_by_the_type_of_the_kv_cache(tiny):
 def test_configurations(tiny, config, says):
     with pytest.raises(ConfigError, match=says):
         _create(tiny, config)
+
+
+def test_deep_reuse_without_a_prefix_cache(tiny):
+    config = {"lazyllm": {"preset": "balanced", "reuse": "deep"}}
+    with pytest.raises(ConfigError, match="leave out --no-enable-prefix-caching"):
+        _create(tiny, config, enable_prefix_caching=False)
+    assert _create(tiny, config)
 
 
 def test_other_keys_of_additional_config_are_left_alone(tiny):

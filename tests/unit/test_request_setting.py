@@ -29,6 +29,8 @@ def schedule():
         ({"lazyllm_revive": "off"}, RequestSetting(revive=False)),
         ({"lazyllm_revive": True, "lazyllm_keep": 1}, DEFAULT),
         ({"lazyllm_revive": 0}, RequestSetting(revive=False)),
+        ({"lazyllm_reuse": "off"}, RequestSetting(reuse="off")),
+        ({"lazyllm_reuse": "exact"}, RequestSetting(reuse="exact")),
     ),
 )
 def test_settings(extra, setting, schedule):
@@ -48,6 +50,8 @@ def test_settings(extra, setting, schedule):
         ({"lazyllm_revive": "maybe"}, "lazyllm_revive", "on or off"),
         ({"lazyllm_revive": ["on"]}, "lazyllm_revive", "on or off"),
         ({"lazyllm_revive": 2}, "lazyllm_revive", "on or off"),
+        ({"lazyllm_reuse": "deep"}, "lazyllm_reuse", "server's own reuse is exact"),
+        ({"lazyllm_reuse": ["off"]}, "lazyllm_reuse", "none of off, exact"),
         ({"lazyllm_kep": 2}, "lazyllm_kep", "lazyllm_keep"),
     ),
 )
@@ -55,6 +59,18 @@ def test_what_is_wrong_names_the_field(extra, field, says, schedule):
     with pytest.raises(SettingError, match=says) as error:
         schedule.setting(extra)
     assert error.value.field == field and field in str(error.value)
+
+
+def test_reuse_is_the_servers_unless_a_request_wants_less():
+    for own, allowed in (("off", 1), ("exact", 2), ("deep", 3)):
+        schedule = Schedule.build(parse_config(CONFIG | {"reuse": own}), 12)
+        assert schedule.reuse(DEFAULT) == own
+        for at, wanted in enumerate(("off", "exact", "deep")):
+            if at < allowed:
+                assert schedule.reuse(schedule.setting({"lazyllm_reuse": wanted})) == wanted
+            else:
+                with pytest.raises(SettingError):
+                    schedule.setting({"lazyllm_reuse": wanted})
 
 
 def test_the_stages_are_those_of_all_schedules(schedule):

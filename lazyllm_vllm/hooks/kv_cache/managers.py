@@ -10,37 +10,35 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.request import Request
 
+from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshots
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import DEFAULT, RequestSetting
 
 # The plans of the requests of each block pool: all its managers see one plan for a request.
 _PLANS: WeakKeyDictionary[BlockPool, dict[str, RequestPlan]] = WeakKeyDictionary()
-# What requests set for themselves (vLLM's ``extra_args``), if they do, until they leave.
-_EXTRA_ARGS: WeakKeyDictionary[BlockPool, dict[str, dict]] = WeakKeyDictionary()
+# What requests set for themselves, until they leave.
+_SETTINGS: WeakKeyDictionary[BlockPool, dict[str, RequestSetting]] = WeakKeyDictionary()
+# What requests that ended have left, and who goes on from it.
+_SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
 
 
-def note_request(pool: BlockPool, request: Request) -> None:
-    """Called with every request before blocks are asked for it."""
-    extra = _EXTRA_ARGS.get(pool)
-    params = request.sampling_params
-    if extra is not None and params is not None and params.extra_args:
-        extra[request.request_id] = params.extra_args
-
-
-class _PlannedManager(FullAttentionManager):
+class PlannedManager(FullAttentionManager):
     """Allocates what the request's plan says.
 
     The plan is made when the scheduler asks whether the whole request fits, which it does before it
     first allocates anything for it (``scheduler_reserve_full_isl``): that call alone is told all of
-    the tokens to be prefilled, the prompt and, after a preemption, what had been generated.
+    the tokens to be prefilled, the prompt and, after a preemption, what had been generated. A
+    request that goes on from a snapshot has the plan of the prompt that was pruned, and either the
+    snapshot's blocks or others, into which they are copied.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.plans = _PLANS.setdefault(self.block_pool, {})
-        self.extra_args = _EXTRA_ARGS.setdefault(self.block_pool, {})
+        self.settings = _SETTINGS.setdefault(self.block_pool, {})
+        self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         """Blocks for a request of ``num_tokens`` tokens so far."""
@@ -48,18 +46,42 @@ class _PlannedManager(FullAttentionManager):
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
         held = len(self.req_to_blocks.get(request_id, ()))
+        if (taken := self.snapshots.taken.get(request_id)) is not None:
+            num_tokens = max(num_tokens, taken.snapshot.num_tokens)
+            if not held and taken.adopts:
+                held = len(self._sources(request_id))
         return max(self.required_blocks(self.plans[request_id], num_tokens) - held, 0)
+
+    def _sources(self, request_id: str) -> list[KVCacheBlock]:
+        """The snapshot's blocks that a request takes with its first own ones; none later on."""
+        taken = self.snapshots.taken.get(request_id)
+        if taken is None or self.req_to_blocks.get(request_id):
+            return []
+        return taken.snapshot.blocks_of(self.block_pool, self.kv_cache_group_id)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
     ) -> int:
         if apply_admission_cap and not self.req_to_blocks.get(request_id):
-            plan = self.plans.get(request_id)
-            if plan is None or plan.num_prompt != num_tokens:
+            plan, taken = self.plans.get(request_id), self.snapshots.taken.get(request_id)
+            if taken is not None:
+                self.plans[request_id] = taken.snapshot.plan
+            elif plan is None or plan.num_prompt != num_tokens:
                 schedule = self.kv_cache_spec.needs.schedule
-                setting = schedule.setting(self.extra_args.get(request_id))
+                setting = self.settings.get(request_id, DEFAULT)
                 self.plans[request_id] = schedule.plan(num_tokens, setting)
-        return self._missing_blocks(request_id, num_tokens)
+        held = self._get_num_evictable_blocks(self._sources(request_id))
+        return self._missing_blocks(request_id, num_tokens) + held
+
+    def add_local_computed_blocks(self, request_id: str, *args, **kwargs) -> None:
+        """Called for all groups before blocks are allocated for any: hold what is taken."""
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        if sources := self._sources(request_id):
+            self.block_pool.touch(sources)
+            taken = self.snapshots.taken[request_id]
+            if taken.adopts:
+                self.snapshots.forget(taken.snapshot)
+                self.req_to_blocks[request_id].extend(sources)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -67,20 +89,32 @@ class _PlannedManager(FullAttentionManager):
         missing = self._missing_blocks(request_id, num_tokens)
         if missing == 0:  # most steps
             return []
-        blocks = self.block_pool.get_new_blocks(missing)
+        blocks, sources = self.block_pool.get_new_blocks(missing), self._sources(request_id)
+        if sources:
+            pairs = zip(sources, blocks)
+            copies = self.snapshots.taken[request_id].copies
+            copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
         self.req_to_blocks[request_id].extend(blocks)
         return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.plans.pop(request_id, None)
-        self.extra_args.pop(request_id, None)
+        self.settings.pop(request_id, None)
+        self.snapshots.taken.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def give_up(self, request_id: str, num_tokens: int) -> list[int]:
+        """The blocks that hold what a request has of so many tokens, which are its own no more."""
+        blocks = self.req_to_blocks[request_id]
+        count = self.required_blocks(self.plans[request_id], num_tokens)
+        self.req_to_blocks[request_id] = blocks[count:]
+        return [block.block_id for block in blocks[:count]]
 
     def cache_blocks(self, *args, **kwargs) -> None:
         """Nothing is shared between requests: a stage's keys depend on the whole prompt."""
 
 
-class StageManager(_PlannedManager):
+class StageManager(PlannedManager):
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         num_tokens = max(num_tokens, plan.num_prompt)  # from the first chunk on
         return cdiv(num_tokens - plan.slots_saved[self.kv_cache_spec.stage], self.block_size)
@@ -97,7 +131,7 @@ class SharedStageManager(FullAttentionManager):
         return super().find_longest_cache_hit(block_hashes, max(max_length, 0), *args, **kwargs)
 
 
-class PromptManager(_PlannedManager):
+class PromptManager(PlannedManager):
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         return self.kv_cache_spec.needs.prompt_blocks(plan)
 

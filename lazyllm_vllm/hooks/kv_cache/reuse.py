@@ -1,0 +1,158 @@
+"""What a request finds of others' work, and what it leaves: called with every request that asks for
+blocks, and with every one that gives its blocks back."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.request import Request
+
+from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager, PromptManager
+from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshot, Taken
+from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
+
+CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
+
+
+def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: Request) -> tuple:
+    """What vLLM's ``get_computed_blocks`` finds for a request, less what the request does not
+    want, or more: a snapshot to go on from.
+
+    Args:
+        lookup: vLLM's own, for this request.
+    """
+    planned = _planned(manager)
+    if not planned:
+        return lookup()
+    schedule, snapshots = planned[0].kv_cache_spec.needs.schedule, planned[0].snapshots
+    setting = _note_setting(planned[0], request)
+    reuse = schedule.reuse(setting)
+    snapshots.taken.pop(request.request_id, None)
+    if reuse == OFF and schedule.plan(request.num_tokens, setting).is_pruned:
+        request.skip_reading_prefix_cache = True
+    found, snapshot, ways = lookup(), snapshots.own(request), (True,)
+    if snapshot is None and reuse == DEEP:
+        wanted = replace(setting, reuse=None)
+        snapshot, ways = snapshots.find(request, planned[0].block_size, wanted), (False, True)
+    if snapshot is None:
+        return found
+    return _go_on(manager, request, snapshot, found, ways) or found
+
+
+def _go_on(
+    manager: KVCacheManager, request: Request, snapshot: Snapshot, found: tuple, ways: tuple
+) -> tuple | None:
+    """Have a request go on from a snapshot. None: there is no room, and it is pruned anew, which
+    needs less.
+
+    Args:
+        found: as ``find_blocks`` returns it.
+        ways: of ``Taken.adopts``, the first that there is room for.
+    """
+    blocks, hit, *others = found
+    planned, pool = _planned(manager)[0], manager.block_pool
+    # Tokens after the snapshot's run in all stages.
+    full_blocks = min(hit, snapshot.num_tokens) // planned.block_size
+    hit = full_blocks * planned.block_size
+    # Not vLLM's own empty ones, for which it would not tell the managers of an admission.
+    blocks = KVCacheBlocks(tuple(list(of_group[:full_blocks]) for of_group in blocks.blocks))
+    for adopts in ways:
+        planned.snapshots.taken[request.request_id] = Taken(snapshot, adopts)
+        needed = manager.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=request.num_tokens,
+            new_computed_blocks=blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=hit,
+            num_local_computed_tokens=hit,
+            num_tokens_main_model=request.num_tokens,
+            apply_admission_cap=True,
+        )
+        if needed + manager.watermark_blocks <= pool.get_num_free_blocks():
+            return blocks, hit, *others
+    del planned.snapshots.taken[request.request_id]
+    return None
+
+
+def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int) -> int:
+    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``: the
+    last token of a request that goes on, if it is to select, is left to a step of its own."""
+    planned = _planned(manager)
+    taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
+    if taken is None or size == 1 or first + size < request.num_tokens:
+        return size
+    plan = taken.snapshot.plan
+    selects = planned[0].kv_cache_spec.needs.schedule.is_strict or plan.capacity != plan.kept
+    return size - 1 if selects else size
+
+
+def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:
+    """Free a request's blocks, but keep what it has behind stage 0 as a snapshot: for others, or,
+    if it was preempted, for itself. A snapshot's blocks are to be handed out after the request's
+    others, since it is lost with one of them.
+
+    Args:
+        release: vLLM's own, for this request.
+    """
+    planned = _planned(manager)
+    snapshot = _snapshot_of(planned, request) if planned else None
+    release()
+    if snapshot is not None:
+        planned[0].snapshots.keep(snapshot, manager.block_pool)
+
+
+def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | None:
+    """What there is of a request behind stage 0, whose blocks are its own no more. None: nothing
+    that somebody may go on from."""
+    first, name = planned[0], request.request_id
+    plan, taken = first.plans.get(name), first.snapshots.taken.get(name)
+    if plan is None or not plan.is_pruned or not first.req_to_blocks.get(name):
+        return None
+    # Steps that were scheduled run, though nobody waits for them.
+    num_tokens = request.num_computed_tokens
+    if num_tokens < (taken.snapshot.num_tokens if taken else plan.num_prompt):
+        return None
+    setting = first.settings.get(name, DEFAULT)
+    full_blocks = num_tokens // first.block_size
+    if request.is_finished():
+        shares = first.kv_cache_spec.needs.schedule.reuse(setting) == DEEP
+        is_known = num_tokens <= request.num_tokens and 0 < full_blocks <= len(request.block_hashes)
+        if not (shares and is_known):
+            return None
+        name = request.block_hashes[full_blocks - 1]
+    blocks = {m.kv_cache_group_id: m.give_up(request.request_id, num_tokens) for m in planned}
+    prompt_group = next(m.kv_cache_group_id for m in planned if isinstance(m, PromptManager))
+    return Snapshot(
+        name=name,
+        plan=plan,
+        setting=replace(setting, reuse=None),
+        num_tokens=num_tokens,
+        tail=request.all_token_ids[full_blocks * first.block_size : num_tokens],
+        blocks=blocks,
+        prompt_block=blocks[prompt_group][0],
+    )
+
+
+def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> None:
+    """Tell workers, in the data of requests that were just scheduled for the first time, where
+    those that go on do so."""
+    planned = _planned(manager)
+    if not planned or not planned[0].snapshots.taken:
+        return
+    for data in new_requests:
+        continuation = planned[0].snapshots.hand_over(data.req_id, manager.block_pool)
+        if continuation is not None:
+            setattr(data, CONTINUATION, continuation)
+
+
+def _planned(manager: KVCacheManager) -> list[PlannedManager]:
+    """Those of the groups that are private to a request; none: nothing is pruned."""
+    return [m for m in manager.coordinator.single_type_managers if isinstance(m, PlannedManager)]
+
+
+def _note_setting(planned: PlannedManager, request: Request) -> RequestSetting:
+    params = request.sampling_params
+    setting = planned.kv_cache_spec.needs.schedule.setting(params and params.extra_args)
+    planned.settings[request.request_id] = setting
+    return setting

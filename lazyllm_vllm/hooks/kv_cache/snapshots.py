@@ -1,0 +1,123 @@
+"""What pruned requests leave behind stage 0, in the scheduler's process: their blocks of the later
+stages and of the prompt's group, for requests that go on from there.
+
+The blocks are free to vLLM's pool, the last to be handed out; once one is, the snapshot is gone.
+"""
+
+from dataclasses import dataclass, field
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.request import Request
+
+from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
+from lazyllm_vllm.plan.request_setting import RequestSetting
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Attributes:
+    name: vLLM's hash of the last full block, and so of all tokens before its end; of a request that
+        was preempted its id.
+    plan: of the prompt that was pruned; setting: what its request had set.
+    num_tokens: the prompt and what came after it.
+    tail: the tokens behind the last full block.
+    blocks: by KV cache group, of those that are private to a request.
+    prompt_block: the first in the prompt's group.
+    """
+
+    name: BlockHash | str
+    plan: RequestPlan
+    setting: RequestSetting
+    num_tokens: int
+    tail: list[int]
+    blocks: dict[int, list[int]]
+    prompt_block: int
+
+    def blocks_of(self, pool: BlockPool, group: int | None = None) -> list[KVCacheBlock]:
+        """In a group; None: in all."""
+        groups = self.blocks if group is None else (group,)
+        return [pool.blocks[at] for each in groups for at in self.blocks[each]]
+
+
+@dataclass
+class Taken:
+    """A snapshot that a request goes on from.
+
+    Attributes:
+        adopts: whether the request takes over the snapshot's blocks; else it gets copies.
+        copies: as in ``Continuation``.
+    """
+
+    snapshot: Snapshot
+    adopts: bool
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Snapshots:
+    """Those whose blocks are in one block pool.
+
+    Attributes:
+        taken: what requests go on from, by request, until they leave.
+    """
+
+    def __init__(self) -> None:
+        self._by_name: dict[BlockHash | str, list[Snapshot]] = {}
+        self.taken: dict[str, Taken] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_name.values()))
+
+    def keep(self, snapshot: Snapshot, pool: BlockPool) -> None:
+        """Take over blocks that a request held. One of the same tokens before it is forgotten."""
+        for before in self._by_name.setdefault(snapshot.name, []):
+            if (before.tail, before.setting) == (snapshot.tail, snapshot.setting):
+                self.forget(before)
+                break
+        self._by_name.setdefault(snapshot.name, []).append(snapshot)
+        self.release(snapshot, pool)
+
+    def release(self, snapshot: Snapshot, pool: BlockPool) -> None:
+        """Let go of a snapshot's blocks, held once more than before: they are free, the last to be
+        handed out, and the snapshot goes with the first of them."""
+        pool.unpin_blocks(snapshot.blocks_of(pool), lambda _: self.forget(snapshot))
+
+    def forget(self, snapshot: Snapshot) -> None:
+        alike = self._by_name.get(snapshot.name, [])
+        if snapshot in alike:
+            alike.remove(snapshot)
+        if not alike:
+            self._by_name.pop(snapshot.name, None)
+
+    def own(self, request: Request) -> Snapshot | None:
+        """What a request left when it was last preempted, if it has all of those tokens and more:
+        vLLM may drop what a preempted request was about to say."""
+        last = self._by_name.get(request.request_id, [None])[-1]
+        return last if last is not None and last.num_tokens < request.num_tokens else None
+
+    def find(self, request: Request, block_size: int, setting: RequestSetting) -> Snapshot | None:
+        """The longest that a request's tokens begin with, of a prompt that was pruned by the same
+        setting and is at least half as long as the request's."""
+        if not self._by_name:
+            return None
+        for full_blocks in range((request.num_tokens - 1) // block_size, 0, -1):
+            begins = [
+                each
+                for each in self._by_name.get(request.block_hashes[full_blocks - 1], ())
+                if each.setting == setting
+                and each.num_tokens < request.num_tokens <= 2 * each.plan.num_prompt
+                and each.tail == request.all_token_ids[full_blocks * block_size : each.num_tokens]
+            ]
+            if begins:
+                return max(begins, key=lambda snapshot: snapshot.num_tokens)
+        return None
+
+    def hand_over(self, request_id: str, pool: BlockPool) -> Continuation | None:
+        """What workers are told of a request that was just scheduled for the first time."""
+        taken = self.taken.get(request_id)
+        if taken is None:
+            return None
+        snapshot = taken.snapshot
+        if not taken.adopts:
+            self.release(snapshot, pool)
+        return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies)

@@ -1,0 +1,90 @@
+"""A worker's side of requests that go on from a snapshot: blocks copied on the device, and the
+counts of requests that left one."""
+
+import numpy as np
+import torch
+
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from lazyllm_vllm.plan.request_plan import Continuation
+from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
+
+# Bytes copied at once, which are held twice meanwhile.
+MOST_COPIED = 64 << 20
+
+
+class BlockCopier:
+    """Copies whole blocks of the KV cache's backing buffer, whichever group has them.
+
+    Attributes:
+        blocks: ``[blocks, pages, words]`` int32.
+        slot_position: ``[blocks, block_size]`` int32, positions of the keys in each block.
+    """
+
+    def __init__(self, blocks: torch.Tensor, slot_position: torch.Tensor) -> None:
+        self.blocks = blocks
+        self.slot_position = slot_position.view(len(blocks), -1)
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """``(source, destination)`` block ids; no block is both."""
+        if not pairs:
+            return
+        source, destination = async_tensor_h2d(np.array(pairs).T, device=self.blocks.device)
+        at_once = max(MOST_COPIED // self.blocks[0].nbytes, 1)
+        for mine, theirs in zip(destination.split(at_once), source.split(at_once)):
+            self.blocks[mine] = self.blocks[theirs]
+            self.slot_position[mine] = self.slot_position[theirs]
+
+
+class Continuations:
+    """Of a worker's requests those that go on from a snapshot, and what is known of those that left
+    one."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._none = np.zeros(num_stages, np.int32)
+        self._num_tokens: dict[str, int] = {}
+        self._shifts: dict[str, np.ndarray] = {}
+        # By request, the first block in the prompt's group; by that block, what its last request
+        # left in the request table. It is a snapshot's as long as nobody else has the block.
+        self._blocks: dict[str, int] = {}
+        self._rows: dict[int, RequestRow] = {}
+        self._copies: dict[int, RowCopy] = {}
+
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._shifts
+
+    def begin(self, req_id: str, continuation: Continuation) -> RequestRow:
+        """A request goes on; returns its row of the request table. Waits only for a request that
+        left its snapshot a moment ago."""
+        block = continuation.prompt_block
+        if block in self._copies:
+            self._rows[block] = self._copies.pop(block).read()
+        row = self._rows[block]
+        self._num_tokens[req_id] = continuation.num_tokens
+        self._shifts[req_id] = np.array(row.prompt_keys, np.int32) - row.num_prompt
+        return row
+
+    def may_leave(self, req_id: str, prompt_block: int) -> None:
+        """A request may leave a snapshot whose first block in the prompt's group is this."""
+        self._blocks[req_id] = prompt_block
+
+    def end(self, req_id: str, row: torch.Tensor) -> None:
+        """``row``: as ``RequestTable.row`` gives it."""
+        self._num_tokens.pop(req_id, None)
+        self._shifts.pop(req_id, None)
+        block = self._blocks.pop(req_id, None)
+        if block is None:
+            return
+        for at in [at for at, copy in self._copies.items() if copy.is_here]:
+            self._rows[at] = self._copies.pop(at).read()
+        self._copies[block] = RowCopy(row)
+
+    def reused(self, req_id: str) -> int:
+        """Tokens that a request had when it began; 0: it does not go on."""
+        return self._num_tokens.get(req_id, 0)
+
+    def shift(self, req_ids: list[str]) -> np.ndarray:
+        """``[stages, requests]`` int32: slot less position of tokens that run behind what a request
+        goes on from; 0 for others."""
+        shifts = [self._shifts.get(req_id, self._none) for req_id in req_ids]
+        return np.array(shifts, np.int32).reshape(-1, len(self._none)).T

@@ -1,0 +1,198 @@
+"""Requests that go on from what others left behind their first stage (``reuse: deep``): the slow
+reference's answers, whoever else asks, and none but their own where it is not theirs to take."""
+
+import random
+
+import pytest
+import torch
+from harness import agreement, families
+from transformers import AutoModelForCausalLM
+
+BLOCK, WINDOW, BUDGET, QUOTA, NEW_TOKENS = 32, 16, 128, 4, 8
+# Prompts of 300 and 200 tokens are pruned. Stage 0 has one layer and one page of hidden states.
+CONFIG = {
+    "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
+    "min_prompt_tokens": 120,
+    "score_window": WINDOW,
+    "score_pool": 3,
+    "revive_per_request": QUOTA,
+    "reuse": "deep",
+}
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "block_size": BLOCK,
+    "max_model_len": 640,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": BUDGET,
+    "scheduling_policy": "priority",
+}
+RNG = random.Random(0)
+DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(300)] for _ in range(4)]
+QUESTIONS = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (40, 3, 90, 21, 60)]
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return families.save_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder, open_engine):
+    return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
+
+
+def fresh(engine, room: int | None = None, budget: int = BUDGET, chunk: int = 0) -> None:
+    engine.run("set_room", blocks=room)
+    engine.run("set_budget", tokens=budget)
+    engine.run("set_chunk", tokens=chunk)
+
+
+def goes_on(result: dict, i: int = 0) -> bool:
+    """Whether a traced request went on from a snapshot, when it last began."""
+    return "resident" in result["prefills"][i][-1]
+
+
+def asked(prompt: list[int], **fields) -> dict:
+    params = GREEDY | {"max_tokens": NEW_TOKENS} | fields.pop("params", {})
+    return {"prompt": prompt, "params": params} | fields
+
+
+def test_a_conversation_is_the_references(engine, folder):
+    """Each turn goes on from the one before, in one chunk and in many, of which the first end where
+    the later stages have run already."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    turns, said = QUESTIONS[:2], []
+    for budget, chunks in ((BUDGET, 1), (9, 7)):
+        fresh(engine)
+        prompt, results = list(DOCUMENTS[0]), []
+        for turn in (None, *turns):
+            if turn is not None:
+                engine.run("set_budget", tokens=budget)
+                prompt = prompt + results[-1]["tokens"][0] + turn
+            results.append(engine.generate([prompt], NEW_TOKENS))
+            assert results[-1]["free_blocks"][0] == results[-1]["free_blocks"][1]
+            assert goes_on(results[-1]) == (turn is not None)
+        assert len(results[1]["prefills"][0][-1]["chunks"]) == chunks
+        said.append([result[what] for result in results for what in ("tokens", "decodes")])
+    assert said[0] == said[1]
+    seen = agreement.compare_turns(model, DOCUMENTS[0], turns, CONFIG, QUOTA, results)
+    seen.check(least_compared=0.9, most_ties=0)
+
+
+def test_questions_about_one_document_do_not_disturb_each_other(engine):
+    """Each answer is that of the question alone, in whatever order and company they come."""
+    prompts = [DOCUMENTS[0] + question for question in QUESTIONS]
+    singly = []
+    for prompt in prompts:
+        fresh(engine)
+        engine.generate([DOCUMENTS[0]], 1)
+        singly.append(engine.generate([prompt], NEW_TOKENS))
+        assert goes_on(singly[-1])
+    fresh(engine)
+    engine.generate([DOCUMENTS[0]], 1)
+    for order in ((0, 1, 2, 3, 4), (3, 1, 4, 0, 2)):
+        result = engine.generate([prompts[i] for i in order], NEW_TOKENS, together=order[0] == 0)
+        assert all(goes_on(result, i) for i in range(5))
+        assert result["free_blocks"][0] == result["free_blocks"][1]
+        for at, i in enumerate(order):
+            assert result["tokens"][at] == singly[i]["tokens"][0]
+
+
+def test_a_step_too_many_is_no_loss(engine):
+    """vLLM learns that an answer ended when the next step is on its way, in which its last token
+    runs and revives. The next turn is that of an answer that was asked to be one token longer."""
+    fresh(engine)
+    said = engine.generate([DOCUMENTS[0]], 7)["tokens"][0]
+    assert said.index(said[5]) == 5
+    turn = asked(DOCUMENTS[0] + said[:6] + QUESTIONS[0])
+    longer = engine.run("serve", requests=[turn])
+    fresh(engine)
+    stops = asked(DOCUMENTS[0], params={"stop_token_ids": [said[5]]})
+    assert engine.run("serve", requests=[stops])["tokens"] == [[said[:6]]]
+    stopped = engine.run("serve", requests=[turn])
+    for what in ("tokens", "prefills", "decodes"):
+        assert stopped[what] == longer[what]
+    assert [one["stats"][0]["reused"] for one in (stopped, longer)] == [306] * 2
+
+
+def test_what_a_request_may_take(engine):
+    """Not what has another salt or setting, nor was there before a reset; and not what is shorter
+    than half the prompt. A request may ask for less than the server offers."""
+    fresh(engine)
+    first, second = asked(DOCUMENTS[0], params={"max_tokens": 1}), DOCUMENTS[0] + QUESTIONS[0]
+    second, too_long = asked(second), asked(DOCUMENTS[0] + DOCUMENTS[1] + QUESTIONS[0][:1])
+
+    def serve(request, salt=None, **extra) -> dict:
+        salted = {"cache_salt": salt} if salt else {}
+        params = request["params"] | {"extra_args": extra or None}
+        return engine.run("serve", requests=[request | salted | {"params": params}])
+
+    serve(first, "a")
+    for extra in ({"lazyllm_keep": 1.2}, {"lazyllm_revive": "off"}, {"lazyllm": "off"}):
+        assert not goes_on(serve(second, "a", **extra))
+    exact = serve(second, "a", lazyllm_reuse="exact")
+    assert not goes_on(exact) and exact["found"] == [[320]]
+    off = serve(second, "a", lazyllm_reuse="off")
+    assert not goes_on(off) and off["found"] == [[0]]
+    assert off["tokens"] == exact["tokens"] == serve(second, "b")["tokens"]
+    deep = serve(second, "a")
+    assert goes_on(deep) and deep["tokens"] != exact["tokens"]
+    assert not goes_on(serve(second, "c"))
+    assert not goes_on(serve(too_long, "a"))
+    assert engine.run("reset_prefix_cache")
+    assert not goes_on(serve(second, "a"))
+    assert engine.run("snapshots") == 1
+
+
+@pytest.mark.parametrize("room", (64, 100))
+def test_snapshots_give_way(engine, room):
+    """Where prompts push each other's snapshots out, nobody waits for blocks and none is lost."""
+    fresh(engine, room)
+    requests, questions = [], []
+    for i, which in enumerate((0, 0, 1, 0, 2)):
+        requests.append(asked(DOCUMENTS[which], at=6 * i, params={"max_tokens": 1}))
+        questions.append(asked(DOCUMENTS[which] + QUESTIONS[i], at=6 * i + 4))
+    result = engine.run("serve", requests=requests + questions)
+    assert result["free_blocks"] == [room] * 2
+    went_on = [goes_on(result, i) for i in range(len(requests), 2 * len(requests))]
+    assert set(went_on) == {True, False}
+    fresh(engine)
+    assert engine.run("snapshots") == 0
+
+
+def test_a_preempted_request_says_what_it_would_have_said(engine):
+    """Whatever it may take of others. What it was preempted for needs a part of its first stage's
+    blocks alone."""
+    long = asked(DOCUMENTS[0], params={"max_tokens": 20})
+    short = asked(DOCUMENTS[1][:62])
+    singly = []
+    for one in (long, short):
+        fresh(engine)
+        singly.append(engine.run("serve", requests=[one])["tokens"][0])
+    for reuse in ("deep", "exact", "off"):
+        fresh(engine, 60)
+        params = long["params"] | {"extra_args": {"lazyllm_reuse": reuse}}
+        requests = [long | {"params": params, "priority": 1}, short | {"at": 4}]
+        result = engine.run("serve", requests=requests)
+        assert [one["said"] > 0 for one in result["preemptions"]] == [True]
+        assert goes_on(result)
+        assert result["tokens"] == singly
+        assert result["free_blocks"] == [60] * 2
+
+
+def test_in_the_pieces_of_cuda_graphs_it_is_the_same(engine):
+    """The last test: from now on the engine runs stages so."""
+    answers = []
+    for in_pieces in (False, True):
+        if in_pieces:
+            engine.run("run_stages_in_pieces")
+        fresh(engine)
+        engine.generate([DOCUMENTS[0]], 1)
+        answers.append(engine.generate([DOCUMENTS[0] + QUESTIONS[0]], NEW_TOKENS))
+        assert goes_on(answers[-1])
+    assert {(stage, 40 - 1) for stage in (1, 2, 3)} <= set(
+        map(tuple, engine.run("stages_in_pieces"))
+    )
+    for what in ("tokens", "prefills", "decodes"):
+        assert answers[0][what] == answers[1][what]
