@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -192,23 +193,20 @@ def test_explain_asks_a_server(server, smollm2, tmp_path):
     assert files["page"].read_text().startswith("<!doctype html>")
 
 
-def test_serve(server, smollm2):
+def test_serve(server, smollm2, tmp_path, monkeypatch, capsys):
     address, log, process = server
     text = log.read_text()
     assert "LazyLLM is on" in text and "stage 2: layers 21 to 30, keep 0.25" in text
 
-    # A streamed chat completion.
-    messages = [{"role": "user", "content": "The sky is blue. " * 90 + "What colour is the sky?"}]
-    body = {"model": "smollm2", "messages": messages, "max_tokens": 8, "temperature": 0}
-    pieces = []
-    with httpx.stream(
-        "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, timeout=300
-    ) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
-    assert "blue" in "".join(pieces).lower()
+    # A streamed chat completion, by the recipe for it.
+    document = tmp_path / "document"
+    document.write_text("The sky is blue. " * 90)
+    recipe = Path(__file__).parents[2] / "examples/openai_stream.py"
+    asked = [address, "smollm2", str(document), "What colour is the sky?", "--set"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *asked, "lazyllm=mild", "lazyllm_keep=1.1"])
+    runpy.run_path(str(recipe), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "blue" in told.lower() and int(re.search(r"(\d+) prompt tokens", told)[1]) > 256
 
     # A request that asks for what pruning cannot give: a 400 for it alone.
     body, answer = _chat(smollm2, 900)
