@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("file", type=argparse.FileType())
     parser.add_argument("question")
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of the answer")
     args = parser.parse_args()
 
     client = OpenAI(base_url=f"{args.server}/v1", api_key="none")
@@ -30,7 +31,7 @@ def main() -> None:
     chunks = client.chat.completions.create(
         model=args.model,
         messages=[{"role": "user", "content": f"{args.file.read()}\n\n{args.question}"}],
-        max_tokens=64,
+        max_tokens=args.max_tokens,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},

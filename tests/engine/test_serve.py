@@ -153,8 +153,9 @@ def test_serve(server, smollm2, tmp_path, monkeypatch, capsys):
     document = tmp_path / "document"
     document.write_text("The sky is blue. " * 90)
     recipe = Path(__file__).parents[2] / "examples/openai_stream.py"
-    asked = [address, NAME, str(document), "What colour is the sky?", "--set"]
-    monkeypatch.setattr(sys, "argv", [str(recipe), *asked, "lazyllm=mild", "lazyllm_keep=1.1"])
+    asked = [address, NAME, str(document), "What colour is the sky?", "--max-tokens", "8"]
+    settings = ["--set", "lazyllm=mild", "lazyllm_keep=1.1"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *asked, *settings])
     runpy.run_path(str(recipe), run_name="__main__")
     told = capsys.readouterr().out
     assert "blue" in told.lower() and int(re.search(r"(\d+) prompt tokens", told)[1]) > 256
