@@ -58,21 +58,21 @@ class Ranks:
         arguments = folder, self.config | budget, {"trace": True}
         # Workers as vLLM starts them on a CPU take as long as it does to import vLLM.
         forks = {"forks_workers": ranks > 2 or mode == "resident"}
-        self.two = open_engine(
+        self.several = open_engine(
             *arguments[:2], arguments[2] | forks, tensor_parallel_size=ranks, **options
         )
         self.one = open_engine(*arguments, **options)
 
     def close(self) -> None:
         self.one.close()
-        self.two.close()
+        self.several.close()
 
     def run(self, function: str, **arguments) -> list:
-        return [engine.run(function, **arguments) for engine in (self.one, self.two)]
+        return [engine.run(function, **arguments) for engine in (self.one, self.several)]
 
     def generate(self, *args, **kwargs) -> dict:
         """What both make of it, which is the same."""
-        one, two = (engine.generate(*args, **kwargs) for engine in (self.one, self.two))
+        one, two = (engine.generate(*args, **kwargs) for engine in (self.one, self.several))
         for what in ("prefills", "decodes", "tokens", "stats", "cached"):
             one_what, two_what = one[what], two[what]
             if what == "stats":
@@ -138,10 +138,10 @@ def test_aborted_requests_leave_nothing_behind(ranks):
 def test_preempted_requests_finish_right(ranks):
     """Each prefill's tokens are the reference's for the prompt and what had been generated."""
     prompts = [PROMPTS[3][i : 300 + i] for i in range(3)]
-    need = ranks.two.run("blocks_needed", num_tokens=300)
-    ranks.two.run("set_room", blocks=3 * need + 2)
-    result = ranks.two.generate(prompts, 20)
-    ranks.two.run("set_room", blocks=None)
+    need = ranks.several.run("blocks_needed", num_tokens=300)
+    ranks.several.run("set_room", blocks=3 * need + 2)
+    result = ranks.several.generate(prompts, 20)
+    ranks.several.run("set_room", blocks=None)
     assert result["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert result["free_blocks"][0] == result["free_blocks"][1]
     model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
@@ -155,16 +155,16 @@ def test_preempted_requests_finish_right(ranks):
 
 
 def test_requests_are_counted_once(ranks):
-    first, other = ranks.two.run("call_worker", method="lazyllm_stats")
+    first, other = ranks.several.run("call_worker", method="lazyllm_stats")
     assert first["total"]["requests"] > 0 and other["total"]["requests"] == 0
-    assert ranks.two.log.count("LazyLLM is on") == 1
+    assert ranks.several.log.count("LazyLLM is on") == 1
 
 
 def test_ranks_that_disagree_say_so(ranks):
     """If scores are not reduced, other tokens are chosen. The last test: the engine ends."""
-    ranks.two.run("forget_reduction")
+    ranks.several.run("forget_reduction")
     with pytest.raises(RuntimeError, match="at the boundary before stage 1, ranks .1. chose other"):
-        ranks.two.generate(PROMPTS[1:2], 2)
+        ranks.several.generate(PROMPTS[1:2], 2)
 
 
 @pytest.mark.slow
