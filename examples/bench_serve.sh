@@ -3,7 +3,7 @@
 #   bench_serve.sh http://localhost:8000 MODEL TOKENIZER [INPUT_LEN [PROMPTS [MORE FLAGS...]]]
 #
 # MODEL is what the server calls it, TOKENIZER its folder or name on the Hub. Random prompts show
-# speed, not answers. For stock vLLM's figures from the same server, add at the end
+# speed, not answers. The same without pruning, to see what it brings:
 #   --extra-body '{"vllm_xargs": {"lazyllm": "off"}}'
 set -euo pipefail
 
