@@ -17,7 +17,6 @@ from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.presets import preset_cuts
 
 BALANCED = {"lazyllm": {"preset": "balanced"}}
-LOCAL = {"data_parallel_size_local": 2, "data_parallel_start_rank": 0}
 
 
 @pytest.fixture(scope="module")
@@ -270,15 +269,16 @@ def test_requests_that_do_not_fit(tiny):
 @pytest.mark.parametrize(
     ("flags", "engines"),
     (
-        ({"data_parallel_size": 4}, 4),
-        ({"data_parallel_size": 4, "data_parallel_hybrid_lb": True, **LOCAL}, 2),
+        ({}, 4),
+        ({"data_parallel_hybrid_lb": True, "data_parallel_size_local": 2}, 2),
     ),
 )
 def test_own_settings_by_one_engines_blocks(tiny, flags, engines):
     """``num_gpu_blocks`` is of all engines that a front end sends to; vLLM sets it when they are
     up. A prompt of 64 whole tokens takes 4 blocks in each of 4 groups."""
     prune = {"prune": [{"layer": 2, "keep": 0.1}, {"layer": 4, "keep": 0.1}]}
-    config = _create(tiny, {"lazyllm": prune | {"min_prompt_tokens": 50}}, block_size=16, **flags)
+    lazyllm = {"lazyllm": prune | {"min_prompt_tokens": 50}}
+    config = _create(tiny, lazyllm, block_size=16, data_parallel_size=4, **flags)
     checks = RequestChecks(config)
     whole = _request(64, extra_args={"lazyllm": "off"})
     config.cache_config.num_gpu_blocks = engines * (16 + 1)
