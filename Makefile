@@ -7,7 +7,7 @@ NEWEST := 0.33.0
 ON_NEWEST := tests/unit --ignore tests/unit/test_explain_page.py tests/engine/test_admission.py tests/engine/test_decoding.py
 VLLM ?= $(NEWEST)
 
-.PHONY: env demo test check wheel check-vllm lint format
+.PHONY: env demo test test-slow check wheel check-vllm lint format
 
 # Made once, and again when what it is made from changes.
 env:
@@ -19,6 +19,10 @@ demo: env
 test: env lint wheel
 	$(PYTEST)
 	tests/env/check_vllm.sh $(PYTHON) $(NEWEST) $(ON_NEWEST)
+
+# What starts so many processes that CI leaves it out: replicas, four and eight ranks.
+test-slow: env
+	$(PYTHON) -m pytest -m slow tests/engine
 
 # For every edit: no engine, about two minutes on two idle cores.
 check: env lint

@@ -74,9 +74,12 @@ class RequestChecks:
 
     def _check_own_fits(self, plan: RequestPlan) -> None:
         """vLLM makes sure at start that every prompt fits with the engine's own schedule. With one
-        that keeps more it would wait for ever."""
-        config = self.vllm_config
-        engines = config.parallel_config.data_parallel_size
+        that keeps more it would wait for ever. vLLM adds up the blocks of the engines that this
+        process sends requests to."""
+        config, parallel = self.vllm_config, self.vllm_config.parallel_config
+        engines = parallel.data_parallel_size
+        if parallel.local_engines_only:
+            engines = parallel.data_parallel_size_local
         blocks = (config.cache_config.num_gpu_blocks or 0) // engines - 1
         needed = self._needs.total_of(plan, plan.num_prompt)
         if needed > blocks:

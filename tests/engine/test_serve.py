@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import re
+import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from harness.server import NAME, VLLM, scrape, serve
 from transformers import AutoTokenizer
 
 from benchmarks.passkey import passkey_prompt
 from lazyllm_vllm.cli.main import main as lazyllm
-from lazyllm_vllm.observe.metrics import METRICS, PREFIX
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.schedule import Schedule
@@ -36,73 +34,27 @@ BOTH = ("true", "false")  # pruned or not
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
     """A running server that records a trace: its address, its log file and its process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(smollm2),
-        "--lazyllm-config",
-        json.dumps(CONFIG),
-        "--max-model-len",
-        "1536",
-        "--served-model-name",
-        "smollm2",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-num-seqs",
-        "4",
-        "--no-log-error-stack",  # of requests that are refused, else a server for development does
-    ]
+    flags = ["--lazyllm-config", json.dumps(CONFIG), "--max-model-len", "1536"]
+    # Refused requests are no errors, whose stack a server for development would log.
+    flags += ["--max-num-seqs", "4", "--no-log-error-stack"]
     traced = {"LAZYLLM_TRACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | traced
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text()[-5000:]
-            try:
-                if httpx.get(f"{address}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(1)
-        else:
-            raise AssertionError(log.read_text()[-5000:])
+    with serve(smollm2, log, *flags, **traced) as (address, process):
         yield address, log, process
-    finally:
-        if process.poll() is None:
-            process.kill()
 
 
 def _chat(smollm2, words: int) -> tuple[dict, str]:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids, answer = passkey_prompt(tokenizer, words, seed=3, depth=0.5)
-    body = {"model": "smollm2", "prompt": ids, "max_tokens": 16, "temperature": 0}
+    body = {"model": NAME, "prompt": ids, "max_tokens": 16, "temperature": 0}
     return body, answer
 
 
 def _scrape(address: str) -> dict[tuple[str, str | None], float]:
-    """What ``/metrics`` has of LazyLLM, by name and its own label's value."""
-    found = {}
-    for family in text_string_to_metric_families(httpx.get(f"{address}/metrics", timeout=30).text):
-        for sample in family.samples:
-            if sample.name.startswith(PREFIX) and not sample.name.endswith("_created"):
-                labels = dict(sample.labels)
-                assert (labels.pop("model_name"), labels.pop("engine")) == ("smollm2", "0")
-                own = next(iter(labels.values()), None)
-                found[sample.name.removeprefix(PREFIX).removesuffix("_total"), own] = sample.value
-    assert {name for name, _ in found} == {metric.name for metric in METRICS}
-    return found
+    """What ``/metrics`` has of LazyLLM's one engine, by name and its own label's value."""
+    found = scrape(address)
+    assert {engine for engine, *_ in found} == {"0"}
+    return {(name, own): value for (_, name, own), value in found.items()}
 
 
 def _scrape_until(address: str, enough) -> dict:
@@ -131,7 +83,7 @@ def test_metrics(server):
     address, _, _ = server
     before = _scrape(address)
     for num_prompt, max_tokens, extra in LOAD:
-        body = {"model": "smollm2", "prompt": [100 + i for i in range(num_prompt)]}
+        body = {"model": NAME, "prompt": [100 + i for i in range(num_prompt)]}
         body |= {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         response = httpx.post(
             f"{address}/v1/completions", json=body | {"vllm_xargs": extra}, timeout=300
@@ -192,23 +144,21 @@ def test_explain_asks_a_server(server, smollm2, tmp_path):
     assert files["page"].read_text().startswith("<!doctype html>")
 
 
-def test_serve(server, smollm2):
+def test_serve(server, smollm2, tmp_path, monkeypatch, capsys):
     address, log, process = server
     text = log.read_text()
     assert "LazyLLM is on" in text and "stage 2: layers 21 to 30, keep 0.25" in text
 
-    # A streamed chat completion.
-    messages = [{"role": "user", "content": "The sky is blue. " * 90 + "What colour is the sky?"}]
-    body = {"model": "smollm2", "messages": messages, "max_tokens": 8, "temperature": 0}
-    pieces = []
-    with httpx.stream(
-        "POST", f"{address}/v1/chat/completions", json=body | {"stream": True}, timeout=300
-    ) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
-    assert "blue" in "".join(pieces).lower()
+    # A streamed chat completion, by the recipe for it.
+    document = tmp_path / "document"
+    document.write_text("The sky is blue. " * 90)
+    recipe = Path(__file__).parents[2] / "examples/openai_stream.py"
+    asked = [address, NAME, str(document), "What colour is the sky?", "--max-tokens", "8"]
+    settings = ["--set", "lazyllm=mild", "lazyllm_keep=1.1"]
+    monkeypatch.setattr(sys, "argv", [str(recipe), *asked, *settings])
+    runpy.run_path(str(recipe), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "blue" in told.lower() and int(re.search(r"(\d+) prompt tokens", told)[1]) > 256
 
     # A request that asks for what pruning cannot give: a 400 for it alone.
     body, answer = _chat(smollm2, 900)
@@ -274,10 +224,8 @@ def test_serve(server, smollm2):
 
 
 def test_a_bad_flag_stops_the_server_at_once(smollm2):
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(smollm2)]
-    result = subprocess.run(
-        [*command, "--lazyllm-config", '{"keep": 1}'], capture_output=True, text=True, timeout=120
-    )
+    command = [VLLM, "serve", smollm2, "--lazyllm-config", '{"keep": 1}']
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "--lazyllm-config" in last and "keep: unknown field" in last

@@ -1,6 +1,6 @@
 """Two ranks, each with half of the heads, do what one process does: the same tokens are kept,
 selected and revived, and they are the reference's. With a trace the ranks compare what they choose
-at every boundary."""
+at every boundary. Four and eight ranks do so in the slow tests."""
 
 import random
 
@@ -45,30 +45,35 @@ PROMPTS = [[RNG.randrange(3, 1000) for _ in range(n)] for n in LENGTHS]
 
 
 class Ranks:
-    """The same engine on one rank and on two.
+    """The same engine on one rank and on several.
 
     Attributes:
         folder: of the model.
         config: LazyLLM's, but for the budget.
     """
 
-    def __init__(self, mode: str, folder, open_engine) -> None:
+    def __init__(self, mode: str, folder, open_engine, ranks: int = 2, **options) -> None:
+        options = OPTIONS | options
         self.folder, self.config = folder, CONFIG | MODES[mode]
         budget = {"revive_budget": QUOTA * len(PROMPTS)}
         arguments = folder, self.config | budget, {"trace": True}
         # Workers as vLLM starts them on a CPU take as long as it does to import vLLM.
-        forks = {"forks_workers": mode == "resident"}
-        self.two = open_engine(
-            *arguments[:2], arguments[2] | forks, tensor_parallel_size=2, **OPTIONS
+        forks = {"forks_workers": ranks > 2 or mode == "resident"}
+        self.several = open_engine(
+            *arguments[:2], arguments[2] | forks, tensor_parallel_size=ranks, **options
         )
-        self.one = open_engine(*arguments, **OPTIONS)
+        self.one = open_engine(*arguments, **options)
+
+    def close(self) -> None:
+        self.one.close()
+        self.several.close()
 
     def run(self, function: str, **arguments) -> list:
-        return [engine.run(function, **arguments) for engine in (self.one, self.two)]
+        return [engine.run(function, **arguments) for engine in (self.one, self.several)]
 
     def generate(self, *args, **kwargs) -> dict:
         """What both make of it, which is the same."""
-        one, two = (engine.generate(*args, **kwargs) for engine in (self.one, self.two))
+        one, two = (engine.generate(*args, **kwargs) for engine in (self.one, self.several))
         for what in ("prefills", "decodes", "tokens", "stats", "cached"):
             one_what, two_what = one[what], two[what]
             if what == "stats":
@@ -82,20 +87,23 @@ def _without_names(stats: list[dict]) -> list[dict]:
     return [entry | {"request_id": None} for entry in stats]
 
 
+def _make_model(folder, **shape) -> None:
+    """Hidden states of 128 fill a page of one rank, and two of each of two, with two KV heads."""
+    torch.manual_seed(3)
+    shape = families.SHAPE | {"hidden_size": 128} | shape
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32)
+    families.randomize(model)
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module", params=MODES)
 def ranks(request, tmp_path_factory, open_engine):
     mode = request.param
-    # Hidden states of 128 fill a page of one rank, and two of each of two.
-    shape = families.SHAPE | {"hidden_size": 128, "num_key_value_heads": KV_HEADS[mode]}
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32)
-    families.randomize(model)
     folder = tmp_path_factory.mktemp(mode)
-    model.save_pretrained(folder)
+    _make_model(folder, num_key_value_heads=KV_HEADS[mode])
     ranks = Ranks(mode, folder, open_engine)
     yield ranks
-    ranks.one.close()
-    ranks.two.close()
+    ranks.close()
 
 
 def test_two_ranks_are_the_reference(ranks):
@@ -143,10 +151,10 @@ def test_preempted_requests_finish_right(ranks):
     """Tokens are the reference's for the prompt; where it had to be pruned anew, for it and what
     had been generated."""
     prompts = [PROMPTS[3][i : 300 + i] for i in range(3)]
-    need = ranks.two.run("blocks_needed", num_tokens=300)
-    ranks.two.run("set_room", blocks=3 * need + 2)
-    result = ranks.two.generate(prompts, 20)
-    ranks.two.run("set_room", blocks=None)
+    need = ranks.several.run("blocks_needed", num_tokens=300)
+    ranks.several.run("set_room", blocks=3 * need + 2)
+    result = ranks.several.generate(prompts, 20)
+    ranks.several.run("set_room", blocks=None)
     assert result["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert result["free_blocks"][0] == result["free_blocks"][1]
     model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
@@ -160,13 +168,26 @@ def test_preempted_requests_finish_right(ranks):
 
 
 def test_requests_are_counted_once(ranks):
-    first, other = ranks.two.run("call_worker", method="lazyllm_stats")
+    first, other = ranks.several.run("call_worker", method="lazyllm_stats")
     assert first["total"]["requests"] > 0 and other["total"]["requests"] == 0
-    assert ranks.two.log.count("LazyLLM is on") == 1
+    assert ranks.several.log.count("LazyLLM is on") == 1
 
 
 def test_ranks_that_disagree_say_so(ranks):
     """If scores are not reduced, other tokens are chosen. The last test: the engine ends."""
-    ranks.two.run("forget_reduction")
+    ranks.several.run("forget_reduction")
     with pytest.raises(RuntimeError, match="at the boundary before stage 1, ranks .1. chose other"):
-        ranks.two.generate(PROMPTS[1:2], 2)
+        ranks.several.generate(PROMPTS[1:2], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", (4, 8))
+def test_more_ranks_than_kv_heads(tmp_path, open_engine, mode, count):
+    """Eight query heads, so with eight ranks one on each, and two of keys, each on several."""
+    _make_model(tmp_path, num_attention_heads=8, num_key_value_heads=2)
+    # Each rank has a KV cache of its own in this machine's memory: small ones.
+    ranks = Ranks(mode, tmp_path, open_engine, count, num_gpu_blocks_override=4000)
+    result = ranks.generate(PROMPTS[1:3], 3)
+    ranks.close()
+    assert all(len(p[-1][1]) < p[-1]["num_prompt"] for p in result["prefills"])

@@ -274,6 +274,28 @@ def test_requests_that_do_not_fit(tiny):
     RequestChecks(enough).check(_request(150, max_tokens=100))
 
 
+@pytest.mark.parametrize(
+    ("flags", "engines"),
+    (
+        ({}, 4),
+        ({"data_parallel_hybrid_lb": True, "data_parallel_size_local": 2}, 2),
+    ),
+)
+def test_own_settings_by_one_engines_blocks(tiny, flags, engines):
+    """``num_gpu_blocks`` is of all engines that a front end sends to; vLLM sets it when they are
+    up. A prompt of 64 whole tokens takes 4 blocks in each of 4 groups."""
+    prune = {"prune": [{"layer": 2, "keep": 0.1}, {"layer": 4, "keep": 0.1}]}
+    lazyllm = {"lazyllm": prune | {"min_prompt_tokens": 50}}
+    config = _create(tiny, lazyllm, block_size=16, data_parallel_size=4, **flags)
+    checks = RequestChecks(config)
+    whole = _request(64, extra_args={"lazyllm": "off"})
+    config.cache_config.num_gpu_blocks = engines * (16 + 1)
+    checks.check(whole)
+    config.cache_config.num_gpu_blocks -= 1
+    with pytest.raises(RequestError, match="needs 16 blocks .* there are 15"):
+        checks.check(whole)
+
+
 def test_without_a_config_nothing_changes(tiny):
     config = _create(tiny, {}, enable_prefix_caching=True, enable_chunked_prefill=True)
     assert config.model_config.architectures == ["LlamaForCausalLM"]
