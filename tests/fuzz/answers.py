@@ -6,11 +6,12 @@ answer is in parts, and each is what a request says alone whose prompt is all th
 
 from collections.abc import Callable
 
-from fuzz.model import MOST_TOKENS
+from fuzz.model import CHOICES, MOST_TOKENS
 
 
-def check_answers(asked: dict[str, dict], said: dict[str, list[dict]], do: Callable) -> None:
-    """
+def check_answers(asked: dict[str, dict], said: dict[str, list[dict]], do: Callable) -> int:
+    """Returns how many were compared.
+
     Args:
         asked: of the requests that were not aborted, ``prompt`` and ``params``, by name.
         said: what ``Driver.finish`` returns.
@@ -21,11 +22,17 @@ def check_answers(asked: dict[str, dict], said: dict[str, list[dict]], do: Calla
     """
     assert asked.keys() == said.keys(), f"{asked.keys() ^ said.keys()} were lost, or not forgotten"
     for name, request in asked.items():
-        answers = said[name]
-        assert len(answers) == request["params"].get("n", 1), name
-        for answer in answers:
-            if "grammar" not in request["params"]:
+        assert len(said[name]) == request["params"].get("n", 1), name
+        for answer in said[name]:
+            if "grammar" in request["params"]:
+                _check_choice(name, answer)
+            else:
                 _check(name, request, answer, do)
+    return sum(map(len, said.values()))
+
+
+def _check_choice(name: str, answer: dict) -> None:
+    assert answer["reason"] == "stop" and tuple(answer["tokens"]) in CHOICES, (name, answer)
 
 
 def _check(name: str, request: dict, answer: dict, do: Callable) -> None:

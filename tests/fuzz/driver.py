@@ -48,8 +48,8 @@ def split_name(req_id: str) -> tuple[str, int]:
 
 class Driver:
     """Attributes:
-    counts: what was done since the start.
-    outputs: the last of each request, by name.
+    counts: what was done, by kind.
+    outputs: of each request that finished, by name.
     prefills: of each answer, by name and index, how many tokens each of its prefills had.
     """
 
@@ -133,8 +133,7 @@ class Driver:
         self._scheduled, finished = 0, {}
         for output in self.engine.step():
             self.outputs[output.request_id] = output
-            if output.finished:
-                finished[output.request_id] = list(output.outputs[0].token_ids)
+            finished[output.request_id] = list(output.outputs[0].token_ids)
         self.counts["steps"] += 1
         invariants.check(self.llm)
         self._check_progress()
@@ -243,14 +242,16 @@ class Driver:
             self._known[key], self.counts = answer["tokens"], counts
         return self._known[key]
 
-    def report(self) -> dict[str, int]:
-        return dict(self.counts)
+    def take_counts(self) -> dict[str, int]:
+        """Since the last call."""
+        counts, self.counts = self.counts, Counter()
+        return dict(counts)
 
 
 def sampling(params: dict) -> SamplingParams:
     """Such that the likeliest token is sampled: vLLM gives several answers to no request that says
     that it is greedy."""
-    params = {"output_kind": RequestOutputKind.CUMULATIVE, "ignore_eos": True} | params
+    params = {"output_kind": RequestOutputKind.FINAL_ONLY, "ignore_eos": True} | params
     if grammar := params.pop("grammar", None):
         params["structured_outputs"] = StructuredOutputsParams(**grammar)
     return SamplingParams(temperature=0.0 if params.get("n", 1) == 1 else 0.01, **params)

@@ -2,9 +2,10 @@
 
 import random
 import tempfile
+from collections import Counter
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,7 +18,7 @@ from hypothesis.stateful import (
 import benchmarks.engine
 from fuzz import driver
 from fuzz.answers import check_answers
-from fuzz.model import CONFIG, END, ENGINES, LONGEST, MOST_TOKENS, OPTIONS, ROOMS, save
+from fuzz.model import CONFIG, ENGINES, GRAMMAR, LONGEST, MOST_TOKENS, OPTIONS, ROOMS, save
 
 RNG = random.Random(0)
 DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(LONGEST)] for _ in range(3)]
@@ -31,9 +32,11 @@ SETTINGS = (
     {"lazyllm": "mild", "lazyllm_keep": 1.2, "lazyllm_revive": "off"},
 )
 # What of an answer's tokens ends it, beside its length: one token of ten; a part of its text.
-STOPS = ({}, {}, {"stop_token_ids": list(range(0, 1000, 10))}, {"stop": ["7 ", "31"]})
-CHOICES = ((5, 7, 9, END), (11, 12, END))
-GRAMMAR = {"choice": ["".join(f"w{token}" for token in one[:-1]) for one in CHOICES]}
+STOPS = {
+    "length": {},
+    "token": {"stop_token_ids": list(range(0, 1000, 10))},
+    "text": {"stop": ["7 ", "31"]},
+}
 REFUSED = (
     ([], {}),
     (DOCUMENTS[0] + [3], {}),
@@ -54,7 +57,7 @@ LENGTH = st.sampled_from(LENGTHS) | st.integers(1, 300)
 OWN = {
     "max_tokens": st.integers(1, MOST_TOKENS),
     "setting": st.sampled_from(SETTINGS),
-    "stop": st.sampled_from(STOPS),
+    "stop": st.sampled_from(("length", "length", "token", "text")),
     "n": st.sampled_from((1, 1, 1, 2, 3)),
     "priority": st.integers(0, 2),
     "salt": st.sampled_from((None, None, "a")),
@@ -85,13 +88,16 @@ class Fuzzed:
 
     Args:
         name: out of ``ENGINES``.
+
+    Attributes:
+        counts: what was done, by kind; ``compared``, the answers that were seen to be right.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self._engine = name, None
         self._files = tempfile.TemporaryDirectory()
         self.folder = save(Path(self._files.name) / "model")
-        self.counts = {}
+        self.counts = Counter()
 
     def do(self, what: str, **arguments):
         """See ``driver.do``. Raises RuntimeError if something is not as it must be."""
@@ -109,7 +115,7 @@ class Fuzzed:
             raise
 
     def broke(self) -> None:
-        """What it is in is not to be trusted."""
+        """What state it is in is not to be trusted."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
@@ -167,7 +173,7 @@ class Lives(RuleBasedStateMachine):
 
     def _add(self, prompt, max_tokens, setting, stop, n, priority, salt):
         prompt = prompt[: LONGEST - MOST_TOKENS]
-        params = {"max_tokens": max_tokens, "extra_args": setting, "n": n} | stop
+        params = {"max_tokens": max_tokens, "extra_args": setting, "n": n} | STOPS[stop]
         self._ask(prompt, params, priority=priority, salt=salt)
 
     def _ask(self, prompt, params, **arguments):
@@ -212,19 +218,17 @@ class Lives(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.is_broken:
             return
-        try:
-            check_answers(self.asked, self.do("finish"), self.do)
-        except Exception:
-            self.fuzzed.broke()
-            raise
+        said = self.do("finish")
+        self.fuzzed.counts["answers compared"] += check_answers(self.asked, said, self.do)
 
 
-def run(fuzzed: Fuzzed, seed: int, lives: int, steps: int) -> None:
-    """Raises what went wrong, the shortest life found in which it does, which is printed.
+def run(fuzzed: Fuzzed, seed: int, lives: int, steps: int, shortens: bool = True) -> None:
+    """Raises what went wrong, and prints the life in which it did, and how to see it again.
 
     Args:
         lives: how many.
-        steps: rules in each, at most.
+        steps: events in each, at most.
+        shortens: look for a shorter life in which it goes wrong, which takes minutes.
     """
 
     @seeded(seed)
@@ -238,12 +242,13 @@ def run(fuzzed: Fuzzed, seed: int, lives: int, steps: int) -> None:
         deadline=None,
         database=None,
         print_blob=False,
+        phases=[Phase.generate] + [Phase.shrink] * shortens,
         suppress_health_check=list(HealthCheck),
     )
     try:
         run_state_machine_as_test(OfOne, settings=how)
-    except BaseException:
-        print(f"to see it again: make fuzz FUZZ_ENGINE={fuzzed.name} FUZZ_SEED={seed}")
+    except Exception:
+        print(f"To see it again: make fuzz FUZZ_ENGINE={fuzzed.name} FUZZ_SEED={seed}")
         raise
     finally:
-        fuzzed.counts = fuzzed.do("report")
+        fuzzed.counts.update(fuzzed.do("take_counts"))

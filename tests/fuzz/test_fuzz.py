@@ -1,0 +1,14 @@
+"""A few random lives of requests, the same each time; ``make fuzz`` makes up others."""
+
+from fuzz.machine import Fuzzed, run
+
+
+def test_nothing_is_lost_and_nothing_leaks():
+    fuzzed = Fuzzed("reviving")
+    try:
+        run(fuzzed, seed=0, lives=8, steps=18, shortens=False)
+    finally:
+        fuzzed.close()
+    counts = fuzzed.counts
+    for what in ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared"):
+        assert counts[what] > 4, f"too few {what}: the test shows nothing: {counts}"
