@@ -9,6 +9,8 @@ import random
 import time
 from collections import Counter
 
+import conftest  # noqa: F401  The settings of a CPU, before vLLM is imported.
+
 from fuzz.machine import Fuzzed, run
 from fuzz.model import ENGINES
 

@@ -110,7 +110,7 @@ class Fuzzed:
             self._engine.ready()
         try:
             return self._engine.run("do", what=what, **arguments)
-        except RuntimeError:
+        except (RuntimeError, OSError):
             self.broke()
             raise
 
@@ -142,7 +142,7 @@ class Lives(RuleBasedStateMachine):
     def do(self, what: str, **arguments):
         try:
             return self.fuzzed.do(what, **arguments)
-        except RuntimeError:
+        except (RuntimeError, OSError):
             self.is_broken = True
             raise
 
@@ -250,5 +250,4 @@ def run(fuzzed: Fuzzed, seed: int, lives: int, steps: int, shortens: bool = True
     except Exception:
         print(f"To see it again: make fuzz FUZZ_ENGINE={fuzzed.name} FUZZ_SEED={seed}")
         raise
-    finally:
-        fuzzed.counts.update(fuzzed.do("take_counts"))
+    fuzzed.counts.update(fuzzed.do("take_counts"))

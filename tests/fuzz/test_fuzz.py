@@ -11,4 +11,4 @@ def test_nothing_is_lost_and_nothing_leaks():
         fuzzed.close()
     counts = fuzzed.counts
     for what in ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared"):
-        assert counts[what] > 4, f"too few {what}: the test shows nothing: {counts}"
+        assert counts[what] > 2, f"too few {what}: the test shows nothing: {counts}"

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
+from lazyllm_vllm.hooks.kv_cache.watchdog import Watchdog
 from lazyllm_vllm.plan.request_plan import RequestPlan
 
 # The plans of the requests of each block pool: all its managers see one plan for a request.
@@ -20,13 +21,19 @@ _PLANS: WeakKeyDictionary[BlockPool, dict[str, RequestPlan]] = WeakKeyDictionary
 # What requests set for themselves (vLLM's ``extra_args``), if they do, until they leave.
 _EXTRA_ARGS: WeakKeyDictionary[BlockPool, dict[str, dict]] = WeakKeyDictionary()
 
+_WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
+
 
 def note_request(pool: BlockPool, request: Request) -> None:
     """Called with every request before blocks are asked for it."""
-    extra = _EXTRA_ARGS.get(pool)
+    if (extra := _EXTRA_ARGS.get(pool)) is None:
+        return
     params = request.sampling_params
-    if extra is not None and params is not None and params.extra_args:
+    if params is not None and params.extra_args:
         extra[request.request_id] = params.extra_args
+    _WATCHDOGS.setdefault(pool, Watchdog()).asks(
+        pool, request, _PLANS[pool].get(request.request_id)
+    )
 
 
 class _PlannedManager(FullAttentionManager):
