@@ -199,9 +199,9 @@ def test_bad_requests(server):
     address, *_ = server
     with httpx.Client(base_url=address, timeout=60) as client:
 
-        def ask(case: dict | str | bytes) -> httpx.Response:
-            json_type = {"content-type": "application/json"}
-            return client.post("/v1/completions", content=body_of(case), headers=json_type)
+        def ask(case: dict | str | bytes, **headers) -> httpx.Response:
+            headers["content-type"] = "application/json"
+            return client.post("/v1/completions", content=body_of(case), headers=headers)
 
         def text(case: dict) -> str:
             return ask(case).json()["choices"][0]["text"]
@@ -216,9 +216,8 @@ def test_bad_requests(server):
         for name, case in SERVED.items():
             assert text(case) == expected, name
         # Two at once of one name are two requests.
-        same = partial(client.post, "/v1/completions", headers={"x-request-id": "twice"})
         with ThreadPoolExecutor() as pool:
-            both = pool.map(lambda _: same(content=body_of({})), range(2))
+            both = pool.map(lambda _: ask({}, **{"x-request-id": "twice"}), range(2))
         assert [each.json()["choices"][0]["text"] for each in both] == [expected] * 2
         chat = {"model": "smollm2", "messages": [], "vllm_xargs": {"lazyllm": "fastest"}}
         assert client.post("/v1/chat/completions", json=chat).status_code == 400
