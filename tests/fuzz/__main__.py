@@ -14,7 +14,7 @@ import conftest  # noqa: F401  The settings of a CPU, before vLLM is imported.
 from fuzz.machine import Fuzzed, run
 from fuzz.model import ENGINES
 
-LIVES, STEPS = 20, 30
+LIVES, EVENTS = 10, 30
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             try:
                 each = int(seed) if seed else random.randrange(10**6)
                 print(f"{name}, seed {each}", flush=True)
-                run(fuzzed, each, LIVES, STEPS, shortens=seed is not None)
+                run(fuzzed, each, LIVES, EVENTS, shortens=seed is not None)
             finally:
                 total += fuzzed.counts
                 print(dict(total), flush=True)

@@ -6,6 +6,7 @@
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from functools import cached_property
 
 from harness import engine as harness
 from harness.engine import _core, _state
@@ -69,9 +70,10 @@ class Driver:
             self._scheduled = output.total_num_scheduled_tokens
             return output
 
-        def count_preempted(*args, **kwargs):
-            self.counts["preemptions"] += 1
-            return preempt(*args, **kwargs)
+        def count_preempted(*args, drop_stale_output: bool = False):
+            what = "reset while they ran" if drop_stale_output else "preemptions"
+            self.counts[what] += 1
+            return preempt(*args, drop_stale_output=drop_stale_output)
 
         def note_prefill(index, new_req_data):
             known = new_req_data.prefill_token_ids
@@ -91,9 +93,10 @@ class Driver:
         """
         self.outputs.clear()
         self.prefills.clear()
-        harness.set_room(self.llm, int(room * self.least_room()))
+        harness.set_room(self.llm, int(room * self.least_room))
         harness.trace(self.llm, traced)
 
+    @cached_property
     def least_room(self) -> int:
         """Blocks that hold any one request as long as a request may be."""
         needs, longest = _state(self.llm).needs, self.core.vllm_config.model_config.max_model_len

@@ -90,7 +90,7 @@ class Fuzzed:
         name: out of ``ENGINES``.
 
     Attributes:
-        counts: what was done, by kind; ``compared``, the answers that were seen to be right.
+        counts: what was done, by kind, and the answers that were seen to be right.
     """
 
     def __init__(self, name: str) -> None:

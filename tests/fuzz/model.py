@@ -11,7 +11,7 @@ LONGEST, SEATS, BLOCK = 320, 6, 16
 MOST_TOKENS = 16  # of an answer
 END = 2  # the token that ends a text
 # Blocks of the KV cache, as multiples of what the neediest request takes, which is 140 at most.
-ROOMS = (1, 1.5, 2.5, 4.5)
+ROOMS = (1, 1.25, 1.75, 4)
 # Answers that a grammar allows, of tokens that begin no other way.
 CHOICES = ((5, 7, 9, END), (6, 8, END))
 GRAMMAR = {"choice": ["".join(f"w{token}" for token in one[:-1]) for one in CHOICES]}
