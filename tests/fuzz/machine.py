@@ -43,7 +43,7 @@ REFUSED = (
     ([3, 1000], {}),
     ([3], {"extra_args": {"lazyllm": "fast"}}),
     ([3] * 100, {"extra_args": {"lazyllm_keep": 0}}),
-    ([3] * 100, {"prompt_logprobs": 1}),
+    ([3] * 100, {"prompt_logprobs": 1, "extra_args": {"lazyllm": "mild"}}),
 )
 
 
@@ -55,7 +55,7 @@ def _event(method: str, **arguments):
 INDEX = st.integers(0, 99)
 LENGTH = st.sampled_from(LENGTHS) | st.integers(1, 300)
 OWN = {
-    "max_tokens": st.integers(1, MOST_TOKENS),
+    "max_tokens": st.sampled_from((1, 6, 17, MOST_TOKENS, MOST_TOKENS)),
     "setting": st.sampled_from(SETTINGS),
     "stop": st.sampled_from(("length", "length", "token", "text")),
     "n": st.sampled_from((1, 1, 1, 2, 3)),
@@ -63,16 +63,18 @@ OWN = {
     "salt": st.sampled_from((None, None, "a")),
 }
 BEGINNING = {"document": st.integers(0, 2), "length": LENGTH}
-MORE = {"other": st.integers(0, 2), "more": st.sampled_from((0, 0, 1, 17, 40))}
+MORE = {
+    "other": st.integers(0, 2),
+    "more": st.sampled_from((0, 0, 1, 17, 40)),
+    "crowd": st.sampled_from((1, 1, 2, 5)),
+}
 PACE = {
     "budget": st.sampled_from((9, 33, 64, 200, LONGEST)),
     "chunk": st.sampled_from((0, 0, 7, 24, 48)),
 }
 ADD = _event("add", **BEGINNING, **MORE, **OWN)
 EVENTS = st.one_of(
-    ADD,
-    ADD,
-    ADD,
+    *3 * [ADD],
     _event("next_turn", which=INDEX, more=st.sampled_from((1, 5, 30)), **OWN),
     _event("add_by_grammar", **BEGINNING),
     _event("add_what_is_refused", which=st.integers(0, len(REFUSED) - 1)),
@@ -151,7 +153,7 @@ class Lives(RuleBasedStateMachine):
         self.do("begin", room=room, traced=traced)
         self.pace(budget, chunk)
 
-    @rule(event=EVENTS, steps=st.integers(0, 5))
+    @rule(event=EVENTS, steps=st.sampled_from((0, 0, 1, 2, 5)))
     def live(self, event, steps):
         """One rule for all: hypothesis leaves out some rules in most lives."""
         method, arguments = event
@@ -161,9 +163,11 @@ class Lives(RuleBasedStateMachine):
     def pace(self, budget, chunk):
         self.do("pace", budget=budget, chunk=chunk)
 
-    def add(self, document, length, other, more, **own):
-        prompt = DOCUMENTS[document][:length] + DOCUMENTS[other][100 : 100 + more]
-        self._add(prompt, **own)
+    def add(self, document, length, other, more, crowd, **own):
+        """So many at once, of other lengths and documents."""
+        for i in range(crowd):
+            begins = DOCUMENTS[(document + i) % 3][: (length + 61 * i) % 300 or 1]
+            self._add(begins + DOCUMENTS[other][100 : 100 + more], **own)
 
     def next_turn(self, which, more, **own):
         """A conversation goes on: the prompt, its answer, and some more."""

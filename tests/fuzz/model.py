@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 LONGEST, SEATS, BLOCK = 320, 6, 16
-MOST_TOKENS = 16  # of an answer
+MOST_TOKENS = 24  # of an answer
 END = 2  # the token that ends a text
 # Blocks of the KV cache, as multiples of what the neediest request takes, which is 140 at most.
 ROOMS = (1, 1.25, 1.75, 4)
@@ -35,7 +35,7 @@ ENGINES = {
     "resident": {"revive_budget": 0},
     "strict": {"revive_budget": 0, "decode": "strict"},
     "mass": {"revive_budget": 4 * SEATS, "revive_per_request": 4, "keep_mass": 0.8},
-    "unpruned": {"prune": [], "schedules": {}},
+    "on_request": {"prune": [], "revive_budget": 4 * SEATS, "revive_per_request": 4},
 }
 
 
