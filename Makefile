@@ -7,7 +7,7 @@ NEWEST := 0.33.0
 ON_NEWEST := tests/unit --ignore tests/unit/test_explain_page.py tests/engine/test_admission.py tests/engine/test_decoding.py
 VLLM ?= $(NEWEST)
 
-.PHONY: env demo test test-slow check wheel check-vllm lint format
+.PHONY: env demo test test-slow fuzz check wheel check-vllm lint format
 
 # Made once, and again when what it is made from changes.
 env:
@@ -27,6 +27,11 @@ test-slow: env
 # For every edit: no engine, about two minutes on two idle cores.
 check: env lint
 	$(PYTEST) tests/unit tests/kernels
+
+# Random lives of requests, over real engines, for FUZZ_MINUTES (5). What fails says how to see it
+# again, with FUZZ_ENGINE and FUZZ_SEED.
+fuzz: env
+	PYTHONPATH=tests:. $(PYTHON) -m fuzz
 
 # What a user installs, imported far from this checkout.
 wheel: env

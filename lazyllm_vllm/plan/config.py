@@ -236,18 +236,25 @@ def _read(text: str) -> Any:
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"lazyllm: not valid JSON: {error}") from None
     path = Path(text)
-    if not path.is_file():
+    if not _is_file(path):
         raise ConfigError(
-            f"lazyllm: {text!r} is neither JSON, a file, nor a preset ({', '.join(PRESETS)})"
+            f"lazyllm: {text[:200]!r} is neither JSON, a file, nor a preset ({', '.join(PRESETS)})"
         )
     try:
         return yaml.safe_load(path.read_text())  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"lazyllm: {text} is not valid JSON or YAML: {problem}") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for a file
+        return False
 
 
 def _one_line(error: ValidationError) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from harness.bad_requests import REFUSED, SERVED, body_of
 from harness.server import NAME, VLLM, scrape, serve
 from transformers import AutoTokenizer
 
@@ -142,6 +143,36 @@ def test_explain_asks_a_server(server, smollm2, tmp_path):
         assert counts == [len(ids), math.ceil(len(ids) / 2), math.ceil(len(ids) / 4)]
         assert all(len(step["selected"][2]) == counts[2] for step in told["steps"])
     assert files["page"].read_text().startswith("<!doctype html>")
+
+
+def test_bad_requests(server):
+    """Each is a 4xx, of our own fields one that names it, and a good request is answered after it
+    as before."""
+    address, *_ = server
+    with httpx.Client(base_url=address, timeout=60) as client:
+
+        def ask(case: dict | str | bytes, **headers) -> httpx.Response:
+            headers["content-type"] = "application/json"
+            return client.post("/v1/completions", content=body_of(case), headers=headers)
+
+        def text(case: dict) -> str:
+            return ask(case).json()["choices"][0]["text"]
+
+        expected = text({})
+        for name, case in REFUSED.items():
+            bad = ask(case)
+            assert 400 <= bad.status_code < 500, (name, bad.text[:300])
+            if name.startswith("lazyllm"):
+                assert name.split()[0] in bad.text, name
+            assert text({}) == expected, name
+        for name, case in SERVED.items():
+            assert text(case) == expected, name
+        # Two at once of one name are two requests.
+        with ThreadPoolExecutor() as pool:
+            both = pool.map(lambda _: ask({}, **{"x-request-id": "twice"}), range(2))
+        assert [each.json()["choices"][0]["text"] for each in both] == [expected] * 2
+        chat = {"model": "smollm2", "messages": [], "vllm_xargs": {"lazyllm": "fastest"}}
+        assert client.post("/v1/chat/completions", json=chat).status_code == 400
 
 
 def test_serve(server, smollm2, tmp_path, monkeypatch, capsys):

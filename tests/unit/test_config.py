@@ -103,6 +103,9 @@ def test_a_preset_makes_room_for_hidden_states_too():
         ("no-such-file", "neither JSON, a file, nor a preset"),
         ('{"prune": ', "not valid JSON"),
         ("[1]", "neither JSON"),
+        ("[" * 5000, "neither JSON"),  # longer than a file's name may be
+        ('{"prune": ' + "[" * 100_000, "not valid JSON"),
+        ('{"last_tokens": ' + "9" * 5000 + "}", "not valid JSON"),
         (7, "expected a mapping"),
     ],
 )
@@ -118,9 +121,12 @@ def test_the_window_fits_the_last_tokens_unless_it_was_set():
     assert parse_config({"last_tokens": 40}).score_window == parse_config({}).score_window == 16
 
 
-def test_a_broken_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "content", ("prune: [", "[" * 5_000, "last_tokens: " + "9" * 5000, "score: 2020-13-45")
+)
+def test_a_broken_file_is_named(tmp_path, content):
     broken = tmp_path / "broken.yaml"
-    broken.write_text("prune: [")
+    broken.write_text(content)
     with pytest.raises(ConfigError, match="broken.yaml"):
         parse_config(str(broken))
 

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshots
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
+from lazyllm_vllm.hooks.kv_cache.watchdog import Watchdog
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEFAULT, RequestSetting
 
@@ -22,6 +23,7 @@ _PLANS: WeakKeyDictionary[BlockPool, dict[str, RequestPlan]] = WeakKeyDictionary
 _SETTINGS: WeakKeyDictionary[BlockPool, dict[str, RequestSetting]] = WeakKeyDictionary()
 # What requests that ended have left, and who goes on from it.
 _SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
+_WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
 
 
 class PlannedManager(FullAttentionManager):
@@ -39,6 +41,7 @@ class PlannedManager(FullAttentionManager):
         self.plans = _PLANS.setdefault(self.block_pool, {})
         self.settings = _SETTINGS.setdefault(self.block_pool, {})
         self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
+        self.watchdog = _WATCHDOGS.setdefault(self.block_pool, Watchdog())
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         """Blocks for a request of ``num_tokens`` tokens so far."""

@@ -27,6 +27,8 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
         return lookup()
     schedule, snapshots = planned[0].kv_cache_spec.needs.schedule, planned[0].snapshots
     setting = _note_setting(planned[0], request)
+    plan = planned[0].plans.get(request.request_id)
+    planned[0].watchdog.asks(manager.block_pool, request, plan)
     reuse = schedule.reuse(setting)
     snapshots.taken.pop(request.request_id, None)
     if reuse == OFF and schedule.plan(request.num_tokens, setting).is_pruned:

@@ -1,0 +1,104 @@
+"""What must hold between any two steps of an engine. Each function raises AssertionError."""
+
+from collections import Counter
+
+from harness.engine import _core, _runner, _state
+
+from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager
+
+
+def check(llm) -> None:
+    """All of them."""
+    blocks_add_up(llm)
+    scheduler_forgets(llm)
+    worker_forgets(llm)
+
+
+def _managers(llm) -> tuple:
+    return _core(llm).scheduler.kv_cache_manager.coordinator.single_type_managers
+
+
+def blocks_add_up(llm) -> None:
+    """A block is free, or as many hold it as it counts; what is private has one holder."""
+    scheduler = _core(llm).scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    holders = Counter(block.block_id for block in getattr(pool, "held_by_test", ()))
+    private = []
+    for manager in _managers(llm):
+        held = [b.block_id for of_one in manager.req_to_blocks.values() for b in of_one]
+        holders.update(held)
+        private += [] if manager.kv_cache_spec.prefix_cacheable else held
+    holders.update(b.block_id for _, blocks in scheduler.deferred_frees for b in blocks)
+    free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
+    assert len(free) == pool.get_num_free_blocks(), "the queue of free blocks miscounts"
+    for block in pool.blocks:
+        held = holders[block.block_id]
+        if block is pool.null_block:
+            assert not held and block.block_id not in free, "vLLM's null block is handed out"
+            continue
+        assert block.ref_cnt == held, f"{block} is held by {held}"
+        assert (held == 0) == (block.block_id in free), f"{block} is lost, or free and held"
+    shared = [block for block in private if holders[block] != 1]
+    assert not shared, f"blocks {shared} of a stage are not one request's own"
+
+
+def scheduler_forgets(llm) -> None:
+    """The block managers know requests that there are, and no others."""
+    scheduler = _core(llm).scheduler
+    there = scheduler.requests.keys()
+    running = {request.request_id for request in scheduler.running}
+    for manager in _managers(llm):
+        assert {name for name, of_one in manager.req_to_blocks.items() if of_one} <= running
+        assert manager.num_cached_block.keys() <= there, "cached blocks of a request that left"
+        if isinstance(manager, PlannedManager):
+            assert manager.plans.keys() <= there, "the plan of a request that left"
+            assert manager.settings.keys() <= there, "the setting of a request that left"
+            assert running <= manager.plans.keys(), "a request runs without a plan"
+
+
+def worker_forgets(llm) -> None:
+    """The worker knows requests that run, and those that it is to be told have left; of each it has
+    the blocks that the scheduler gave."""
+    scheduler, runner, state = _core(llm).scheduler, _runner(llm), _state(llm)
+    of_vllm = runner.req_states.req_id_to_index
+    assert state.index_of == of_vllm, "the request table and vLLM's differ"
+    known = state.index_of.keys()
+    leaving = scheduler.finished_req_ids | scheduler.reset_preempted_req_ids
+    running = {request.request_id for request in scheduler.running}
+    assert known <= running | leaving, f"{known - running - leaving} left, and the worker has them"
+    assert state.plans.keys() == state.caught_up.keys() == known
+    assert state.selecting.keys() <= known and state.wants_prompt <= known
+    blocks = sum(state.needs.prompt_blocks(plan) for plan in state.plans.values())
+    assert state.stats.aux_blocks == blocks, "blocks of the Aux Cache are miscounted"
+    for name in known & running - leaving:
+        for manager, table in zip(_managers(llm), runner.block_tables.block_tables):
+            given = [block.block_id for block in manager.req_to_blocks[name]]
+            has = table.gpu[state.index_of[name], : len(given)].tolist()
+            assert has == given, f"{name} has blocks {has}, and was given {given}"
+
+
+def nothing_is_left(llm) -> None:
+    """For an engine that has nothing to do, and has taken the step in which it learns so. vLLM's
+    own front end forgets no parent of several answers that was aborted (``parent_requests``)."""
+    check(llm)
+    engine, scheduler, state = llm.llm_engine, _core(llm).scheduler, _state(llm)
+    output = engine.output_processor
+    left = {
+        "requests": scheduler.requests,
+        "waiting": list(scheduler.waiting),
+        "running": scheduler.running,
+        "finished": scheduler.finished_req_ids,
+        "worker": state.index_of,
+        "front end": output.request_states,
+        "external ids": output.external_req_ids,
+        "copies": state.stats._copies,
+    }
+    for manager in _managers(llm):
+        left |= {"blocks": manager.req_to_blocks, "cached": manager.num_cached_block}
+        if isinstance(manager, PlannedManager):
+            left |= {"plans": manager.plans, "settings": manager.settings}
+            left |= {"goes on": manager.snapshots.taken}
+        assert not (there := {what: one for what, one in left.items() if one}), there
+    pool = scheduler.kv_cache_manager.block_pool
+    held = len(getattr(pool, "held_by_test", ())) + 1
+    assert pool.get_num_free_blocks() + held == len(pool.blocks), "blocks are lost"
