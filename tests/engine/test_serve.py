@@ -171,7 +171,7 @@ def test_bad_requests(server):
         with ThreadPoolExecutor() as pool:
             both = pool.map(lambda _: ask({}, **{"x-request-id": "twice"}), range(2))
         assert [each.json()["choices"][0]["text"] for each in both] == [expected] * 2
-        chat = {"model": "smollm2", "messages": [], "vllm_xargs": {"lazyllm": "fastest"}}
+        chat = {"model": NAME, "messages": [], "vllm_xargs": {"lazyllm": "fastest"}}
         assert client.post("/v1/chat/completions", json=chat).status_code == 400
 
 

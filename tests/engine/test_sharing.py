@@ -364,7 +364,7 @@ def test_structured_output_obeys(smollm2, open_engine):
     grammar has, and what is free is as it would be alone."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prune = [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}]
-    config = {"prune": prune, "min_prompt_tokens": 256, "revive_budget": 0}
+    config = {"prune": prune, "min_prompt_tokens": 256, "revive_budget": 0, "score_pool": 13}
     engine = open_engine(smollm2, config, {"only_greedy": False, "trace": True})
     engine.run("set_budget", tokens=150)
     asked = [passkey_prompt(tokenizer, n, seed=n, depth=0.4) for n in (400, 300, 350, 120)]

@@ -53,12 +53,13 @@ class Driver:
     counts: what was done, by kind.
     outputs: of each request that finished, by name.
     prefills: of each answer, by name and index, how many tokens each of its prefills had.
+    went_on: answers whose request went on from what another had left (``reuse: deep``).
     """
 
     def __init__(self, llm) -> None:
         self.llm, self.engine, self.core = llm, llm.llm_engine, _core(llm)
         self.counts, self._known = Counter(), {}
-        self.outputs, self.prefills = {}, defaultdict(list)
+        self.outputs, self.prefills, self.went_on = {}, defaultdict(list), set()
         self._idle, self._scheduled, self._waits_since = 0, 0, None
         self._wrap()
 
@@ -78,8 +79,12 @@ class Driver:
 
         def note_prefill(index, new_req_data):
             known, goes_on = new_req_data.prefill_token_ids, hasattr(new_req_data, CONTINUATION)
-            if not goes_on:  # after a preemption, as if there had been none
-                self.prefills[split_name(new_req_data.req_id)].append(len(known))
+            name = split_name(new_req_data.req_id)
+            if not goes_on:
+                self.prefills[name].append(len(known))
+            elif name not in self.prefills:  # else after a preemption, as if there had been none
+                self.counts["went on from another"] += 1
+                self.went_on.add(name)
             return add(index, new_req_data)
 
         scheduler.schedule, scheduler._preempt_request = count_scheduled, count_preempted
@@ -95,6 +100,7 @@ class Driver:
         """
         self.outputs.clear()
         self.prefills.clear()
+        self.went_on.clear()
         harness.set_room(self.llm, int(room * self.least_room))
         harness.trace(self.llm, traced)
 
@@ -211,7 +217,7 @@ class Driver:
 
         Returns:
             By request what it ``said``, of each answer the ``tokens``, ``text``, ``reason`` of its
-            end, and lengths of its ``prefills``.
+            end, lengths of its ``prefills``, and whether it ``went_on`` from another's.
         """
         self.resume()
         steps = self.counts["steps"]
@@ -228,6 +234,7 @@ class Driver:
                     "text": one.text,
                     "reason": one.finish_reason,
                     "prefills": self.prefills[name, one.index],
+                    "went_on": (name, one.index) in self.went_on,
                 }
                 for one in output.outputs
             ]

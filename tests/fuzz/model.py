@@ -35,6 +35,7 @@ ENGINES = {
     "resident": {"revive_budget": 0},
     "strict": {"revive_budget": 0, "decode": "strict"},
     "mass": {"revive_budget": 4 * SEATS, "revive_per_request": 4, "keep_mass": 0.8},
+    "deep": {"revive_budget": 4 * SEATS, "revive_per_request": 4, "reuse": "deep"},
     "on_request": {"prune": [], "revive_budget": 4 * SEATS, "revive_per_request": 4},
 }
 

@@ -6,7 +6,7 @@ text that is no text; and the same for LazyLLM's own fields.
 
 import json
 
-GOOD = {"model": "smollm2", "prompt": [504, 260, 253], "max_tokens": 1, "temperature": 0}
+GOOD = {"model": "served", "prompt": [504, 260, 253], "max_tokens": 1, "temperature": 0}
 LONGEST, VOCABULARY = 1536, 49152
 HUGE = 10**400
 
@@ -70,13 +70,13 @@ REFUSED = {
     "two grammars": {"structured_outputs": {"regex": "a", "choice": ["a"]}},
     "no grammar": {"structured_outputs": {}},
     # Bodies.
-    "half a body": '{"model": "smollm2", "prompt": [504',
+    "half a body": '{"model": "served", "prompt": [504',
     "no body": "",
     "null": "null",
     "a list": "[]",
     "very deep": "[" * 100_000,
-    "not UTF-8": b'{"model": "smollm2", "prompt": "\xff\xfe"}',
-    "half a letter": '{"model": "smollm2", "prompt": "\\ud800", "max_tokens": 1}',
+    "not UTF-8": b'{"model": "served", "prompt": "\xff\xfe"}',
+    "half a letter": '{"model": "served", "prompt": "\\ud800", "max_tokens": 1}',
     "a model that is not there": {"model": "\U0001f999" * 1000},
     # LazyLLM's own.
     "vllm_xargs a list": {"vllm_xargs": ["lazyllm"]},

@@ -78,7 +78,8 @@ def _variants(kernels):
         for lists in (1, 2):
             yield (
                 kernels.rank._rank_kernel,
-                blocks | {"FIRST": first, "POOL": 13, "STRICT": strict, "LISTS": lists},
+                blocks
+                | {"FIRST": first, "BEFORE": 16, "AFTER": 4, "STRICT": strict, "LISTS": lists},
             )
             for step in (1, 2):
                 yield kernels.top_k._refine_kernel, blocks | {"STEP": step, "LISTS": lists}
