@@ -170,9 +170,12 @@ class Lives(RuleBasedStateMachine):
             self._add(begins + DOCUMENTS[other][100 : 100 + more], **own)
 
     def next_turn(self, which, more, **own):
-        """A conversation goes on: the prompt, its answer, and some more."""
+        """A conversation goes on: the prompt, its answer, and some more, half of the time by the
+        same setting and in the same part of the cache."""
         if self.ended:
             name, said = self.ended[which % len(self.ended)]
+            if more % 2:
+                own |= self.asked[name]["own"]
             self._add(self.asked[name]["prompt"] + said + DOCUMENTS[1][50 : 50 + more], **own)
 
     def _add(self, prompt, max_tokens, setting, stop, n, priority, salt):
@@ -183,7 +186,8 @@ class Lives(RuleBasedStateMachine):
     def _ask(self, prompt, params, **arguments):
         name = f"r{self.added}"
         self.added += 1
-        self.asked[name] = {"prompt": prompt, "params": params}
+        own = {"setting": params.get("extra_args"), "salt": arguments.get("salt")}
+        self.asked[name] = {"prompt": prompt, "params": params, "own": own}
         error = self.do("add", name=name, prompt=prompt, params=params, **arguments)
         assert error is None, error
 
