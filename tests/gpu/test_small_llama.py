@@ -46,8 +46,14 @@ def folder(tmp_path_factory):
 
 
 RANKS = [
-    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"{n} GPUs"))
-    for n in (1, 2)
+    1,
+    pytest.param(
+        2,
+        marks=[
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            pytest.mark.xfail(reason="refused until this passes: see hooks.refusals", strict=True),
+        ],
+    ),
 ]
 
 
