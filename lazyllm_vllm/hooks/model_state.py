@@ -95,7 +95,7 @@ class LazyModelState(DefaultModelState):
         if plan.is_pruned:
             if blocks := new_req_data.block_ids[self.prompt_group]:  # none at vLLM's warm-up
                 self.continuations.may_leave(req_id, blocks[0])
-            if self.schedule.is_strict or plan.capacity != plan.kept:
+            if self.schedule.selects(plan):
                 self.selecting[req_id] = req_index
         elif _reads_prompt(params):
             self.wants_prompt.add(req_id)

@@ -237,12 +237,11 @@ def check_engine_config(config: VllmConfig, schedule: Schedule) -> None:
         if refusal.in_config is not None and refusal.in_config(config):
             raise refusal.error
     if not config.use_v2_model_runner:
-        on_cpu = config.device_config.device_type == "cpu"
+        is_cpu = config.device_config.device_type == "cpu"
+        on_cpu = "; without a GPU set TRITON_INTERPRET=1" if is_cpu else ""
         raise ConfigError(
             "lazyllm: LazyLLM needs vLLM's Model Runner V2; remove VLLM_USE_V2_MODEL_RUNNER=0 and "
-            "whatever flag vLLM's log says V2 does not support"
-            + "; without a GPU set TRITON_INTERPRET=1"
-            * on_cpu
+            f"whatever flag vLLM's log says V2 does not support{on_cpu}"
         )
     if schedule.prunes:
         _check_page_size(config)

@@ -11,6 +11,11 @@ import torch
 import torch.distributed as dist
 
 
+def is_of(req_id: str, request: str) -> bool:
+    """Whether a request's id is the one that it was given, with vLLM's own ending or without."""
+    return f"{req_id}-".startswith(f"{request}-")
+
+
 class Trace:
     """Records by request id, and checks that no token is computed twice, and that all ranks of
     tensor parallelism choose the same.
@@ -150,7 +155,7 @@ class Trace:
         """
 
         def asked(of_all: dict) -> dict:
-            named = (r for r in of_all if request is None or f"{r}-".startswith(f"{request}-"))
+            named = (r for r in of_all if request is None or is_of(r, request))
             return {req_id: of_all[req_id] for req_id in named}
 
         return {what: asked(getattr(self, what)) for what in ("prefills", "places", "decodes")}

@@ -124,6 +124,11 @@ class Schedule:
     def is_strict(self) -> bool:
         return self.config.decode == "strict"
 
+    def selects(self, plan: RequestPlan) -> bool:
+        """Whether decoding chooses tokens anew for a request that is pruned: to attend to them
+        alone, or to revive those for which it has room."""
+        return self.is_strict or plan.capacity != plan.kept
+
     def stage_layers(self, stage: int) -> range:
         return range(self.starts[stage], self.starts[stage + 1])
 

@@ -42,12 +42,6 @@ def engine(folder, open_engine):
     return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
 
 
-def fresh(engine, room: int | None = None, budget: int = BUDGET, chunk: int = 0) -> None:
-    engine.run("set_room", blocks=room)
-    engine.run("set_budget", tokens=budget)
-    engine.run("set_chunk", tokens=chunk)
-
-
 def goes_on(result: dict, i: int = 0) -> bool:
     """Whether a traced request went on from a snapshot, when it last began."""
     return "resident" in result["prefills"][i][-1]
@@ -64,7 +58,7 @@ def test_a_conversation_is_the_references(engine, folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     turns, said = QUESTIONS[:2], []
     for budget, chunks in ((BUDGET, 1), (9, 7)):
-        fresh(engine)
+        engine.fresh()
         prompt, results = list(DOCUMENTS[0]), []
         for turn in (None, *turns):
             if turn is not None:
@@ -85,11 +79,11 @@ def test_questions_about_one_document_do_not_disturb_each_other(engine):
     prompts = [DOCUMENTS[0] + question for question in QUESTIONS]
     singly = []
     for prompt in prompts:
-        fresh(engine)
+        engine.fresh()
         engine.generate([DOCUMENTS[0]], 1)
         singly.append(engine.generate([prompt], NEW_TOKENS))
         assert goes_on(singly[-1])
-    fresh(engine)
+    engine.fresh()
     engine.generate([DOCUMENTS[0]], 1)
     for order in ((0, 1, 2, 3, 4), (3, 1, 4, 0, 2)):
         result = engine.generate([prompts[i] for i in order], NEW_TOKENS, together=order[0] == 0)
@@ -102,12 +96,12 @@ def test_questions_about_one_document_do_not_disturb_each_other(engine):
 def test_a_step_too_many_is_no_loss(engine):
     """vLLM learns that an answer ended when the next step is on its way, in which its last token
     runs and revives. The next turn is that of an answer that was asked to be one token longer."""
-    fresh(engine)
+    engine.fresh()
     said = engine.generate([DOCUMENTS[0]], 7)["tokens"][0]
     assert said.index(said[5]) == 5
     turn = asked(DOCUMENTS[0] + said[:6] + QUESTIONS[0])
     longer = engine.run("serve", requests=[turn])
-    fresh(engine)
+    engine.fresh()
     stops = asked(DOCUMENTS[0], params={"stop_token_ids": [said[5]]})
     assert engine.run("serve", requests=[stops])["tokens"] == [[said[:6]]]
     stopped = engine.run("serve", requests=[turn])
@@ -119,7 +113,7 @@ def test_a_step_too_many_is_no_loss(engine):
 def test_what_a_request_may_take(engine):
     """Not what has another salt or setting, nor was there before a reset; and not what is shorter
     than half the prompt. A request may ask for less than the server offers."""
-    fresh(engine)
+    engine.fresh()
     first, second = asked(DOCUMENTS[0], params={"max_tokens": 1}), DOCUMENTS[0] + QUESTIONS[0]
     second, too_long = asked(second), asked(DOCUMENTS[0] + DOCUMENTS[1] + QUESTIONS[0][:1])
 
@@ -148,7 +142,7 @@ def test_what_a_request_may_take(engine):
 @pytest.mark.parametrize("room", (64, 100))
 def test_snapshots_give_way(engine, room):
     """Where prompts push each other's snapshots out, nobody waits for blocks and none is lost."""
-    fresh(engine, room)
+    engine.fresh(room)
     requests, questions = [], []
     for i, which in enumerate((0, 0, 1, 0, 2)):
         requests.append(asked(DOCUMENTS[which], at=6 * i, params={"max_tokens": 1}))
@@ -157,7 +151,7 @@ def test_snapshots_give_way(engine, room):
     assert result["free_blocks"] == [room] * 2
     went_on = [goes_on(result, i) for i in range(len(requests), 2 * len(requests))]
     assert set(went_on) == {True, False}
-    fresh(engine)
+    engine.fresh()
     assert engine.run("snapshots") == 0
 
 
@@ -168,10 +162,10 @@ def test_a_preempted_request_says_what_it_would_have_said(engine):
     short = asked(DOCUMENTS[1][:62])
     singly = []
     for one in (long, short):
-        fresh(engine)
+        engine.fresh()
         singly.append(engine.run("serve", requests=[one])["tokens"][0])
     for reuse in ("deep", "exact", "off"):
-        fresh(engine, 60)
+        engine.fresh(60)
         params = long["params"] | {"extra_args": {"lazyllm_reuse": reuse}}
         requests = [long | {"params": params, "priority": 1}, short | {"at": 4}]
         result = engine.run("serve", requests=requests)
@@ -187,7 +181,7 @@ def test_in_the_pieces_of_cuda_graphs_it_is_the_same(engine):
     for in_pieces in (False, True):
         if in_pieces:
             engine.run("run_stages_in_pieces")
-        fresh(engine)
+        engine.fresh()
         engine.generate([DOCUMENTS[0]], 1)
         answers.append(engine.generate([DOCUMENTS[0] + QUESTIONS[0]], NEW_TOKENS))
         assert goes_on(answers[-1])

@@ -54,15 +54,9 @@ def stock(folder, open_engine):
     return open_engine(folder, None, {"only_greedy": False}, **OPTIONS)
 
 
-def fresh(engine, room: int | None = None, budget: int = BUDGET, chunk: int = 0) -> None:
-    engine.run("set_room", blocks=room)
-    engine.run("set_budget", tokens=budget)
-    engine.run("set_chunk", tokens=chunk)
-
-
 def alone(engine, prompt: list[int], params: dict) -> dict:
     """A request by itself, cold, in chunks as large as they may be."""
-    fresh(engine)
+    engine.fresh()
     result = engine.run("serve", requests=[{"prompt": prompt, "params": params}])
     assert result["found"] == [[0]]
     return result
@@ -93,7 +87,7 @@ def test_several_answers_share_their_prompt(ours, stock, length, budget):
     for engine in (ours, stock):
         singly = [alone(engine, prompt, params | {"seed": 5 + i})["tokens"][0][0] for i in range(3)]
         assert len({tuple(tokens) for tokens in singly}) == 3, "seeds change nothing: a weak test"
-        fresh(engine, budget=budget)
+        engine.fresh(budget=budget)
         request = {"prompt": prompt, "params": params | {"n": 3}}
         results.append(engine.run("serve", requests=[request]))
         assert results[-1]["tokens"] == [singly]
@@ -113,7 +107,7 @@ def compete(engine, case: dict) -> tuple[dict, list[dict]]:
     long = {"prompt": DOCUMENTS[0][: case["long"]], "params": GREEDY | {"max_tokens": 8}}
     short = {"prompt": DOCUMENTS[1][: case["short"]], "params": GREEDY | {"max_tokens": 12}}
     singly = [alone(engine, one["prompt"], one["params"]) for one in (long, short)]
-    fresh(engine, case["room"], chunk=case["chunk"])
+    engine.fresh(case["room"], chunk=case["chunk"])
     if case["has_priority"]:
         requests = [long | {"priority": 1}, short | {"priority": 0, "at": 1}]
         return engine.run("serve", requests=requests), singly
@@ -188,7 +182,7 @@ def test_a_chunk_that_is_withdrawn_is_found_by_nobody(request, engine_name, room
 def test_a_salt_keeps_prompts_apart(ours, stock):
     """What has another salt is not found, what has the same is; answers are the same."""
     for engine in (ours, stock):
-        fresh(engine)
+        engine.fresh()
         salts = ("a", "b", "a", None, "b")
         prompt = {"prompt": DOCUMENTS[0][:200], "params": GREEDY | {"max_tokens": 8}}
         requests = [prompt | ({"cache_salt": salt} if salt else {}) for salt in salts]
@@ -225,7 +219,7 @@ def test_events_are_stock_vllms(ours, stock):
         engine.run("watch_events")
         events[engine] = []
         for n, salt in cases:
-            fresh(engine, budget=48)
+            engine.fresh(budget=48)
             request = {"prompt": DOCUMENTS[0][:n], "params": GREEDY | {"max_tokens": 8}}
             engine.run("serve", requests=[request | salt])
             events[engine].append(engine.run("kv_events"))
@@ -251,7 +245,7 @@ def test_events_tell_what_the_cache_holds(request, engine_name, room):
     stored and not removed are there."""
     engine = request.getfixturevalue(engine_name)
     engine.run("watch_events")
-    fresh(engine, room)
+    engine.fresh(room)
     prompts = [DOCUMENTS[i % 2][:n] for i, n in enumerate((300, 200, 110, 300, 62, 300, 192))]
     held, kinds = Counter(), Counter()
     for some in (prompts[:3], prompts[3:]):
@@ -268,7 +262,7 @@ def test_events_tell_what_the_cache_holds(request, engine_name, room):
             assert min(held.values()) >= 0
         assert +held == Counter(map(tuple, engine.run("cached_blocks")))
     assert kinds["BlockRemoved"] > 0 and kinds["AllBlocksCleared"] == 1
-    fresh(engine)
+    engine.fresh()
     assert engine.run("cached_blocks") == []
 
 
@@ -283,7 +277,7 @@ def test_metrics_count_as_stock_vllms(ours, stock, length):
     params = GREEDY | {"max_tokens": 4}
     counts = []
     for engine in (ours, stock):
-        fresh(engine)
+        engine.fresh()
         before = engine.run("metrics")
         for _ in range(2):
             request = {"prompt": DOCUMENTS[0][:length], "params": params}
@@ -329,7 +323,7 @@ def test_other_chunks_in_fp8_differ_by_rounding(fp8, ours):
     rounded. So a hit that ends elsewhere than a chunk did has other logits, as other chunks have
     without a hit. It is nearer to them than FP8 is to the model's dtype, and no further from the
     whole prompt than they are; what is kept differs at its edge alone."""
-    fresh(ours)
+    ours.fresh()
     far = {"hit, cold": [], "hit, whole": [], "cold, whole": [], "whole, fp32": []}
     for prompt in (document[:n] for document in DOCUMENTS for n in (200, 300)):
         fp8.run("set_budget", tokens=320)

@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from harness.agreement import drifts_between
 from harness.engine import EngineUnderTest
 
 pytestmark = pytest.mark.gpu
@@ -128,11 +129,7 @@ def test_what_is_kept_and_revived(results, name):
 def test_engines_agree(results, name, like, most, average):
     """On the log-probabilities of the tokens before the first that differs."""
     mine, theirs = results[name].result(), results[like].result()
-    drifts = [0.0]
-    for i, tokens in enumerate(zip(mine["tokens"], theirs["tokens"])):
-        same = next((at for at, (x, y) in enumerate(zip(*tokens)) if x != y), NEW_TOKENS)
-        for x, y in zip(mine["logprobs"][i][:same], theirs["logprobs"][i][:same]):
-            drifts += (abs(x[t] - y[t]) for t in x.keys() & y.keys())
+    drifts = drifts_between(mine, theirs)
     print(f"{name} against {like}: {max(drifts):.4f}, on average {fmean(drifts):.4f}")
     assert fmean(drifts) < average
     assert most is None or max(drifts) < most

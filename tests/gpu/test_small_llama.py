@@ -10,6 +10,7 @@ import statistics
 import pytest
 import torch
 from harness import reference
+from harness.agreement import drifts_between
 from harness.engine import EngineUnderTest
 
 from lazyllm_vllm.plan.config import parse_config
@@ -149,11 +150,7 @@ def test_ranks_in_graphs(folder, decode, ranks):
         "pruned, one rank": (run({"prune": cuts} | rule, ranks), run({"prune": cuts} | rule, 1)),
     }
     for name, (mine, theirs) in pairs.items():
-        drifts = [0.0]
-        for i, tokens in enumerate(zip(mine["tokens"], theirs["tokens"])):
-            same = next((at for at, (x, y) in enumerate(zip(*tokens)) if x != y), NEW_TOKENS)
-            for x, y in zip(mine["logprobs"][i][:same], theirs["logprobs"][i][:same]):
-                drifts += (abs(x[t] - y[t]) for t in x.keys() & y.keys())
+        drifts = drifts_between(mine, theirs)
         print(f"{decode}, {name}: {max(drifts):.3f}, on average {statistics.fmean(drifts):.4f}")
         assert mine["free_blocks"][0] == mine["free_blocks"][1]
         assert statistics.fmean(drifts) < (0.02 if "stock" in name else 0.05)

@@ -160,3 +160,18 @@ def _follow_decodes(seen: Agreement, decodes, tokens, ref, num_stages: int) -> A
         if not _same_step(seen, decodes[step], ref, step, num_stages):
             return seen
     return seen
+
+
+def drifts_between(mine: dict, theirs: dict) -> list[float]:
+    """How far two engines' log-probabilities are apart, on the tokens of each answer before the
+    first that differs; and a zero, so that there is one.
+
+    Args:
+        mine, theirs: what ``engine.generate`` returns, with log-probabilities.
+    """
+    drifts = [0.0]
+    for i, tokens in enumerate(zip(mine["tokens"], theirs["tokens"])):
+        same = next((at for at, (x, y) in enumerate(zip(*tokens)) if x != y), len(tokens[0]))
+        for x, y in zip(mine["logprobs"][i][:same], theirs["logprobs"][i][:same]):
+            drifts += (abs(x[t] - y[t]) for t in x.keys() & y.keys())
+    return drifts

@@ -28,6 +28,7 @@ class EngineUnderTest:
         self, model: Path, lazyllm: dict | None = None, arguments: dict | None = None, **options
     ) -> None:
         self.log_file = Path(tempfile.mkstemp(suffix=".log")[1])
+        self.options = options
         given = {"model": str(model), "lazyllm": lazyllm, "options": options}
         has_workers = options.get("tensor_parallel_size", 1) > 1
         given |= arguments or {}
@@ -43,6 +44,17 @@ class EngineUnderTest:
 
     def generate(self, prompts: list[list[int]], max_tokens: int, **arguments) -> dict:
         return self.run("generate", prompts=prompts, max_tokens=max_tokens, **arguments)
+
+    def fresh(self, room: int | None = None, budget: int | None = None, chunk: int = 0) -> None:
+        """An empty prefix cache and other limits from here on.
+
+        Args:
+            room: see ``set_room``; chunk: see ``set_chunk``.
+            budget: see ``set_budget``; None: what the engine was started with.
+        """
+        self.run("set_room", blocks=room)
+        self.run("set_budget", tokens=budget or self.options["max_num_batched_tokens"])
+        self.run("set_chunk", tokens=chunk)
 
     @property
     def log(self) -> str:

@@ -84,9 +84,8 @@ def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
     if taken is None or size == 1 or first + size < request.num_tokens:
         return size
-    plan = taken.snapshot.plan
-    selects = planned[0].kv_cache_spec.needs.schedule.is_strict or plan.capacity != plan.kept
-    return size - 1 if selects else size
+    schedule = planned[0].kv_cache_spec.needs.schedule
+    return size - 1 if schedule.selects(taken.snapshot.plan) else size
 
 
 def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:

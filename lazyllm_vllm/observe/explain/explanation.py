@@ -3,6 +3,7 @@
 from pydantic import BaseModel
 
 from lazyllm_vllm.observe.explain.token_texts import Token
+from lazyllm_vllm.observe.trace import is_of
 
 
 class ExplainError(Exception):
@@ -69,7 +70,7 @@ def explain(
     Raises:
         ExplainError: the trace does not have it whole.
     """
-    ids = [name for name in trace["prefills"] if f"{name}-".startswith(f"{request}-")]
+    ids = [name for name in trace["prefills"] if is_of(name, request)]
     if len(ids) != 1:
         raise ExplainError(f"the trace has {len(ids)} requests of the id {request}; one is needed")
     (request,) = ids
