@@ -1,5 +1,5 @@
-"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``quality`` or
-``report``."""
+"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``ranks``,
+``quality`` or ``report``."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,15 @@ from pathlib import Path
 from benchmarks import headline
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
-from benchmarks.speed import families_report, run_families, run_shared, shared_report
+from benchmarks.speed import (
+    families,
+    families_report,
+    ranks,
+    ranks_report,
+    run_families,
+    run_shared,
+    shared_report,
+)
 from benchmarks.speed import report as speed_report
 from benchmarks.speed import run as speed
 
@@ -19,6 +27,7 @@ def report() -> None:
     speed_report.main(ROOT / "docs/benchmarks.md")
     shared_report.main(ROOT / "docs/benchmarks.md")
     families_report.main(ROOT / "docs/benchmarks.md")
+    ranks_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
 
@@ -33,8 +42,11 @@ def main() -> None:
     run_shared.add_arguments(shared)
     shared.set_defaults(run=run_shared.main)
     others = commands.add_parser("families", help="the same for other model families, in short")
-    run_families.add_arguments(others)
+    run_families.add_arguments(others, families.PLANS, families.FILE)
     others.set_defaults(run=run_families.main)
+    several = commands.add_parser("ranks", help="the same on several GPUs of one host")
+    run_families.add_arguments(several, ranks.PLANS, ranks.FILE)
+    several.set_defaults(run=run_families.main)
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)

@@ -30,6 +30,7 @@ from lazyllm_vllm.runtime.request_table import RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
+from lazyllm_vllm.runtime.state_parts import StateParts
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
@@ -163,15 +164,15 @@ class LazyModelState(DefaultModelState):
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
         )
         num_slots = kv_cache_config.num_blocks * block_size
-        hidden_size = self.model_config.get_hidden_size()
-        parked = parked_states(kv_cache_config, block_tables, layers, hidden_size)
+        parts = StateParts(self.group, self.model_config.get_hidden_size())
+        parked = parked_states(kv_cache_config, block_tables, layers, parts.width)
         self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
         if blocks is not None:
             self.copier = BlockCopier(blocks, self.buffers.slot_position)
             self.prompt_group = next(g for g, s in enumerate(specs) if isinstance(s, PromptSpec))
         parks_all = self.vllm_config.cache_config.enable_prefix_caching
         self.boundary = Boundary(
-            self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
+            self.schedule, self.buffers, stage_tables, block_size, parks_all, parts, self.trace
         )
         if self.group.world_size > 1 and self.schedule.prunes:
             self.boundary.reduction = self._reduction(kv_cache_config.num_blocks)
