@@ -59,9 +59,10 @@ def figure(title: str):
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = title
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    plot, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    plot = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = plot.subplots()
     axes.set_title(title, fontsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

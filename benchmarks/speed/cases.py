@@ -18,7 +18,7 @@ from benchmarks.speed.shapes import (
 )
 from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
-from lazyllm_vllm.plan.operations import flop_bound, flops
+from lazyllm_vllm.plan.operations import extension_flops, flop_bound, flops
 
 PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
 BUDGET = 8192  # tokens a step: the default of ``vllm serve``
@@ -202,9 +202,14 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
 
 
 def _warm_bound(shape: dict, cuts: tuple[tuple[int, float], ...], details: dict) -> float:
-    """Milliseconds that a prompt's operations take at the speed of the cold prompt before it, with
-    what the first stage has of their common prefix cached."""
-    warm = flops(shape, cuts, details["tokens"], details["shared"])
+    """Milliseconds that a prompt's operations take at the speed of the cold prompt before it: its
+    new tokens' in the first stage and all of the later ones', or, if it goes on from what was kept,
+    its new tokens' in all."""
+    tokens, shared = details["tokens"], details["shared"]
+    if details["reused"]:
+        warm = extension_flops(shape, cuts, shared, tokens - shared)
+    else:
+        warm = flops(shape, cuts, tokens, shared)
     return details["cold"] * warm / flops(shape, cuts, details["cold_tokens"])
 
 

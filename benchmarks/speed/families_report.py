@@ -4,9 +4,8 @@ from pathlib import Path
 
 from benchmarks.results import read, replace_section, table
 from benchmarks.speed.families import DECODED, FILE, LONG, PLANS, SHORT
-from benchmarks.speed.report import MISSING, pick, stock_row
+from benchmarks.speed.report import MISSING, measured, pick, stock_row
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import MEASURED
 
 
 def main(page: Path, file: Path = FILE) -> None:
@@ -28,7 +27,7 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(
         (
             f"{places(rows)} Random weights of the shapes named, in bf16 but where the name says "
-            f"FP8 (weights, KV cache, or both). The preset `{MEASURED.name}` beside stock vLLM: "
+            f"FP8 (weights, KV cache, or both). The preset `{measured(rows)}` beside stock vLLM: "
             "time to first token of one request, stock → LazyLLM; the bound is how many times "
             "fewer floating-point operations the schedule takes. Time per output token after "
             f"{DECODED:,} tokens, LazyLLM / stock. Requests of {LONG:,} tokens that fit in the KV "
@@ -54,15 +53,16 @@ def _line(rows: list[Row], shape: str) -> tuple[str, ...]:
     cells = [shape]
     for tokens in (SHORT, LONG):
         cells += _first_token(rows, shape, tokens)
-    decoded = pick(rows, "decode", shape=shape, engine=MEASURED.name)
+    engine = measured(rows)
+    decoded = pick(rows, "decode", shape=shape, engine=engine)
     cells.append(f"{1 / decoded[0].ratio:.2f}x" if decoded else MISSING)
-    room = pick(rows, "memory", shape=shape, engine=MEASURED.name)
+    room = pick(rows, "memory", shape=shape, engine=engine)
     cells.append(f"{room[0].ratio:.2f}x" if room else MISSING)
     return tuple(cells)
 
 
 def _first_token(rows: list[Row], shape: str, tokens: int) -> list[str]:
-    found = pick(rows, "ttft", shape=shape, engine=MEASURED.name, tokens=tokens)
+    found = pick(rows, "ttft", shape=shape, engine=measured(rows), tokens=tokens)
     if not found:
         return [MISSING] * 4
     (row,) = found

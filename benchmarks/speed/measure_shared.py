@@ -7,9 +7,16 @@ from typing import NamedTuple
 
 from vllm import LLM
 
-from benchmarks.speed.measure import check_cold, new_ids, new_prompts, params, throughput
+from benchmarks.speed.measure import check_cold, core, new_ids, new_prompts, params, throughput
 
-__all__ = ["arrival", "second_question", "second_turn", "throughput"]
+__all__ = [
+    "arrival",
+    "extension",
+    "question_about_document",
+    "second_question",
+    "second_turn",
+    "throughput",
+]
 
 _NAMES = itertools.count()
 # Of the requests that decode while a prompt arrives: tokens that each has before, and at most.
@@ -17,8 +24,10 @@ _STEADY, _MOST = 40, 1000
 
 
 class _Answer(NamedTuple):
-    """Milliseconds to the first token, all tokens, prompt tokens found in the cache."""
+    """A request's name, milliseconds to the first token, all tokens, prompt tokens found in the
+    cache."""
 
+    name: str
     ttft: float
     tokens: list[int]
     cached: int
@@ -29,26 +38,37 @@ def second_turn(llm: LLM, tokens: int, answer: int, more: int) -> dict:
     answer, ``more`` tokens. The first turn's is ``cold``."""
     (prompt,), (rest,) = new_ids(1, tokens), new_ids(1, more)
     first = _ask(llm, prompt, answer)
-    return _compare(llm, first, tokens, prompt + first.tokens, rest)
+    return _again(llm, first, tokens, prompt + first.tokens, rest)
 
 
 def second_question(llm: LLM, tokens: int, more: int) -> dict:
     """Time to the first token of another question, of ``more`` tokens, after the same document.
-    The first question's is ``cold``."""
+    The first question, which came with the document, is ``cold``."""
     (document,), (question, another) = new_ids(1, tokens), new_ids(2, more)
     first = _ask(llm, document + question, 1)
-    return _compare(llm, first, tokens + more, document, another)
+    return _again(llm, first, tokens + more, document, another, goes_on=False)
 
 
-def _compare(llm: LLM, cold: _Answer, cold_tokens: int, shared: list[int], rest: list[int]) -> dict:
+def question_about_document(llm: LLM, tokens: int, more: int) -> dict:
+    """The same, where the document was sent alone first, which is ``cold``, and then a question."""
+    (document,), (question, another) = new_ids(1, tokens), new_ids(2, more)
+    first = _ask(llm, document, 1)
+    _ask(llm, document + question, 1)
+    return _again(llm, first, tokens, document, another)
+
+
+def _again(
+    llm: LLM,
+    cold: _Answer,
+    cold_tokens: int,
+    shared: list[int],
+    rest: list[int],
+    goes_on: bool = True,
+) -> dict:
     """Ask a prompt that begins with ``shared``, which the cold one had. Raises RuntimeError if the
-    cold one found something in the cache, or this one nothing."""
+    cold one found something in the cache; see ``_reused`` for this one."""
     warm = _ask(llm, shared + rest, 1)
-    if cold.cached or not warm.cached:
-        raise RuntimeError(
-            f"cached: {cold.cached} tokens of the first prompt, {warm.cached} of the second, which "
-            f"shares {len(shared)}"
-        )
+    _check_cold(cold)
     return {
         "value": warm.ttft,
         "cold": cold.ttft,
@@ -56,40 +76,106 @@ def _compare(llm: LLM, cold: _Answer, cold_tokens: int, shared: list[int], rest:
         "tokens": len(shared) + len(rest),
         "shared": len(shared),
         "cached": warm.cached,
+        "reused": _reused(llm, warm, len(shared), goes_on),
     }
 
 
+def _check_cold(answer: _Answer) -> None:
+    """Raises RuntimeError if the cache had a part of the prompt."""
+    if answer.cached:
+        raise RuntimeError(f"{answer.cached} tokens of the first prompt were cached")
+
+
+def _reused(llm: LLM, answer: _Answer, shared: int, goes_on: bool) -> int:
+    """Tokens that a request had of the one from which it went on (``reuse: deep``), out of its
+    statistics.
+
+    Args:
+        shared: tokens of the prompt before, and of its answer, whose last one never ran.
+        goes_on: whether it does with ``reuse: deep``.
+
+    Raises:
+        RuntimeError: it went on and should not, or the other way round; or a whole block of
+            ``shared`` was not cached.
+    """
+    cached = answer.cached
+    if not shared - core(llm).vllm_config.cache_config.block_size <= cached <= shared:
+        raise RuntimeError(
+            f"{cached} tokens of the second prompt were cached, which shares {shared}"
+        )
+    found, is_deep = _statistics(llm, answer.name)
+    least = shared - 1 if goes_on and is_deep else 0
+    if not least <= found <= (shared if least else 0):
+        raise RuntimeError(f"the second prompt went on from {found} tokens, and shares {shared}")
+    return found
+
+
+def _statistics(llm: LLM, name: str) -> tuple[int, bool]:
+    """Reused tokens of a request; whether the engine has ``reuse: deep``."""
+    from lazyllm_vllm import request_stats
+    from lazyllm_vllm.hooks.engine_config import lazyllm_config
+    from lazyllm_vllm.plan.request_setting import DEEP
+
+    config = lazyllm_config(core(llm).vllm_config)
+    if config is None:
+        return 0, False
+    # vLLM lets its own random word follow the name.
+    mine = [r for r in request_stats(llm)["requests"] if r["request_id"].startswith(f"{name}-")]
+    return mine[-1]["reused"], config.reuse == DEEP
+
+
 def _ask(llm: LLM, prompt: list[int], max_tokens: int) -> _Answer:
-    engine, first = llm.llm_engine, None
+    engine, name, first = llm.llm_engine, f"ask-{next(_NAMES)}", None
     start = time.monotonic()
-    engine.add_request(f"ask-{next(_NAMES)}", {"prompt_token_ids": prompt}, params(max_tokens))
+    engine.add_request(name, {"prompt_token_ids": prompt}, params(max_tokens))
     while engine.has_unfinished_requests():
         for output in engine.step():
             if first is None:
                 first = 1000 * (time.monotonic() - start)
-    return _Answer(first, list(output.outputs[0].token_ids), output.num_cached_tokens or 0)
+    return _Answer(name, first, list(output.outputs[0].token_ids), output.num_cached_tokens or 0)
 
 
 def arrival(llm: LLM, tokens: int, batch: int, decoded: int = 2048) -> dict:
     """The longest time between two tokens of any of ``batch`` requests that decode after
     ``decoded`` tokens, while a prompt of ``tokens`` tokens waits for its first token; that prompt's
     time to first token; the time between two tokens before it came, the median."""
+    (prompt,) = new_ids(1, tokens)
+    answer, times = _among_decodes(llm, prompt, batch, decoded)
+    _check_cold(answer)
+    return times
+
+
+def extension(llm: LLM, tokens: int, answer: int, more: int, batch: int, decoded: int) -> dict:
+    """The same while a conversation goes on: after a prompt of ``tokens`` tokens and its answer
+    ``more`` tokens come."""
+    (prompt,), (rest,) = new_ids(1, tokens), new_ids(1, more)
+    first = _ask(llm, prompt, answer)
+    _check_cold(first)
+    shared = prompt + first.tokens
+    second, times = _among_decodes(llm, shared + rest, batch, decoded)
+    return times | {"cached": second.cached, "reused": _reused(llm, second, len(shared), True)}
+
+
+def _among_decodes(
+    llm: LLM, prompt: list[int], batch: int, decoded: int
+) -> tuple[_Answer, dict[str, float]]:
+    """A prompt that comes while ``batch`` requests decode, and the times that ``arrival`` tells."""
     engine = llm.llm_engine
     names = [f"decode-{next(_NAMES)}" for _ in range(batch)]
-    for name, prompt in zip(names, new_prompts(batch, decoded)):
-        engine.add_request(name, prompt, params(_MOST))
-    (prompt,), newcomer = new_prompts(1, tokens), f"arrival-{next(_NAMES)}"
+    for name, other in zip(names, new_prompts(batch, decoded)):
+        engine.add_request(name, other, params(_MOST))
+    newcomer = f"arrival-{next(_NAMES)}"
     count, last = dict.fromkeys(names, 0), {}
     before, during = [], []
     came = first = None
     while first is None or min(last.values()) < first:
         outputs, now = engine.step(), time.monotonic()
-        check_cold(outputs)
         for output in outputs:
             name = output.request_id
             if name == newcomer:
-                first = now
+                first, answer = now, output
                 continue
+            check_cold([output])
             if output.finished:
                 raise RuntimeError(f"a request decoded {_MOST} tokens before the prompt's first")
             if name in last:
@@ -97,12 +183,11 @@ def arrival(llm: LLM, tokens: int, batch: int, decoded: int = 2048) -> dict:
             count[name], last[name] = count[name] + 1, now
         if came is None and min(count.values()) >= _STEADY:
             came = time.monotonic()
-            engine.add_request(newcomer, prompt, params(1))
+            engine.add_request(newcomer, {"prompt_token_ids": prompt}, params(1))
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return {
-        "value": 1000 * max(during),
-        "ttft": 1000 * (first - came),
-        "usual": 1000 * statistics.median(before),
-    }
+    ttft = 1000 * (first - came)
+    times = {"value": 1000 * max(during), "ttft": ttft, "usual": 1000 * statistics.median(before)}
+    said = list(answer.outputs[0].token_ids)
+    return _Answer(newcomer, ttft, said, answer.num_cached_tokens or 0), times

@@ -28,6 +28,12 @@ def pick(rows: list[Row], benchmark: str, **fields) -> list[Row]:
     ]
 
 
+def measured(rows: list[Row]) -> str:
+    """The engine that every case is measured with; in older results it has another name."""
+    engines = dict.fromkeys(row.engine for row in rows if row.engine != "stock")
+    return MEASURED.name if MEASURED.name in engines else next(iter(engines))
+
+
 def section(rows: list[Row]) -> str:
     """Markdown: what was measured, where and when, then a table a benchmark."""
     place = rows[0].environment
@@ -98,21 +104,24 @@ def section(rows: list[Row]) -> str:
 
 def _first_tokens(rows: list[Row], shape: str) -> str:
     """A line for each length of prompt, columns for each configuration."""
-    measured = pick(rows, "ttft", shape=shape)
-    engines = dict.fromkeys(row.engine for row in measured if row.engine != "stock")
+    found = pick(rows, "ttft", shape=shape)
+    engines, main_one = (
+        dict.fromkeys(r.engine for r in found if r.engine != "stock"),
+        measured(rows),
+    )
     head = [f"{shape}: prompt", "stock, ms"]
     for engine in engines:
         head += [f"`{engine}`, ms", "speed-up"]
-        if engine == MEASURED.name:
+        if engine == main_one:
             head.append("share of the bound")
     lines = []
-    for stock in pick(measured, "ttft", engine="stock"):
+    for stock in pick(found, "ttft", engine="stock"):
         cells = [f"{stock.tokens:,}", _median(stock)]
         for engine in engines:
-            found = pick(measured, "ttft", engine=engine, tokens=stock.tokens)
-            cells += [_median(found[0]), f"{found[0].ratio:.2f}x"] if found else [MISSING] * 2
-            if engine == MEASURED.name:
-                cells.append(_share(found))
+            mine = pick(found, "ttft", engine=engine, tokens=stock.tokens)
+            cells += [_median(mine[0]), f"{mine[0].ratio:.2f}x"] if mine else [MISSING] * 2
+            if engine == main_one:
+                cells.append(_share(mine))
         lines.append(tuple(cells))
     return table(tuple(head), lines)
 
@@ -142,7 +151,7 @@ def _ms(row: Row) -> str:
 
 def draw_ttft(rows: list[Row], path: Path) -> None:
     """Time to first token against prompt length, with the FLOP bound as a line."""
-    lazy = [r for r in pick(rows, "ttft", engine=MEASURED.name) if r.flop_bound]
+    lazy = [r for r in pick(rows, "ttft", engine=measured(rows)) if r.flop_bound]
     stock = [stock_row(rows, r) for r in lazy]
     plot, axes = figure("Time to first token, " + lazy[0].shape)
     tokens = [r.tokens for r in lazy]
@@ -187,7 +196,8 @@ def _spaced(tokens: list[int]) -> list[int]:
 
 def draw_room(rows: list[Row], path: Path) -> None:
     """Requests that fit in the KV cache at once."""
-    lazy = pick(rows, "memory", engine=MEASURED.name)[0]
+    found = pick(rows, "memory")
+    lazy = pick(found, "memory", engine=measured(found))[0]
     stock = stock_row(rows, lazy)
     plot, axes = figure(f"Requests of {lazy.tokens:,} tokens that fit, {lazy.shape}")
     bars = axes.barh(

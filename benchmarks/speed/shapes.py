@@ -73,7 +73,8 @@ class Pruning:
 BALANCED, CONSERVATIVE, AGGRESSIVE = (
     Pruning(preset, {"preset": preset}) for preset in ("balanced", "conservative", "aggressive")
 )
-MEASURED = AGGRESSIVE  # of the presets, the one that every case is measured with
+MEASURED = CONSERVATIVE  # of the presets, the one that every case is measured with
+DEEP = Pruning(f"{MEASURED.name}, deep", MEASURED.config | {"reuse": "deep"})
 
 
 def parked_pages(shape: dict) -> int:

@@ -4,29 +4,46 @@ next turn of a conversation, another question about one document, long prompts a
 from pathlib import Path
 
 from benchmarks.speed.cases import Case, Plan
-from benchmarks.speed.shapes import MEASURED
+from benchmarks.speed.shapes import DEEP, MEASURED
 
 FILE = Path(__file__).parent / "results" / "shared.jsonl"
-TURN, QUESTION, ARRIVAL = "second turn", "second question", "arrival"
+# In the second of the questions the document was sent alone first.
+TURN, QUESTION, ABOUT = "second turn", "second question", "question about a document"
+ARRIVAL, EXTENSION = "arrival", "extension among decodes"
 THROUGHPUT, SHARED_PREFIX = "throughput", "shared prefix"
+_EXACT = (MEASURED,)  # where nobody goes on from anybody
+
+
+def _turn(tokens: int, runs: int) -> Case:
+    return Case(TURN, "second_turn", {"tokens": tokens, "answer": 64, "more": 256}, runs)
+
+
+def _question(name: str, function: str) -> Case:
+    return Case(name, function, {"tokens": 32768, "more": 128}, 3)
 
 
 def _arrival(tokens: int, runs: int, warm: int = 0) -> Case:
-    return Case(ARRIVAL, "arrival", {"tokens": tokens, "batch": 16}, runs, warm=warm)
+    arguments = {"tokens": tokens, "batch": 16}
+    return Case(ARRIVAL, "arrival", arguments, runs, warm=warm, engines=_EXACT)
 
 
 def _throughput(name: str, runs: int, **shared) -> Case:
     arguments = {"requests": 64, "tokens": 8192, "max_tokens": 128} | shared
-    return Case(name, "throughput", arguments, runs, "tokens/s", 0)
+    return Case(name, "throughput", arguments, runs, "tokens/s", 0, _EXACT)
 
+
+_AGENT = {"tokens": 16384, "answer": 64, "more": 200, "batch": 32, "decoded": 8192}
 
 PLAN = Plan(
     "Llama-3.1-8B",
-    (MEASURED,),
+    (MEASURED, DEEP),
     max_len=131072,
     cases=(
-        Case(TURN, "second_turn", {"tokens": 16384, "answer": 64, "more": 256}, 3),
-        Case(QUESTION, "second_question", {"tokens": 32768, "more": 128}, 3),
+        _turn(16384, 3),
+        _turn(65536, 2),
+        _question(QUESTION, "second_question"),
+        _question(ABOUT, "question_about_document"),
+        Case(EXTENSION, "extension", _AGENT, 2),
         _arrival(32768, 2, warm=1),
         _arrival(65536, 1),
         _arrival(131056, 1),  # of 16s, like the others: no kernel is compiled in between

@@ -6,11 +6,13 @@ from pathlib import Path
 from benchmarks.results import figure, read, replace_section, table
 from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.families_report import places
-from benchmarks.speed.report import pick, stock_row
+from benchmarks.speed.report import pick
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import MEASURED
+from benchmarks.speed.shapes import DEEP
 from benchmarks.speed.shared import (
+    ABOUT,
     ARRIVAL,
+    EXTENSION,
     FILE,
     PLAN,
     QUESTION,
@@ -19,13 +21,24 @@ from benchmarks.speed.shared import (
     TURN,
 )
 
-_ARGUMENTS = {case.benchmark: case.arguments for case in PLAN.cases}
+_ARGUMENTS = {(case.benchmark, case.arguments["tokens"]): case.arguments for case in PLAN.cases}
 _WHAT = {
     TURN: "second turn, {answer:,} + {more:,} tokens after {tokens:,}",
     QUESTION: "second question, {more:,} tokens after a document of {tokens:,}",
+    ABOUT: "the same, where the document was sent alone first",
+    ARRIVAL: "a prompt of {tokens:,}, beside {batch} requests",
+    EXTENSION: "{more:,} tokens after {tokens:,} + {answer:,}, beside {batch} of {decoded:,}",
     THROUGHPUT: "{requests:,} requests of {tokens:,} tokens, {max_tokens:,} out",
     SHARED_PREFIX: "the same, sharing {shared:,} of their tokens",
 }
+_LABEL = {
+    TURN: "second turn\nafter {tokens:,}",
+    QUESTION: "second question\nafter {tokens:,}",
+    ABOUT: "document of\n{tokens:,} alone first",
+    ARRIVAL: "{tokens:,} tokens",
+    EXTENSION: "{more:,} tokens\nafter {tokens:,}",
+}
+_COLORS = ("#888888", "#0a6ebd", "#d1495b", "#2a9d8f")
 
 
 def main(page: Path, file: Path = FILE) -> None:
@@ -34,36 +47,35 @@ def main(page: Path, file: Path = FILE) -> None:
     rows = read(file, Row)
     if not rows:
         return
-    again, arrivals = _pairs(rows, TURN, QUESTION), _pairs(rows, ARRIVAL)
-    if again:
-        labels = [f"{lazy.benchmark}\nafter {lazy.tokens:,} tokens" for _, lazy in again]
-        title = f"Time to first token with a cached prefix, {again[0][1].shape}"
-        _draw(again, title, labels, file.with_name("again.svg"))
-    if arrivals:
-        labels = [f"{lazy.tokens:,} tokens" for _, lazy in arrivals]
-        title = f"Longest gap between tokens while a prompt arrives, {arrivals[0][1].shape}"
-        _draw(arrivals, title, labels, file.with_name("arrival.svg"))
+    for name, title, benchmarks in (
+        ("again", "Time to first token with a cached prefix", (TURN, QUESTION, ABOUT)),
+        ("arrival", "Longest gap between tokens while a prompt arrives", (ARRIVAL, EXTENSION)),
+    ):
+        if cases := _cases(rows, *benchmarks):
+            _draw(cases, f"{title}, {rows[0].shape}", file.with_name(f"{name}.svg"))
     replace_section(page, "shared", section(rows), "Shared prefixes, and prompts that arrive")
 
 
 def section(rows: list[Row]) -> str:
     """Markdown: what was measured, where and when, then a table for each kind."""
-    again, arrivals = _pairs(rows, TURN, QUESTION), _pairs(rows, ARRIVAL)
+    engines = list(dict.fromkeys(row.engine for row in rows if row.engine != "stock"))
     parts = [
-        f"{places(rows)} {rows[0].shape} shape, random weights, bf16. The preset "
-        f"`{MEASURED.name}` beside stock vLLM at its defaults, both with prefix caching, chunked "
-        f"prefill and at most {BUDGET:,} tokens a step (the default of `vllm serve`). No prompt "
-        "was asked twice. Medians. `python -m benchmarks shared` measures this.",
+        f"{places(rows)} {rows[0].shape} shape, random weights, bf16. "
+        f"{' and '.join(f'`{engine}`' for engine in engines)} beside stock vLLM at its defaults, "
+        f"all with prefix caching, chunked prefill and at most {BUDGET:,} tokens a step (the "
+        "default of `vllm serve`). No prompt was asked twice. Medians. `python -m benchmarks "
+        "shared` measures this.",
     ]
-    if again:
+    if again := _cases(rows, TURN, QUESTION, ABOUT):
         parts += [
             "![Time to first token with a cached prefix](../benchmarks/speed/results/again.svg)",
             "Time to first token of a prompt whose prefix an earlier one had. Cold is the earlier "
             "prompt's. The bound is what LazyLLM must still compute, the new tokens in the first "
-            "stage and all later stages, at the speed of its cold prompt.",
+            "stage and all later stages, at the speed of its cold prompt." + _of_deep(engines),
             table(
                 (
                     "",
+                    "configuration",
                     "stock cold, ms",
                     "stock, ms",
                     "LazyLLM cold, ms",
@@ -72,17 +84,18 @@ def section(rows: list[Row]) -> str:
                     "times the bound",
                     "LazyLLM / stock",
                 ),
-                [_again(stock, lazy) for stock, lazy in again],
+                [_again(stock, lazy) for stock, *others in again for lazy in others],
             ),
         ]
-    if arrivals:
+    if arrivals := _cases(rows, ARRIVAL, EXTENSION):
         parts += [
             "![Longest gap](../benchmarks/speed/results/arrival.svg)",
-            f"The longest time between two tokens of {arrivals[0][1].batch} requests that decode, "
-            "while a long prompt comes, and that prompt's time to first token.",
+            "The longest time between two tokens of requests that decode, while a prompt comes, "
+            "and that prompt's time to first token.",
             table(
                 (
-                    "prompt",
+                    "",
+                    "configuration",
                     "stock gap, ms",
                     "LazyLLM gap, ms",
                     "LazyLLM / stock",
@@ -90,58 +103,81 @@ def section(rows: list[Row]) -> str:
                     "LazyLLM first token, ms",
                     "LazyLLM / stock",
                 ),
-                [_arrival(stock, lazy) for stock, lazy in arrivals],
+                [_arrival(stock, lazy) for stock, *others in arrivals for lazy in others],
             ),
         ]
-    if through := _pairs(rows, THROUGHPUT, SHARED_PREFIX):
-        head = ("output tokens a second", "stock", "LazyLLM", "ratio")
-        parts.append(table(head, [_throughput(stock, lazy) for stock, lazy in through]))
+    if through := _cases(rows, THROUGHPUT, SHARED_PREFIX):
+        head = ("output tokens a second", "configuration", "stock", "LazyLLM", "ratio")
+        lines = [_throughput(stock, lazy) for stock, *others in through for lazy in others]
+        parts.append(table(head, lines))
     return "\n\n".join(parts)
 
 
-def _pairs(rows: list[Row], *benchmarks: str) -> list[tuple[Row, Row]]:
-    """Stock vLLM's row and LazyLLM's, of each that both were measured on."""
+def _of_deep(engines: list[str]) -> str:
+    if DEEP.name not in engines:
+        return ""
+    return (
+        f" With `{DEEP.name}` a prompt goes on from what an earlier one kept, if it begins with "
+        "all of it: then the bound is its new tokens in all layers. A question that came with "
+        "its document leaves nothing that another question begins with."
+    )
+
+
+def _cases(rows: list[Row], *benchmarks: str) -> list[list[Row]]:
+    """Of each case stock vLLM's row, then LazyLLM's."""
     return [
-        (stock_row(rows, lazy), lazy)
+        [stock, *(r for r in pick(rows, benchmark, tokens=stock.tokens) if r.engine != "stock")]
         for benchmark in benchmarks
-        for lazy in pick(rows, benchmark, engine=MEASURED.name)
+        for stock in pick(rows, benchmark, engine="stock")
     ]
 
 
-def _what(row: Row) -> str:
-    return _WHAT[row.benchmark].format(**_ARGUMENTS[row.benchmark])
+def _told(row: Row, words: dict[str, str]) -> str:
+    """A text of the case's arguments."""
+    return words[row.benchmark].format(**_ARGUMENTS[row.benchmark, row.tokens])
+
+
+def _begin(row: Row) -> tuple[str, str]:
+    """A line's first two cells."""
+    return _told(row, _WHAT), f"`{row.engine}`"
 
 
 def _again(stock: Row, lazy: Row) -> tuple[str, ...]:
     bound = lazy.details["bound"]
     times = (stock.details["cold"], stock.median, lazy.details["cold"], lazy.median, bound)
     ratios = f"{lazy.median / bound:.2f}", f"{lazy.median / stock.median:.2f}"
-    return (_what(lazy), *(f"{time:,.1f}" for time in times), *ratios)
+    return (*_begin(lazy), *(f"{time:,.1f}" for time in times), *ratios)
 
 
 def _arrival(stock: Row, lazy: Row) -> tuple[str, ...]:
-    cells = [f"{lazy.tokens:,}"]
+    cells = []
     for theirs, ours in (
         (stock.median, lazy.median),
         (stock.details["ttft"], lazy.details["ttft"]),
     ):
         cells += [f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}"]
-    return tuple(cells)
+    return (*_begin(lazy), *cells)
 
 
 def _throughput(stock: Row, lazy: Row) -> tuple[str, ...]:
-    return _what(lazy), f"{stock.median:,.0f}", f"{lazy.median:,.0f}", f"{lazy.ratio:.2f}x"
+    return (*_begin(lazy), f"{stock.median:,.0f}", f"{lazy.median:,.0f}", f"{lazy.ratio:.2f}x")
 
 
-def _draw(pairs: list[tuple[Row, Row]], title: str, labels: list[str], path: Path) -> None:
-    """Bars in milliseconds, stock vLLM's beside LazyLLM's."""
+def _draw(cases: list[list[Row]], title: str, path: Path) -> None:
+    """Bars in milliseconds, a group for each case, of stock vLLM and LazyLLM."""
     plot, axes = figure(title)
-    for i, (label, color) in enumerate((("stock vLLM", "#888888"), ("LazyLLM", "#0a6ebd"))):
-        left = [at + 0.4 * i - 0.2 for at in range(len(pairs))]
-        bars = axes.bar(left, [pair[i].median for pair in pairs], 0.4, color=color, label=label)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=2)
-    axes.set_xticks(range(len(pairs)), labels)
+    engines = list(dict.fromkeys(row.engine for case in cases for row in case))
+    width = 0.8 / len(engines)
+    for i, (engine, color) in enumerate(zip(engines, _COLORS)):
+        found = [
+            (at, r.median) for at, case in enumerate(cases) for r in case if r.engine == engine
+        ]
+        left = [at + width * (i - (len(engines) - 1) / 2) for at, _ in found]
+        label = "stock vLLM" if engine == "stock" else f"LazyLLM, {engine}"
+        bars = axes.bar(left, [time for _, time in found], width, color=color, label=label)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8)
+    axes.set_xticks(range(len(cases)), [_told(case[0], _LABEL) for case in cases], fontsize=8)
     axes.set(ylabel="ms")
     axes.margins(y=0.12)
-    axes.legend(loc="upper left")  # longer prompts, to the right, take longer
+    axes.legend(loc="best", fontsize=8)
     plot.savefig(path, metadata={"Date": None})

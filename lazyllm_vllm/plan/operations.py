@@ -31,20 +31,42 @@ def flops(
     Args:
         prune: ``(layer, keep)``: after so many layers, that share of the tokens is left.
     """
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    heads, kv = (shape[f"num_{x}_heads"] * head_dim(shape) for x in ("attention", "key_value"))
-    full = full_layers(shape)
-    total = 2.0 * hidden * shape["vocab_size"]
+    layers = shape["num_hidden_layers"]
+    total = 2.0 * shape["hidden_size"] * shape["vocab_size"]
     bounds = [(0, 1.0), *prune, (layers, 0.0)]
     for (first, keep), (last, _) in zip(bounds, bounds[1:]):
-        n, before = keep * num_tokens, cached if first == 0 else 0
+        before = cached if first == 0 else 0
         for layer in range(first + 1, last + 1):
-            weights = hidden * (2 * heads + 2 * kv) + _mlp_weights(shape, layer)
-            has_window = full is not None and layer not in full
-            reach = keep * shape["sliding_window"] if has_window else n
-            total += 2 * (n - before) * weights
-            total += 4 * heads * (_pairs(n, reach) - _pairs(before, reach))
+            total += _layer_flops(shape, layer, before, keep * num_tokens, keep)
     return total
+
+
+def extension_flops(
+    shape: Shape, prune: Sequence[tuple[int, float]], num_before: int, num_more: int
+) -> float:
+    """Floating-point operations, counted as in ``flops``, of ``num_more`` tokens that go on from a
+    pruned prompt of ``num_before`` tokens: they run through all layers, and attend to what each
+    layer kept."""
+    layers = shape["num_hidden_layers"]
+    total = 2.0 * shape["hidden_size"] * shape["vocab_size"]
+    bounds = [(0, 1.0), *prune, (layers, 0.0)]
+    for (first, keep), (last, _) in zip(bounds, bounds[1:]):
+        before = keep * num_before
+        for layer in range(first + 1, last + 1):
+            total += _layer_flops(shape, layer, before, before + num_more, keep)
+    return total
+
+
+def _layer_flops(shape: Shape, layer: int, before: float, n: float, keep: float) -> float:
+    """Of a layer, counted from 1, that has ``before`` tokens, up to ``n``; of those in a window it
+    has the share ``keep``."""
+    hidden, full = shape["hidden_size"], full_layers(shape)
+    heads, kv = (shape[f"num_{x}_heads"] * head_dim(shape) for x in ("attention", "key_value"))
+    weights = hidden * (2 * heads + 2 * kv) + _mlp_weights(shape, layer)
+    has_window = full is not None and layer not in full
+    reach = keep * shape["sliding_window"] if has_window else n
+    pairs = _pairs(n, reach) - _pairs(before, reach)
+    return 2 * (n - before) * weights + 4 * heads * pairs
 
 
 def flop_bound(shape: Shape, prune: Sequence[tuple[int, float]], num_tokens: int) -> float:

@@ -9,7 +9,7 @@ from benchmarks.speed.shared import PLAN
 from benchmarks.speed.start import start
 
 SHAPE = TINY_SHAPE | {"head_dim": 32}  # the least that stock vLLM has on a CPU
-CONFIG = {"prune": [{"layer": 2, "keep": 0.5}], "min_prompt_tokens": 256}
+CONFIG = {"prune": [{"layer": 2, "keep": 0.5}], "min_prompt_tokens": 256, "reuse": "deep"}
 
 
 @pytest.fixture(scope="module", params=(None, CONFIG), ids=("stock", "lazyllm"))
@@ -25,6 +25,7 @@ def engine(request, tmp_path_factory):
     arguments = {"shape": SHAPE, "config": request.param, "options": options}
     engine = Engine(start, arguments, PLAN.functions, tmp_path_factory.mktemp("engine") / "log")
     engine.ready()
+    engine.is_deep = request.param is not None
     yield engine
     engine.close()
 
@@ -35,13 +36,20 @@ def test_second_turns(engine):
     assert found["cold"] > 0 < found["value"]
     # The last token of the answer never ran; whole blocks of 32.
     assert found["cached"] == 608
+    assert found["reused"] == (608 if engine.is_deep else 0)
 
 
 def test_second_questions(engine):
     for _ in range(2):  # other documents each time, or the second's first question would hit
         found = engine.run("second_question", tokens=640, more=24)
         assert (found["cold_tokens"], found["shared"], found["tokens"]) == (664, 640, 664)
-        assert found["cached"] == 640
+        assert found["cached"] == 640 and found["reused"] == 0
+
+
+def test_questions_about_a_document(engine):
+    found = engine.run("question_about_document", tokens=640, more=24)
+    assert (found["cold_tokens"], found["shared"], found["tokens"]) == (640, 640, 664)
+    assert found["cached"] == 640 and found["reused"] == (640 if engine.is_deep else 0)
 
 
 def test_arrivals(engine):
@@ -50,8 +58,23 @@ def test_arrivals(engine):
         assert found["value"] > 0 and found["ttft"] > 0 and found["usual"] > 0
 
 
+def test_extensions_among_decodes(engine):
+    for _ in range(2):
+        found = engine.run("extension", tokens=600, answer=9, more=40, batch=3, decoded=60)
+        assert found["value"] > 0 and found["ttft"] > 0 and found["usual"] > 0
+        assert found["cached"] == 608 and found["reused"] == (608 if engine.is_deep else 0)
+
+
 def test_throughput(engine):
     alone = engine.run("throughput", requests=3, tokens=400, max_tokens=4)
     assert alone["value"] > 0 and alone["cached"] == 0
     shared = engine.run("throughput", requests=3, tokens=400, max_tokens=4, shared=320)
     assert shared["value"] > 0 and shared["cached"] == 320
+
+
+def test_what_was_not_reused_is_told(engine):
+    """The last test, since it ends the engine. More than twice as long as what was pruned, a prompt
+    is pruned anew."""
+    if engine.is_deep:
+        with pytest.raises(RuntimeError, match="went on from 0 tokens, and shares 309"):
+            engine.run("second_turn", tokens=300, answer=9, more=400)

@@ -1,6 +1,7 @@
 """The benchmark of shared prefixes and arriving prompts, without an engine."""
 
 import argparse
+from dataclasses import replace
 
 import pytest
 from harness.tiny import TINY_SHAPE
@@ -8,10 +9,21 @@ from harness.tiny import TINY_SHAPE
 from benchmarks.results import read, write
 from benchmarks.speed import cases, run_shared, shared_report
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import MEASURED, SHAPES, parked_pages
-from benchmarks.speed.shared import ARRIVAL, BENCHMARKS, PLAN, QUESTION, SHARED_PREFIX, TURN
-from lazyllm_vllm.plan.operations import flops
+from benchmarks.speed.shapes import AGGRESSIVE, DEEP, MEASURED, SHAPES, parked_pages
+from benchmarks.speed.shared import (
+    ABOUT,
+    ARRIVAL,
+    BENCHMARKS,
+    PLAN,
+    QUESTION,
+    SHARED_PREFIX,
+    THROUGHPUT,
+    TURN,
+)
+from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.operations import extension_flops, flops
 
+_OLD = {"stock": "stock", MEASURED.name: "aggressive"}
 WARM = {"cold": 200.0, "cold_tokens": 16384, "tokens": 16704, "shared": 16448, "cached": 16448}
 
 
@@ -30,16 +42,28 @@ def test_flops_of_a_cached_prefix_by_hand():
 def test_cuts_are_the_engine_s():
     """Llama-3.1-8B parks 4,096 numbers in pages of 2,048 a token, Llama-2-7B in one of 8,192."""
     assert [parked_pages(SHAPES[name]) for name in ("Llama-3.1-8B", "Llama-2-7B")] == [2, 1]
-    assert MEASURED.cuts(SHAPES["Llama-3.1-8B"]) == ((6, 0.7), (10, 0.2), (22, 0.1))
+    assert AGGRESSIVE.cuts(SHAPES["Llama-3.1-8B"]) == ((6, 0.7), (10, 0.2), (22, 0.1))
 
 
-def _results(engine: str | None) -> dict[str, dict]:
-    """What each case measures: LazyLLM takes half of stock vLLM's time."""
-    value = 50.0 if engine else 100.0
+def test_the_deep_engine_is_the_measured_one_but_for_reuse():
+    exact, deep = (LazyLLMConfig(**each.config) for each in (MEASURED, DEEP))
+    assert (exact.reuse, deep.reuse) == ("exact", "deep")
+    assert deep.model_dump() | {"reuse": "exact"} == exact.model_dump()
+    assert exact.boundaries(32) == LazyLLMConfig().boundaries(32)
+
+
+def _results(config: dict | None) -> dict[str, dict]:
+    """What each case measures: LazyLLM takes half of stock vLLM's time, a quarter where it goes
+    on."""
+    value = 50.0 if config else 100.0
+    reused, again = (16447, 25.0) if config == DEEP.config else (0, value)
+    arrival = {"value": value, "ttft": 10 * value, "usual": 9.0}
     return {
-        "second_turn": WARM | {"value": value},
-        "second_question": WARM | {"value": value, "shared": 16000},
-        "arrival": {"value": value, "ttft": 10 * value, "usual": 9.0},
+        "second_turn": WARM | {"value": again, "reused": reused},
+        "second_question": WARM | {"value": value, "shared": 16000, "reused": 0},
+        "question_about_document": WARM | {"value": again, "reused": reused},
+        "arrival": arrival,
+        "extension": arrival | {"ttft": again, "cached": 16432, "reused": reused},
         "throughput": {"value": 100000 / value, "peak_running": 64, "cached": 0},
     }
 
@@ -74,22 +98,40 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     shared_report.main(page, file)
     assert page.read_text() == "before\n", "no results yet"
     run_shared.main(argparse.Namespace(only=None, out=file, commit="c"))
-    assert engines == [None, MEASURED.config]
+    assert engines == [None, MEASURED.config, DEEP.config]
     rows = read(file, Row)
-    assert len(rows) == 2 * len(PLAN.cases) == len({row.key for row in rows})
+    not_deep = [
+        case for case in PLAN.cases if case.benchmark in (ARRIVAL, THROUGHPUT, SHARED_PREFIX)
+    ]
+    assert len(rows) == 3 * len(PLAN.cases) - len(not_deep) == len({row.key for row in rows})
     for _ in range(2):  # the second finds the section there
         shared_report.main(page, file)
         text = page.read_text()
         assert text.startswith("before\n") and text.count("shared: begin") == 1
-    assert "| 32,768 | 100 | 50 | 0.50 | 1,000 | 500 | 0.50 |" in text
-    assert "| 64 requests of 8,192 tokens, 128 out | 1,000 | 2,000 | 2.00x |" in text
-    assert "sharing 6,144" in text
-    turn = next(r for r in rows if r.benchmark == TURN and r.engine == MEASURED.name)
+    line = "| a prompt of 32,768, beside 16 requests | `conservative` | 100 | 50 | 0.50 | 1,000 |"
+    assert f"{line} 500 | 0.50 |" in text
+    line = "| 200 tokens after 16,384 + 64, beside 32 of 8,192 | `conservative, deep` | 100 | 50 |"
+    assert f"{line} 0.50 | 100 | 25 | 0.25 |" in text
+    line = "| 64 requests of 8,192 tokens, 128 out | `conservative` | 1,000 | 2,000 | 2.00x |"
+    assert line in text and "sharing 6,144" in text
     shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
-    bound = 200 * flops(shape, cuts, 16704, 16448) / flops(shape, cuts, 16384)
-    assert turn.details["bound"] == pytest.approx(bound) and 50 < bound < 150
-    line = f"| 200.0 | 100.0 | 200.0 | 50.0 | {bound:,.1f} | {50 / bound:.2f} | 0.50 |"
-    assert f"| second turn, 64 + 256 tokens after 16,384 {line}" in text
+    exact, deep = flops(shape, cuts, 16704, 16448), extension_flops(shape, cuts, 16448, 256)
+    assert deep < exact / 10
+    for engine, operations, took in ((MEASURED, exact, 50.0), (DEEP, deep, 25.0)):
+        turn = next(r for r in rows if r.benchmark == TURN and r.engine == engine.name)
+        bound = 200 * operations / flops(shape, cuts, 16384)
+        assert turn.details["bound"] == pytest.approx(bound)
+        line = f"| 200.0 | 100.0 | 200.0 | {took} | {bound:,.1f} | {took / bound:.2f} "
+        line = f"| `{engine.name}` {line}| {took / 100:.2f} |"
+        assert f"| second turn, 64 + 256 tokens after 16,384 {line}" in text
+    # Where the first question came with the document, the deep engine has the exact one's bound.
+    bounds = {
+        (r.benchmark, r.engine): r.details["bound"]
+        for r in rows
+        if r.benchmark in (QUESTION, ABOUT)
+    }
+    assert bounds[QUESTION, DEEP.name] == bounds[QUESTION, MEASURED.name]
+    assert bounds[ABOUT, DEEP.name] < bounds[ABOUT, MEASURED.name]
     for name in ("again.svg", "arrival.svg"):
         assert "<svg" in (tmp_path / name).read_text()
 
@@ -103,6 +145,12 @@ def test_some_by_name(engines, tmp_path):
     assert {row.benchmark for row in read(file, Row)} == {QUESTION, SHARED_PREFIX}
     shared_report.main(page, file)
     assert "second question, 128 tokens after a document of 32,768" in page.read_text()
+    assert DEEP.name in page.read_text()
+    # As older results are: of one configuration, whatever it was called.
+    older = [row for row in read(file, Row) if row.engine != DEEP.name]
+    write(tmp_path / "older.jsonl", [replace(row, engine=_OLD[row.engine]) for row in older])
+    shared_report.main(page, tmp_path / "older.jsonl")
+    assert "`aggressive`" in page.read_text() and DEEP.name not in page.read_text()
     with pytest.raises(SystemExit, match="no such benchmark: third turn; there are "):
         run_shared.main(argparse.Namespace(only=["third turn"], out=file, commit="c"))
     write(file, [row for row in read(file, Row) if row.benchmark == SHARED_PREFIX])
