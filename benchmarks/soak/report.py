@@ -14,6 +14,7 @@ from benchmarks.soak import plot
 from benchmarks.soak.client import FAILED, FINISHED, LEFT
 from benchmarks.soak.verdict import Finding, is_good
 from benchmarks.soak.watch import Sample, gpu_name
+from lazyllm_vllm.cli.whole_file import write_whole
 
 if TYPE_CHECKING:
     from benchmarks.soak.load import Load
@@ -74,9 +75,10 @@ class Report:
                 "rows": [[getattr(one, name) for name in columns] for one in load.samples],
             },
         }
-        scratch = self.file.with_suffix(".new")
-        scratch.write_text(_dump(told))
-        scratch.replace(self.file)
+        try:
+            write_whole(self.file, _dump(told))
+        except OSError as error:  # the load goes on, and the next minute may have room
+            self.console.print(f"{self.file} is not written: {error.strerror}")
 
     def draw(self) -> None:
         """The plot, from the results file."""

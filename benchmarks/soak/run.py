@@ -19,6 +19,7 @@ from benchmarks.soak.server import Model, Server, ServerError
 from benchmarks.speed.shapes import parked_pages
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.operations import full_layers
+from lazyllm_vllm.plan.request_setting import SettingError
 from lazyllm_vllm.plan.schedule import Schedule
 
 # The server's configuration, what requests set for themselves, and how often.
@@ -68,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, on a CPU")
     parser.add_argument("--minutes", type=float, help="of load; 25")
     parser.add_argument("--model", help="a checkpoint's folder or a shape's name; Llama-3.1-8B")
-    parser.add_argument(
-        "--lazyllm-config", help=f"with a schedule that is called fast; {json.dumps(CONFIG)}"
-    )
+    parser.add_argument("--lazyllm-config", help=f"of the server; {json.dumps(CONFIG)}")
     parser.add_argument("--rate", type=float, help="jobs that arrive a second; 5.5")
     parser.add_argument("--most", type=int, help="jobs at a time; 128")
     parser.add_argument("--aborts", type=float, default=0.05, help="share of clients that leave")
@@ -88,8 +87,8 @@ def main(args: argparse.Namespace) -> None:
         name: getattr(args, name) or getattr(scale, name)
         for name in ("model", "minutes", "rate", "most")
     }
-    config = parse_config(args.lazyllm_config or scale.config)
-    flags = ["--lazyllm-config", config.model_dump_json(exclude_unset=True), *scale.flags]
+    text = args.lazyllm_config or json.dumps(scale.config)
+    flags = ["--lazyllm-config", text, *scale.flags]
     flags += ["--max-model-len", str(scale.sizes.longest), *shlex.split(args.server_flags)]
     args.out.mkdir(parents=True, exist_ok=True)
     arguments = chosen | {"seed": args.seed, "aborts": args.aborts, "flags": shlex.join(flags)}
@@ -100,10 +99,11 @@ def main(args: argparse.Namespace) -> None:
         server = Server(model, flags, args.out / "server.log")
         try:
             server.wait_until_up()
-            vocabulary = model.shape["vocab_size"]
-            jobs = Jobs(args.seed, scale.sizes, SETTINGS, vocabulary, args.aborts)
+            schedule = _schedule(text, model.shape)
+            vocabulary, settings = model.shape["vocab_size"], _allowed(schedule)
+            jobs = Jobs(args.seed, scale.sizes, settings, vocabulary, args.aborts)
             pace = Pace(chosen["minutes"] * 60, chosen["rate"], chosen["most"], scale.giants)
-            load = Load(server, jobs, pace, _schedule(config, model.shape))
+            load = Load(server, jobs, pace, schedule)
             is_good = asyncio.run(load.run(report))
         except ServerError as error:
             raise SystemExit(str(error)) from None
@@ -112,7 +112,21 @@ def main(args: argparse.Namespace) -> None:
     raise SystemExit(0 if is_good else 1)
 
 
-def _schedule(config, shape: dict) -> Schedule:
+def _schedule(config: str, shape: dict) -> Schedule:
     """The server's, of a model with this config.json."""
     layers = shape["num_hidden_layers"]
-    return Schedule.build(config, layers, full_layers(shape), parked_pages(shape))
+    place = layers, full_layers(shape), parked_pages(shape)
+    return Schedule.build(parse_config(config), *place)
+
+
+def _allowed(schedule: Schedule) -> list[tuple[dict, float]]:
+    """Of ``SETTINGS`` those that the server has, as often beside each other as there."""
+    allowed = []
+    for setting, weight in SETTINGS:
+        try:
+            schedule.setting(setting)
+        except SettingError:
+            continue
+        allowed.append((setting, weight))
+    total = sum(weight for _, weight in allowed)
+    return [(setting, weight / total) for setting, weight in allowed]
