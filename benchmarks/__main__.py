@@ -1,5 +1,4 @@
-"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``ranks``,
-``quality`` or ``report``."""
+"""One entry point: ``python -m benchmarks --help`` tells what there is."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +6,8 @@ from pathlib import Path
 from benchmarks import headline
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
+from benchmarks.soak import plot as soak_plot
+from benchmarks.soak import run as soak
 from benchmarks.speed import (
     families,
     families_report,
@@ -30,6 +31,7 @@ def report() -> None:
     ranks_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
+    soak_plot.main(ROOT / "docs/endurance.md")
 
 
 def main() -> None:
@@ -50,6 +52,9 @@ def main() -> None:
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)
+    endured = commands.add_parser("soak", help="mixed load on one server for a long time")
+    soak.add_arguments(endured)
+    endured.set_defaults(run=soak.main)
     drawn = commands.add_parser(
         "report", help="plots and tables of README and docs, from the results files"
     )
