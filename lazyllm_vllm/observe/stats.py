@@ -19,6 +19,7 @@ from lazyllm_vllm.runtime.request_table import RowCopy
 logger = init_logger("vllm.lazyllm")
 
 LOG_INTERVAL = 10.0
+SEND_INTERVAL = 1.0  # seconds between changes that tell of steps alone
 HISTORY = 4096  # requests remembered one by one
 
 
@@ -48,6 +49,7 @@ class RequestStats:
         self.selecting_steps = self.aux_blocks = 0
         self._copies: deque = deque()
         self._sent = self._counts()
+        self._sent_news, self._sent_at = self._news, -SEND_INTERVAL
         self._last_log = -LOG_INTERVAL
         self._logged = 0
 
@@ -98,14 +100,24 @@ class RequestStats:
         keys = [k + r for k, r in zip(total["kept"], total["revived"])]
         total["share_computed"] = self.schedule.share_computed(keys, total["prompt_tokens"])
 
+    @property
+    def _news(self) -> tuple[int, int]:
+        """What changes when requests come and leave, and all else but the count of steps with it."""
+        return self.total["requests"], self.aux_blocks
+
     def changes(self, wait: bool) -> dict[str, list[int]] | None:
         """What each of ``METRICS`` grew by since the last call, by its label's values; of a gauge
-        its value. What did not change is left out; None: nothing did.
+        its value. What did not change is left out; None: nothing did. That steps selected alone is
+        told once a second: each change is a message from here to the front end.
 
         Args:
-            wait: for copies that are on their way from the device.
+            wait: for copies that are on their way from the device. Then all is told.
         """
         self._collect(wait)
+        clock, news = time.monotonic(), self._news
+        if not wait and news == self._sent_news and clock < self._sent_at + SEND_INTERVAL:
+            return None
+        self._sent_news, self._sent_at = news, clock
         counts, sent = self._counts(), self._sent
         self._sent = counts
         return {
