@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from lazyllm_vllm.observe.metrics import METRICS
 from lazyllm_vllm.plan.schedule import Schedule
-from lazyllm_vllm.runtime.request_table import RowCopy
+from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
 
 logger = init_logger("vllm.lazyllm")
 
@@ -53,11 +53,12 @@ class RequestStats:
         self._last_log = -LOG_INTERVAL
         self._logged = 0
 
-    def record(self, req_id: str, row: torch.Tensor, reused: int = 0) -> None:
+    def record(self, req_id: str, row: torch.Tensor | RequestRow, reused: int = 0) -> None:
         """Count a request that leaves the engine, finished, aborted or preempted.
 
         Args:
-            row: ``[1 + 3 * stages]`` int32 on the device: its row of the request table.
+            row: its row of the request table: ``[1 + 3 * stages]`` int32 on the device, or what
+                is known without it.
             reused: tokens that it had from a request from which it went on.
         """
         self._copies.append((req_id, RowCopy(row), reused))
@@ -102,7 +103,7 @@ class RequestStats:
 
     @property
     def _news(self) -> tuple[int, int]:
-        """What changes when requests come and leave, and all else but the count of steps with it."""
+        """What changes when requests come and leave, and with it all but the count of steps."""
         return self.total["requests"], self.aux_blocks
 
     def changes(self, wait: bool) -> dict[str, list[int]] | None:
