@@ -29,6 +29,7 @@ class Boundary:
         parts: the ranks' parts of hidden states, of which each parks its own.
         stage_tables: of each stage, ``(group, block table)`` of its KV cache groups.
         trace: ``observe.trace.Trace``, called at every boundary, in debugging; else None.
+        later_groups: ``[groups]`` int64, of all stages but the first.
         reduction: of the ranks' scores; None: there is one rank, or nothing is pruned.
     """
 
@@ -52,6 +53,8 @@ class Boundary:
         self.trace = trace
         self.reduction: ScoreReduction | None = None
         self.scorer = SCORERS[config.score]()
+        later = [group for tables in stage_tables[1:] for group, _ in tables]
+        self.later_groups = torch.tensor(later, dtype=torch.int64, device=buffers.device)
         self.rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
         self.strict = schedule.is_strict and schedule.prunes
         self._keys: dict[str, StageKeys] = {}
@@ -63,6 +66,8 @@ class Boundary:
 
     def begin(self, step: Step) -> None:
         """Start a step: its rows in stage 0, and what each boundary will do."""
+        if step.is_plain and not step.num_decodes:
+            return
         begin_step(
             self.buffers.selection,
             self.buffers.all_rows,
@@ -200,6 +205,10 @@ class Boundary:
         Returns:
             As ``leave``.
         """
+        if step.is_plain:
+            if stage == 1:
+                self._note_positions(step)
+            return hidden, residual
         self._select(step, stage, main or step)
         self.place(step, stage)
         if step.drops_nothing and not step.is_part:
@@ -245,6 +254,13 @@ class Boundary:
             )
         if self.trace and step.kind.has_requests:
             self.trace.boundary(step, stage, self.buffers)
+
+    def _note_positions(self, step: Step) -> None:
+        """The same where rows have their places, in all later stages at once."""
+        rows, batch = step.num_rows(1), step.batch
+        slots = batch.slot_mappings[self.later_groups, :rows]
+        positions = batch.positions[:rows].to(torch.int32)
+        self.buffers.slot_position[slots] = positions.expand(slots.shape)
 
     def _park(self, step: Step, stage: int, which: range, hidden: torch.Tensor) -> None:
         """Write rows of a stage but the first to the Aux Cache. One that goes on is written again

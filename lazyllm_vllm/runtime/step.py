@@ -53,7 +53,7 @@ class Batch:
     Attributes:
         req_ids: the requests, decodes first.
         num_decodes: requests that decode (padding included).
-        prefills: the others.
+        prefills: the others; None in a ``PlainStep``.
         positions: ``[rows of stage 0]`` int64.
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         slot_mappings: vLLM's, ``[groups, rows]`` int64, which stage 0 uses.
@@ -64,7 +64,7 @@ class Batch:
 
     req_ids: list[str]
     num_decodes: int
-    prefills: Prefills
+    prefills: Prefills | None
     positions: torch.Tensor
     sampled_tokens: torch.Tensor
     slot_mappings: torch.Tensor
@@ -74,6 +74,7 @@ class Batch:
 
 class Step:
     """Attributes:
+    is_plain: whether all stages run the rows that vLLM gives; see ``plain_step``.
     spans: the prefills' rows in each stage.
     rows: what the kernels are told of the rows of each stage.
     is_part: whether this is a part of a step: no decodes, and nothing is sampled.
@@ -85,6 +86,8 @@ class Step:
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
     decode_schedules: how FlashAttention shares decodes among programs, by stage and window.
     """
+
+    is_plain = False
 
     def __init__(
         self, kind: StepKind, batch: Batch, schedule: Schedule, buffers: StepBuffers, selects: bool
@@ -229,6 +232,14 @@ class Step:
 
     def num_rows(self, stage: int) -> int:
         return self.num_decode_rows(stage) + self._num_prefill_rows[stage]
+
+    def positions(self, stage: int) -> torch.Tensor:
+        """Of the stage's rows, ``[rows or more]`` int64."""
+        return self.rows[stage].position if stage else self.batch.positions
+
+    def slot_mappings(self, stage: int) -> torch.Tensor:
+        """``[groups, rows or more]`` int64, of the stage's groups where keys are written."""
+        return self.buffers.slot_mappings if stage else self.batch.slot_mappings
 
     def query_row(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32, each request's current row."""
