@@ -1,5 +1,7 @@
 """A plain step tells attention and boundaries what a planned one does, of the same batch."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable, RowCopy
+from lazyllm_vllm.runtime.state_parts import StateParts
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
 
 BLOCK, NUM_BLOCKS, MOST = 4, 200, 8
@@ -58,7 +61,8 @@ class World:
             table.gpu[index] = torch.tensor([prompt, *plan.kept, *plan.capacity, *plan.kept])
         self.buffers.index[: len(prompts)] = torch.arange(len(prompts))
         tables = [[(group, self.tables[group]) for group in groups] for groups in GROUPS]
-        self.boundary = Boundary(self.schedule, self.buffers, tables, BLOCK, True)
+        parts = StateParts(SimpleNamespace(world_size=1), hidden_size=64)
+        self.boundary = Boundary(self.schedule, self.buffers, tables, BLOCK, True, parts)
 
     def _slots(self, group: int) -> torch.Tensor:
         """Where vLLM has each row's key and value in a group, if a slot is a position."""
