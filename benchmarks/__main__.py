@@ -1,10 +1,12 @@
-"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``quality`` or
-``report``."""
+"""One entry point: ``python -m benchmarks speed``, ``shared``, ``families``, ``loads``, ``quality``
+or ``report``."""
 
 import argparse
 from pathlib import Path
 
 from benchmarks import headline
+from benchmarks.loads import report as loads_report
+from benchmarks.loads import run as loads
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
 from benchmarks.speed import families_report, run_families, run_shared, shared_report
@@ -19,6 +21,7 @@ def report() -> None:
     speed_report.main(ROOT / "docs/benchmarks.md")
     shared_report.main(ROOT / "docs/benchmarks.md")
     families_report.main(ROOT / "docs/benchmarks.md")
+    loads_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
 
@@ -35,6 +38,9 @@ def main() -> None:
     others = commands.add_parser("families", help="the same for other model families, in short")
     run_families.add_arguments(others)
     others.set_defaults(run=run_families.main)
+    served = commands.add_parser("loads", help="servers under Poisson loads, on a GPU")
+    loads.add_arguments(served)
+    served.set_defaults(run=loads.main)
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)
