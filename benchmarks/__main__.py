@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks import headline
+from benchmarks.loads import report as loads_report
+from benchmarks.loads import run as loads
 from benchmarks.quality import report as quality_report
 from benchmarks.quality import run as quality
 from benchmarks.soak import plot as soak_plot
@@ -29,6 +31,7 @@ def report() -> None:
     shared_report.main(ROOT / "docs/benchmarks.md")
     families_report.main(ROOT / "docs/benchmarks.md")
     ranks_report.main(ROOT / "docs/benchmarks.md")
+    loads_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
     soak_plot.main(ROOT / "docs/endurance.md")
@@ -49,6 +52,9 @@ def main() -> None:
     several = commands.add_parser("ranks", help="the same on several GPUs of one host")
     run_families.add_arguments(several, ranks.PLANS, ranks.FILE)
     several.set_defaults(run=run_families.main)
+    served = commands.add_parser("loads", help="servers under Poisson loads, on a GPU")
+    loads.add_arguments(served)
+    served.set_defaults(run=loads.main)
     judged = commands.add_parser("quality", help="answers with LazyLLM beside the full model's")
     quality.add_arguments(judged)
     judged.set_defaults(run=quality.main)

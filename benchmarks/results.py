@@ -57,15 +57,28 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def figure(title: str):
     """A small plot's figure and axes; saved, it is the same file every time."""
+    plot, (axes,) = _plot(title, 1, 6.4)
+    axes.set_title(title, fontsize=10)
+    return plot, axes
+
+
+def panels(title: str, count: int):
+    """The same with several axes side by side."""
+    plot, axes = _plot(title, count, 3.6 * count)
+    plot.suptitle(title, fontsize=10)
+    return plot, axes
+
+
+def _plot(title: str, count: int, width: float):
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = title
     from matplotlib.figure import Figure
 
-    plot = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = plot.subplots()
-    axes.set_title(title, fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plot = Figure(figsize=(width, 3.6), layout="constrained")
+    (axes,) = plot.subplots(1, count, squeeze=False)
+    for each in axes:
+        for side in ("top", "right"):
+            each.spines[side].set_visible(False)
     return plot, axes

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks.loads.results import FILE as LOADS
 from benchmarks.quality.results import FILE as QUALITY
 from benchmarks.speed.results import FILE as SPEED
 from lazyllm_vllm import __version__
@@ -101,7 +102,9 @@ def test_figures_are_those_of_the_results_files(tmp_path, monkeypatch):
     for page in ("README.md", "docs/benchmarks.md", "docs/quality.md"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
-    plots = {p: p.read_bytes() for file in (SPEED, QUALITY) for p in file.parent.glob("*.svg")}
+    plots = {
+        p: p.read_bytes() for file in (SPEED, QUALITY, LOADS) for p in file.parent.glob("*.svg")
+    }
     try:
         monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
         benchmarks.report()

@@ -1,0 +1,1 @@
+"""``vllm serve`` as a process, and a client that takes times."""
