@@ -97,7 +97,7 @@ def nothing_is_left(llm) -> None:
         left |= {"blocks": manager.req_to_blocks, "cached": manager.num_cached_block}
         if isinstance(manager, PlannedManager):
             left |= {"plans": manager.plans, "settings": manager.settings}
-            left |= {"goes on": manager.snapshots.taken}
+            left |= {"goes on": manager.snapshots.taken, "own": manager.snapshots.preempted}
         assert not (there := {what: one for what, one in left.items() if one}), there
     pool = scheduler.kv_cache_manager.block_pool
     held = len(getattr(pool, "held_by_test", ())) + 1
