@@ -160,7 +160,7 @@ class Load:
             verdict.nothing("errors", errors),
             verdict.nothing("complaints in the server's log", complaints),
             *verdict.memory(self.samples),
-            *verdict.latency(self.ledger.latencies.first_and_last()),
+            *verdict.latency(self.ledger.latencies.first_and_last(), self.pace.seconds),
         ]
 
     async def _settle(self, before: watch.Metrics) -> list[Finding]:

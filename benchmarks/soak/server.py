@@ -150,6 +150,6 @@ class Server:
             return None
 
     def complaints(self, begin: int = 0) -> list[str]:
-        """Lines of the log that tell of an error, from a byte on."""
+        """Lines of the log that tell of an error, from a byte on, without stacks."""
         lines = self.log.read_bytes()[begin:].decode(errors="replace").splitlines()
-        return [line[:300] for line in lines if " ERROR " in line or "Traceback (most" in line]
+        return [line[:200] for line in lines if " ERROR " in line and "]   " not in line]

@@ -12,10 +12,9 @@ from benchmarks.soak.watch import Sample
 MOST_HOST, MOST_GPU = 400, 200
 # How much slower the last fifth may be than the first.
 MOST_MEDIAN, MOST_P99 = 1.25, 1.6
-# With fewer values in either fifth nothing is said of latency, or of a 99th percentile.
-_LEAST_VALUES, _LEAST_FOR_P99 = 50, 500
-# With fewer samples, or in a shorter time, nothing is said of slopes.
-_LEAST_SAMPLES, _LEAST_SECONDS = 20, 600
+# In a shorter run nothing is said of either; with fewer values in a fifth of it nothing of latency,
+# or of a 99th percentile; with fewer samples nothing of memory.
+_LEAST_SECONDS, _LEAST_VALUES, _LEAST_FOR_P99, _LEAST_SAMPLES = 600, 50, 500, 20
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,16 @@ def memory(samples: list[Sample]) -> list[Finding]:
     return found
 
 
-def latency(ends: dict[str, list[dict | None]]) -> list[Finding]:
+def latency(ends: dict[str, list[dict | None]], seconds: float) -> list[Finding]:
     """Args:
-    ends: ``Latencies.first_and_last``.
+    ends: ``Latencies.first_and_last``; seconds: of the run.
     """
     found = []
     for what in ("ttft", "itl"):
         first, last = ends[what]
         count = min(one["count"] if one else 0 for one in (first, last))
-        if count < _LEAST_VALUES:
-            found.append(Finding(what, None, f"{count} values in a fifth of the run"))
+        if count < _LEAST_VALUES or seconds < _LEAST_SECONDS:
+            found.append(Finding(what, None, f"{count} values in a fifth of {seconds:.0f} s"))
             continue
         limits = {"median": MOST_MEDIAN} | ({"p99": MOST_P99} if count >= _LEAST_FOR_P99 else {})
         is_good = all(last[of] <= first[of] * most for of, most in limits.items())

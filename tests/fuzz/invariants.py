@@ -99,6 +99,7 @@ def nothing_is_left(llm) -> None:
         if isinstance(manager, PlannedManager):
             left |= {"plans": manager.plans, "settings": manager.settings}
             left |= {"goes on": manager.snapshots.taken, "enough for": manager.enough_for}
+            left |= {"own": manager.snapshots.preempted}
         assert not (there := {what: one for what, one in left.items() if one}), there
     pool = scheduler.kv_cache_manager.block_pool
     held = len(getattr(pool, "held_by_test", ())) + 1

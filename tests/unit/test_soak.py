@@ -200,16 +200,17 @@ def test_memory(minutes, host, gpu, expected):
 
 
 def test_latency():
-    def judge(count: int, median: float, p99: float) -> list[bool | None]:
+    def judge(count: int, median: float, p99: float, minutes: int = 25) -> list[bool | None]:
         first = {"count": count, "median": 100.0, "p99": 300.0}
         last = {"count": count, "median": median, "p99": p99}
-        return [f.is_good for f in verdict.latency({"ttft": [first, last], "itl": [None, last]})]
+        ends = {"ttft": [first, last], "itl": [None, last]}
+        return [one.is_good for one in verdict.latency(ends, minutes * 60)]
 
     assert judge(1000, 110.0, 350.0) == [True, None]
     assert judge(1000, 140.0, 350.0) == [False, None]
     assert judge(1000, 110.0, 900.0) == [False, None]
     assert judge(100, 110.0, 900.0) == [True, None]  # of a hundred, the worst one
-    assert judge(10, 900.0, 900.0) == [None, None]
+    assert judge(10, 900.0, 900.0) == judge(1000, 900.0, 900.0, minutes=2) == [None, None]
 
 
 def test_one_bad_finding_is_enough():

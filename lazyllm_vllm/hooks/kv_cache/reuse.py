@@ -102,6 +102,8 @@ def free(release: Callable[[], None], manager: KVCacheManager, request: Request)
     planned = _planned(manager)
     snapshot = _snapshot_of(planned, request) if planned else None
     release()
+    if planned and request.is_finished():
+        planned[0].snapshots.forget_own(request.request_id)
     if snapshot is not None:
         planned[0].snapshots.keep(snapshot, manager.block_pool)
 
