@@ -248,14 +248,15 @@ class LazyModelState(DefaultModelState):
         """Who is in the batch, and how many tokens each decode may revive at a boundary."""
         self.table.apply_staged_writes()
         num_reqs, padded = input_batch.num_reqs, input_batch.num_reqs_after_padding
-        index = self.buffers.index
-        if padded > num_reqs:
-            index[num_reqs:padded] = -1
-        index[:num_reqs] = input_batch.idx_mapping if kind.has_requests else -1
+        if kind.has_requests:
+            index = input_batch.idx_mapping_np.tolist()
+            self.buffers.set_index(index, input_batch.idx_mapping, padded)
+        else:
+            self.buffers.clear_index(padded)
         if num_decodes:
             quota = self.schedule.revive_quota(num_decodes)
             most = self.schedule.largest_quota(num_decodes + padded - num_reqs)
-            self.buffers.quota.fill_(min(quota, most))
+            self.buffers.set_quota(min(quota, most))
 
     def _forget_full_requests(self) -> None:
         """Requests that can revive nothing more need no selection; but strict decoding does, and a

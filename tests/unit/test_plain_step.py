@@ -143,3 +143,25 @@ def test_a_row_is_written_when_somebody_looks():
         if prompt:
             known = RequestRow.unpruned(schedule.plan(prompt))
             assert RowCopy(known).read() == row and RowCopy(known).is_here
+
+
+def test_the_batch_is_written_when_it_changes():
+    config = LazyLLMConfig(prune=[{"layer": 2, "keep": 0.5}])
+    counts = RequestTable(2, MOST, CPU).counts
+    buffers = StepBuffers(Schedule.build(config, 4), counts, 16, 2, CPU)
+
+    def show(*index: int, padded: int) -> list[int]:
+        buffers.set_index([*index], torch.tensor(index), padded)
+        return buffers.index[:padded].tolist()
+
+    assert show(4, 2, 7, padded=4) == [4, 2, 7, -1]
+    buffers.index[0] = 5
+    assert show(4, 2, 7, padded=4) == [5, 2, 7, -1], "the same again is not written"
+    assert show(4, 2, padded=4) == [4, 2, -1, -1]
+    assert show(4, 2, padded=2) == [4, 2]
+    buffers.clear_index(3)
+    assert buffers.index[:3].tolist() == [-1] * 3
+    assert show(4, 2, padded=2) == [4, 2]
+    for quota in (3, 3, 0, 8):
+        buffers.set_quota(quota)
+        assert int(buffers.quota) == quota
