@@ -8,6 +8,7 @@ from benchmarks import headline
 from benchmarks.loads import report as loads_report
 from benchmarks.loads import run as loads
 from benchmarks.quality import report as quality_report
+from benchmarks.quality import reuse_report
 from benchmarks.quality import run as quality
 from benchmarks.speed import families_report, run_families, run_shared, shared_report
 from benchmarks.speed import report as speed_report
@@ -23,6 +24,7 @@ def report() -> None:
     families_report.main(ROOT / "docs/benchmarks.md")
     loads_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
+    reuse_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
 
 
