@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+from lazyllm_vllm.cli.whole_file import write_whole
+
 
 def environment(versions: dict, commit: str | None) -> dict:
     """Versions, date and commit, for every row of a run."""
@@ -23,9 +25,9 @@ def _commit() -> str:
 
 
 def write(path: Path, rows: list) -> None:
-    """Rows are dataclasses."""
+    """Rows are dataclasses. If it fails the file is as before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
 
 def read(path: Path, kind: type) -> list:
@@ -44,7 +46,7 @@ def replace_section(page: Path, name: str, text: str, heading: str | None = None
         old += f"\n## {heading}\n\n{begin}\n{end}\n"
     before, rest = old.split(begin)
     after = rest.split(end)[1]
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    write_whole(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

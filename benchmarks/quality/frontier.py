@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.quality.methods import FULL, LAZYLLM
-from benchmarks.quality.shares import Full
+from benchmarks.quality.shares import Full, told_half
 from benchmarks.quality.worst import Run, worst
 from benchmarks.results import figure
 
-HALF = "choosing"
 Point = tuple[float, float, float]  # times fewer operations, share, its standard error
 
 
@@ -24,14 +23,16 @@ def draw(
     measured: list[Run], presets: dict[str, Run], full: Full, folder: Path, model: str
 ) -> None:
     """Both plots of a model, from its sweep and its rivals: a dot a schedule, a curve a method
-    through those that none of its own outdoes, a star a preset."""
+    through those that none of its own outdoes, a star a preset. On the half of the samples that
+    is told of."""
+    half = told_half([row for run in measured for row in run.rows])
 
     def of_worst(run: Run) -> tuple[float, float]:
-        found = worst(full, run.rows, HALF)
+        found = worst(full, run.rows, half)
         return (found.share, found.error) if found else (math.nan, math.nan)
 
     def of_mean(run: Run) -> tuple[float, float]:
-        return full.share(run.rows, HALF)
+        return full.share(run.rows, half)
 
     for kind, share, told in (
         ("worst", of_worst, "the worst task"),

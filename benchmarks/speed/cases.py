@@ -80,7 +80,7 @@ _PRUNED = (PRUNED_FROM, 1280, 1536, 2048, 3072, 4096)
 _ALL = (
     Plan(
         "Llama-3.1-8B",
-        (AGGRESSIVE, BALANCED, CONSERVATIVE),
+        (CONSERVATIVE, BALANCED, AGGRESSIVE),
         max_len=131072,
         cases=(
             *(ttft(n, 11) for n in _SHORT + _PRUNED),

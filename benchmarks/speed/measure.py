@@ -116,7 +116,7 @@ def throughput(llm: LLM, requests: int, tokens: int, max_tokens: int, shared: in
     (prefix,) = new_ids(1, shared)
     prompts = [{"prompt_token_ids": prefix + own} for own in new_ids(requests, tokens - shared)]
     if shared:
-        llm.generate({"prompt_token_ids": prefix + [3]}, params(1), use_tqdm=False)
+        llm.generate({"prompt_token_ids": prefix}, params(1), use_tqdm=False)
     peak, last = 0, {}
     start = time.monotonic()
     for i, prompt in enumerate(prompts):

@@ -29,6 +29,17 @@ SHAPES = {
         "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
     },
+    "Llama-3.1-70B": _LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
     "Llama-2-7B": _LLAMA
     | {
         "hidden_size": 4096,

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from lazyllm_vllm.cli.whole_file import write_whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="what LLM() takes; not with --url")
@@ -42,11 +44,16 @@ def main(args: argparse.Namespace) -> int:
         return 1
     from lazyllm_vllm.observe.explain.render import render
 
-    args.out.write_text(render(explanation), encoding="utf-8")
-    print(f"the page: {args.out}")
+    files = [("the page", args.out, render(explanation))]
     if args.json:
-        args.json.write_text(explanation.model_dump_json(), encoding="utf-8")
-        print(f"the same as JSON: {args.json}")
+        files.append(("the same as JSON", args.json, explanation.model_dump_json()))
+    for name, path, text in files:
+        try:
+            write_whole(path, text)
+        except OSError as error:
+            print(f"lazyllm explain: {path} is not written: {error.strerror}", file=sys.stderr)
+            return 1
+        print(f"{name}: {path}")
     return 0
 
 

@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import get_dtype_size
 
 from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
 from lazyllm_vllm.hooks.cuda_graphs import between_graphs
-from lazyllm_vllm.hooks.engine_config import full_layers
+from lazyllm_vllm.hooks.engine_config import full_layers, parked_width
 from lazyllm_vllm.hooks.kv_cache.specs import SharedStageSpec, StageSpec
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.stage_attention import StageAttention
@@ -74,7 +74,6 @@ class StagedAttention(Attention):
         )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StageSpec:
-        model = vllm_config.model_config
         is_shared = self.stage == 0 or not self.schedule.prunes
         spec = (SharedStageSpec if is_shared else StageSpec)(
             # vLLM may change the block size after the model is built.
@@ -86,6 +85,6 @@ class StagedAttention(Attention):
             needs=None,
         )
         # Hidden states are stored like keys: in the model's dtype, or in FP8.
-        vector_size = model.get_hidden_size() * get_dtype_size(spec.dtype)
+        vector_size = parked_width(vllm_config) * get_dtype_size(spec.dtype)
         needs = BlockNeeds(self.schedule, spec.block_size, spec.page_size_bytes, vector_size)
         return replace(spec, needs=needs)

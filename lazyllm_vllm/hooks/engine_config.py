@@ -8,7 +8,7 @@ from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import ConfigError, LazyLLMConfig, parse_config
-from lazyllm_vllm.plan.grouping import parked_pages
+from lazyllm_vllm.plan.grouping import parked_pages, part_width
 from lazyllm_vllm.plan.schedule import Schedule
 
 KEY = "lazyllm"
@@ -47,7 +47,7 @@ def schedule_of(vllm_config: VllmConfig) -> Schedule:
         # Each revived row reads experts of its own, and a step's time is that of reading experts.
         config = config.model_copy(update={"revive_budget": 0})
     num_kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
-    pages = parked_pages(model.get_hidden_size(), num_kv_heads, model.get_head_size())
+    pages = parked_pages(parked_width(vllm_config), num_kv_heads, model.get_head_size())
     return Schedule.build(config, num_layers, full_layers(model), pages)
 
 
@@ -61,8 +61,14 @@ def block_needs(vllm_config: VllmConfig) -> BlockNeeds:
         schedule_of(vllm_config),
         cache.block_size,
         cache.block_size * token,
-        model.get_hidden_size() * size,
+        parked_width(vllm_config) * size,
     )
+
+
+def parked_width(vllm_config: VllmConfig) -> int:
+    """Numbers of a hidden state that each rank of tensor parallelism parks."""
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return part_width(vllm_config.model_config.get_hidden_size(), ranks)
 
 
 def full_layers(model: ModelConfig) -> tuple[int, ...] | None:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from vllm.config import VllmConfig
@@ -15,6 +14,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from lazyllm_vllm.hooks import step_plans
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
@@ -25,12 +25,12 @@ from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
-from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.request_table import RequestTable
+from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable
 from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.state_parts import StateParts
+from lazyllm_vllm.runtime.step import Step, StepKind
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
 VLLM_WARMUP = ("_warmup_", "_v2_mixed_warmup_")
@@ -101,8 +101,9 @@ class LazyModelState(DefaultModelState):
             self.wants_prompt.add(req_id)
         self.table.add(req_index, plan, prompt_keys)
 
-    def apply_staged_writes(self) -> None:
-        super().apply_staged_writes()
+    def postprocess_state(self, *args, **kwargs) -> None:
+        """Called when a step's kernels have been started: while they run there is time."""
+        super().postprocess_state(*args, **kwargs)
         self.table.apply_staged_writes()
 
     def remove_request(self, req_id: str) -> None:
@@ -111,11 +112,13 @@ class LazyModelState(DefaultModelState):
         if index is None:
             return
         counts = self._counts(req_id) and not req_id.startswith(VLLM_WARMUP)
-        self.stats.aux_blocks -= self.needs.prompt_blocks(self.plans.pop(req_id))
+        plan = self.plans.pop(req_id)
+        self.stats.aux_blocks -= self.needs.prompt_blocks(plan)
         self.selecting.pop(req_id, None)
         del self.caught_up[req_id]
         self.wants_prompt.discard(req_id)
-        row, reused = self.table.row(index), self.continuations.reused(req_id)
+        row = self.table.row(index) if plan.is_pruned else RequestRow.unpruned(plan)
+        reused = self.continuations.reused(req_id)
         self.continuations.end(req_id, row)
         if counts:
             self.stats.record(req_id, row, reused)
@@ -163,16 +166,23 @@ class LazyModelState(DefaultModelState):
             kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
         )
         num_slots = kv_cache_config.num_blocks * block_size
-        hidden_size = self.model_config.get_hidden_size()
-        parked = parked_states(kv_cache_config, block_tables, layers, hidden_size)
+        parts = StateParts(self.group, self.model_config.get_hidden_size())
+        parked = parked_states(kv_cache_config, block_tables, layers, parts.width)
         self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
         if blocks is not None:
             self.copier = BlockCopier(blocks, self.buffers.slot_position)
             self.prompt_group = next(g for g, s in enumerate(specs) if isinstance(s, PromptSpec))
         parks_all = self.vllm_config.cache_config.enable_prefix_caching
         self.boundary = Boundary(
-            self.schedule, self.buffers, stage_tables, block_size, parks_all, self.trace
+            self.schedule, self.buffers, stage_tables, block_size, parks_all, parts, self.trace
         )
+        layer_names = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+        self.groups = [
+            (stage, group, self.model.layer_names[layers[-1]], layer_names[group])
+            for stage, tables in enumerate(stage_tables)
+            for layers in [self.schedule.stage_layers(stage)]
+            for group, _ in tables
+        ]
         if self.group.world_size > 1 and self.schedule.prunes:
             self.boundary.reduction = self._reduction(kv_cache_config.num_blocks)
         if self.group.is_first_rank:
@@ -220,26 +230,33 @@ class LazyModelState(DefaultModelState):
             num_decodes = int((~input_batch.is_prefilling_np).sum())
         else:
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
-        self._fill_batch(kind, input_batch, num_decodes)
+        is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
+        if num_decodes or not is_plain:
+            self._fill_batch(kind, input_batch, num_decodes)
         if kind is StepKind.REPLAY:
             self.stats.selecting_steps += bool(self.selecting)  # by which its graph was chosen
         if kind.has_requests:
             self._forget_full_requests()
         if kind is StepKind.REPLAY:
             return {}
-        step = self._plan_step(kind, input_batch, num_decodes, slot_mappings)
-        return self._metadata(step, kv_cache_config)
+        given = input_batch, num_decodes, slot_mappings
+        if is_plain:
+            return self._metadata(step_plans.plain_step(self, *given))
+        return self._metadata(step_plans.planned_step(self, kind, *given))
 
     def _fill_batch(self, kind: StepKind, input_batch: InputBatch, num_decodes: int) -> None:
         """Who is in the batch, and how many tokens each decode may revive at a boundary."""
+        self.table.apply_staged_writes()
         num_reqs, padded = input_batch.num_reqs, input_batch.num_reqs_after_padding
-        index = self.buffers.index
-        index[num_reqs:padded] = -1
-        index[:num_reqs] = input_batch.idx_mapping if kind.has_requests else -1
+        if kind.has_requests:
+            index = input_batch.idx_mapping_np.tolist()
+            self.buffers.set_index(index, input_batch.idx_mapping, padded)
+        else:
+            self.buffers.clear_index(padded)
         if num_decodes:
             quota = self.schedule.revive_quota(num_decodes)
             most = self.schedule.largest_quota(num_decodes + padded - num_reqs)
-            self.buffers.quota.fill_(min(quota, most))
+            self.buffers.set_quota(min(quota, most))
 
     def _forget_full_requests(self) -> None:
         """Requests that can revive nothing more need no selection; but strict decoding does, and a
@@ -249,46 +266,11 @@ class LazyModelState(DefaultModelState):
         for req_id in self.room_watch.step(self.selecting, self.plans):
             del self.selecting[req_id]
 
-    def _plan_step(
-        self, kind: StepKind, input_batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
-    ) -> Step:
-        req_ids = input_batch.req_ids
-        prefilled, pruned_tokens = req_ids[num_decodes:], None
-        if kind is StepKind.RUN:
-            prefills = self._prefills(prefilled, input_batch, num_decodes)
-            selects = not self.selecting.keys().isdisjoint(req_ids[:num_decodes])
-            self.stats.selecting_steps += selects
-            caught_up = np.maximum(prefills.end, prefills.caught_up)
-            self.caught_up.update(zip(prefilled, caught_up.tolist()))
-            if self.boundary.reduction is not None:
-                plans = (self.plans[req_id] for req_id in req_ids)
-                pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
-        else:
-            lengths = input_batch.num_scheduled_tokens[num_decodes:]
-            prefills = Prefills.whole([int(n) for n in lengths], self.schedule.num_stages)
-            selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
-        if kind.is_in_full_graph:
-            num_decodes = input_batch.num_reqs_after_padding
-        batch = Batch(
-            req_ids=req_ids,
-            num_decodes=num_decodes,
-            prefills=prefills,
-            positions=input_batch.positions,
-            sampled_tokens=input_batch.logits_indices,
-            slot_mappings=slot_mappings,
-            wants_all_rows=not self.wants_prompt.isdisjoint(req_ids),
-            pruned_tokens=pruned_tokens,
-        )
-        return Step(kind, batch, self.schedule, self.buffers, selects)
-
-    def _metadata(self, step: Step, kv_cache_config: KVCacheConfig) -> dict[str, StageMetadata]:
+    def _metadata(self, step: Step) -> dict[str, StageMetadata]:
         metadata = {}
-        for stage, tables in enumerate(self.boundary.stage_tables):
-            last_layer = self.model.layer_names[self.schedule.stage_layers(stage)[-1]]
-            for group, _ in tables:
-                names = kv_cache_config.kv_cache_groups[group].layer_names
-                of_group = StageMetadata(step, self.boundary, stage, group, last_layer)
-                metadata |= dict.fromkeys(names, of_group)
+        for stage, group, last_layer, names in self.groups:
+            of_group = StageMetadata(step, self.boundary, stage, group, last_layer)
+            metadata |= dict.fromkeys(names, of_group)
         return metadata
 
     def note_batch(self, batch):
@@ -297,37 +279,17 @@ class LazyModelState(DefaultModelState):
         self.batch_runs_alike = True
         if not batch.has_prefill:
             return batch
-        firsts = batch.num_computed_prefill_tokens_np
-        is_last = (batch.num_scheduled_tokens == 1) & (firsts + 1 == batch.prefill_len_np)
-        caught_up = np.array([self.caught_up[req_id] for req_id in batch.req_ids])
-        goes_on = np.array([req_id in self.continuations for req_id in batch.req_ids])
-        decodes = goes_on & is_last & (caught_up == firsts)
-        batch = batch._replace(is_prefilling_np=batch.is_prefilling_np & ~decodes)
-        self.batch_runs_alike = not any(
-            self.plans[batch.req_ids[i]].is_pruned or caught_up[i] != firsts[i]
-            for i in batch.is_prefilling_np.nonzero()[0]
-        )
+        is_prefilling, runs_alike = batch.is_prefilling_np, True
+        for i in is_prefilling.nonzero()[0].tolist():
+            req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
+            caught_up = self.caught_up[req_id] == first
+            is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
+            if is_last and caught_up and req_id in self.continuations:
+                is_prefilling[i] = False
+            elif not caught_up or self.plans[req_id].is_pruned:
+                runs_alike = False
+        self.batch_runs_alike = runs_alike
         return batch
-
-    def _prefills(self, req_ids: list[str], batch: InputBatch, num_decodes: int) -> Prefills:
-        plans = [self.plans[req_id] for req_id in req_ids]
-
-        def ints(values) -> np.ndarray:
-            return np.array(list(values), np.int32)
-
-        first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
-        stages = self.schedule.num_stages
-        kept = ints(plan.kept for plan in plans).reshape(-1, stages)
-        goes_on = np.array([req_id in self.continuations for req_id in req_ids], bool)
-        return Prefills(
-            num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
-            first=first,
-            end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
-            caught_up=ints(self.caught_up[req_id] for req_id in req_ids),
-            is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
-            kept=kept.T,
-            shift=self.continuations.shift(req_ids),
-        )
 
 
 def _reads_prompt(params) -> bool:

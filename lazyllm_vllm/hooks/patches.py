@@ -288,7 +288,7 @@ def _gather_batch(original, self, scheduler_output, dummy_run):
     if batch is None or not hasattr(self.model_state, "note_batch"):
         return batch, uniform_tokens
     batch = self.model_state.note_batch(batch)
-    if not batch.is_prefilling_np.any():
+    if not (batch.has_prefill and batch.is_prefilling_np.any()):
         return batch, uniform_tokens
     return _decodes_first(batch), None
 
@@ -296,7 +296,10 @@ def _gather_batch(original, self, scheduler_output, dummy_run):
 def _decodes_first(batch):
     import numpy as np
 
-    order = np.argsort(batch.is_prefilling_np, kind="stable")
+    prefills = batch.is_prefilling_np
+    if not batch.prefill_runs_as_decode_np.any() and (prefills[:-1] <= prefills[1:]).all():
+        return batch
+    order = np.argsort(prefills, kind="stable")
     fields = batch._asdict()
     for name, value in fields.items():
         if isinstance(value, np.ndarray):

@@ -66,8 +66,7 @@ class PrefillAttention:
         if step.continues(stage):
             lse = self._run_on(query, output, keys, step, window_rows)
         elif self.form.window is not None and (stage > 0 or not query.is_cuda):
-            positions = step.rows[stage].position if stage else step.batch.positions
-            rows = KeptRows(positions[segments.base :], segments.start, longest)
+            rows = KeptRows(step.positions(stage)[segments.base :], segments.start, longest)
             window_attention(output, query, key, value, rows, self.form)
             return
         else:

@@ -89,12 +89,13 @@ class PromptCache(NamedTuple):
 
 
 def parked_states(
-    kv_cache_config: KVCacheConfig, block_tables: BlockTables, layers: dict, hidden_size: int
+    kv_cache_config: KVCacheConfig, block_tables: BlockTables, layers: dict, width: int
 ) -> ParkedStates | None:
     """Views of the parked pages; None: there are none.
 
     Args:
         layers: vLLM's, by name; those of the pages are bound to their part of the KV cache.
+        width: numbers of a hidden state that this rank parks.
     """
     found = {}
     for group, of_group in enumerate(kv_cache_config.kv_cache_groups):
@@ -105,14 +106,14 @@ def parked_states(
         if kv_cache.dtype == torch.uint8:
             kv_cache = kv_cache.view(FP8)
         blocks, heads, block_size, size = kv_cache.shape
-        width = heads * size
-        strides = kv_cache.stride(0), width, 1
-        cache = kv_cache.as_strided((blocks, block_size, width), strides)
+        page_width = heads * size
+        strides = kv_cache.stride(0), page_width, 1
+        cache = kv_cache.as_strided((blocks, block_size, page_width), strides)
         pages.append(ParkedPage(cache, block_tables.input_block_tables[group], group, first))
-        first += width
+        first += page_width
     if not pages:
         return None
-    assert first >= hidden_size > first - pages[-1].cache.shape[2]
+    assert first >= width > first - pages[-1].cache.shape[2]
     scale = None
     if pages[0].cache.dtype == FP8:
         num_slots = kv_cache_config.num_blocks * pages[0].cache.shape[1]

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 
+from lazyllm_vllm.hooks.engine_config import parked_width
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.request_setting import DEEP
@@ -65,20 +66,6 @@ REFUSALS = (
         ("tensor_parallel_size",),
         "choose another",
         in_config=_kv_heads_do_not_divide,
-    ),
-    Refusal(
-        "tensor parallelism on GPUs, where it has not passed its tests yet,",
-        ("tensor_parallel_size",),
-        "set it to 1",
-        in_config=lambda config: (
-            config.device_config.device_type == "cuda"
-            and config.parallel_config.tensor_parallel_size > 1
-        ),
-    ),
-    Refusal(
-        "sharing a mixture's experts among the ranks of tensor parallelism",
-        ("enable_expert_parallel",),
-        in_args=lambda args: args.enable_expert_parallel and args.tensor_parallel_size > 1,
     ),
     Refusal(
         "context parallelism",
@@ -256,7 +243,7 @@ def _check_page_size(config: VllmConfig) -> None:
     """A hidden state must fit in one layer's part of a block of the KV cache."""
     model = config.model_config
     token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-    block_size, vector = config.cache_config.block_size, model.get_hidden_size()
+    block_size, vector = config.cache_config.block_size, parked_width(config)
     if block_size * token < vector:
         # Both are stored in one dtype.
         size = get_dtype_size(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model))

@@ -138,13 +138,11 @@ class StageAttention(AttentionImpl[StageMetadata]):
 
     def _write(self, layer, query, key, value, keys: StageKeys, metadata: StageMetadata) -> None:
         """Rotate queries and keys, if that is left to us, and write keys and values."""
-        step, buffers, stage = metadata.step, metadata.boundary.buffers, metadata.stage
-        mappings = buffers.slot_mappings if stage else step.batch.slot_mappings
-        slots = mappings[metadata.group][: len(query)]
+        step, stage = metadata.step, metadata.stage
+        slots = step.slot_mappings(stage)[metadata.group][: len(query)]
         if self.rotary is not None:
             cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
-            positions = _positions(metadata)
-            rotate_and_write(query, key, value, cos_sin, positions, slots, keys)
+            rotate_and_write(query, key, value, cos_sin, step.positions(stage), slots, keys)
         elif query.is_cuda:
             stored = keys.kv_cache.view(torch.uint8) if self.is_fp8 else keys.kv_cache
             key_cache, value_cache = stored.transpose(1, 2).chunk(2, dim=-1)
@@ -216,9 +214,3 @@ class StageAttention(AttentionImpl[StageMetadata]):
         paged_attention(
             output[rows], buffers.lse[0], query[rows], keys, decodes, self.form, buffers.selection
         )
-
-
-def _positions(metadata: StageMetadata) -> torch.Tensor:
-    """Of the stage's rows, ``[rows or more]`` int64."""
-    step, stage = metadata.step, metadata.stage
-    return step.rows[stage].position if stage else step.batch.positions

@@ -171,6 +171,8 @@ class StagedDecoder:
         given["hidden_states"] = hidden
         if "residual" in given:
             given["residual"] = residual
+        if step.is_plain:
+            return
         rows = slice(0, step.num_rows(stage))
         self.stage_positions = boundary.buffers.rows[stage].position[rows]
         if self.has_experts:

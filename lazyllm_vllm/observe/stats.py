@@ -14,11 +14,12 @@ from vllm.logger import init_logger
 
 from lazyllm_vllm.observe.metrics import METRICS
 from lazyllm_vllm.plan.schedule import Schedule
-from lazyllm_vllm.runtime.request_table import RowCopy
+from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
 
 logger = init_logger("vllm.lazyllm")
 
 LOG_INTERVAL = 10.0
+SEND_INTERVAL = 1.0  # seconds between changes that tell of steps alone
 HISTORY = 4096  # requests remembered one by one
 
 
@@ -48,14 +49,16 @@ class RequestStats:
         self.selecting_steps = self.aux_blocks = 0
         self._copies: deque = deque()
         self._sent = self._counts()
+        self._sent_news, self._sent_at = self._news, -SEND_INTERVAL
         self._last_log = -LOG_INTERVAL
         self._logged = 0
 
-    def record(self, req_id: str, row: torch.Tensor, reused: int = 0) -> None:
+    def record(self, req_id: str, row: torch.Tensor | RequestRow, reused: int = 0) -> None:
         """Count a request that leaves the engine, finished, aborted or preempted.
 
         Args:
-            row: ``[1 + 3 * stages]`` int32 on the device: its row of the request table.
+            row: its row of the request table: ``[1 + 3 * stages]`` int32 on the device, or what
+                is known without it.
             reused: tokens that it had from a request from which it went on.
         """
         self._copies.append((req_id, RowCopy(row), reused))
@@ -98,14 +101,24 @@ class RequestStats:
         keys = [k + r for k, r in zip(total["kept"], total["revived"])]
         total["share_computed"] = self.schedule.share_computed(keys, total["prompt_tokens"])
 
+    @property
+    def _news(self) -> tuple[int, int]:
+        """What changes when requests come and leave, and with it all but the count of steps."""
+        return self.total["requests"], self.aux_blocks
+
     def changes(self, wait: bool) -> dict[str, list[int]] | None:
         """What each of ``METRICS`` grew by since the last call, by its label's values; of a gauge
-        its value. What did not change is left out; None: nothing did.
+        its value. What did not change is left out; None: nothing did. That steps selected alone is
+        told once a second: each change is a message from here to the front end.
 
         Args:
-            wait: for copies that are on their way from the device.
+            wait: for copies that are on their way from the device. Then all is told.
         """
         self._collect(wait)
+        clock, news = time.monotonic(), self._news
+        if not wait and news == self._sent_news and clock < self._sent_at + SEND_INTERVAL:
+            return None
+        self._sent_news, self._sent_at = news, clock
         counts, sent = self._counts(), self._sent
         self._sent = counts
         return {

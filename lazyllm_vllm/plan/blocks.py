@@ -8,6 +8,7 @@ state, ``STATE_BYTES`` a position, then the Aux Cache, a slot for each token wit
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from lazyllm_vllm.plan.grouping import layers_per_group
 from lazyllm_vllm.plan.request_plan import RequestPlan
@@ -33,7 +34,7 @@ class BlockNeeds:
     page_size: int
     vector_size: int
 
-    @property
+    @cached_property
     def pages(self) -> int:
         """Pages a block: the layers of a group."""
         return layers_per_group(self.stage_pages)

@@ -2,9 +2,18 @@
 
 from collections.abc import Sequence
 
+_ALIGNED = 16  # a part of a hidden state is a multiple of so many numbers
+
+
+def part_width(hidden_size: int, ranks: int) -> int:
+    """Numbers of a hidden state that each rank of tensor parallelism parks: all, where it does not
+    divide well."""
+    return hidden_size if hidden_size % (ranks * _ALIGNED) else hidden_size // ranks
+
 
 def parked_pages(hidden_size: int, num_kv_heads: int, head_size: int) -> int:
-    """Pages of a block that hold the hidden states of its tokens, whatever the block size: hidden
+    """Pages of a block that hold the hidden states of its tokens (``hidden_size``
+    numbers each), whatever the block size: hidden
     states are stored like keys and values, of which a page has one layer's."""
     return -(-hidden_size // (2 * num_kv_heads * head_size))
 

@@ -1,11 +1,10 @@
 """Stages: which layers each has and which share of the prompt it keeps."""
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
 
 from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
@@ -14,13 +13,14 @@ from lazyllm_vllm.plan.request_setting import DEFAULT, OFF, RequestSetting
 
 
 @cache
-def _exact(share: float) -> Fraction:
-    return Fraction(str(share))
+def _ratio(share: float) -> tuple[int, int]:
+    return Fraction(str(share)).as_integer_ratio()
 
 
 def ceil_share(share: float, count: int) -> int:
     """``ceil(share * count)`` in exact decimal arithmetic: 0.3 of 10 is 3, not 4."""
-    return math.ceil(_exact(share) * count)
+    part, whole = _ratio(share)
+    return -(-part * count // whole)
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Schedule:
     def num_layers(self) -> int:
         return self.starts[-1]
 
-    @property
+    @cached_property
     def stage_sizes(self) -> list[int]:
         """Layers in each stage."""
         return [len(self.stage_layers(s)) for s in range(self.num_stages)]
 
-    @property
+    @cached_property
     def prunes(self) -> bool:
         """Whether any stage may drop a token of any prompt."""
         return any(keeps[-1] < 1 for keeps in (self.keeps, *dict(self.others).values()))
@@ -100,6 +100,8 @@ class Schedule:
 
     def may_prune(self, num_prompt: int) -> bool:
         """Whether a request with so long a prompt may choose to have it pruned."""
+        if num_prompt < self.config.min_prompt_tokens:
+            return False
         settings = (RequestSetting(name) for name in (None, *dict(self.others)))
         return any(self.plan(num_prompt, setting).is_pruned for setting in settings)
 

@@ -16,6 +16,7 @@ from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.scorers import SCORERS
+from lazyllm_vllm.runtime.state_parts import StateParts
 from lazyllm_vllm.runtime.step import Step
 
 
@@ -25,8 +26,10 @@ class Boundary:
 
     Attributes:
         parks_all: whether prompts to come may share this one's hidden states at the first boundary.
+        parts: the ranks' parts of hidden states, of which each parks its own.
         stage_tables: of each stage, ``(group, block table)`` of its KV cache groups.
         trace: ``observe.trace.Trace``, called at every boundary, in debugging; else None.
+        later_groups: ``[groups]`` int64, of all stages but the first.
         reduction: of the ranks' scores; None: there is one rank, or nothing is pruned.
     """
 
@@ -37,6 +40,7 @@ class Boundary:
         stage_tables: list[list[tuple[int, torch.Tensor]]],
         block_size: int,
         parks_all: bool,
+        parts: StateParts,
         trace=None,
     ) -> None:
         config = schedule.config
@@ -45,9 +49,12 @@ class Boundary:
         self.stage_tables = stage_tables
         self.block_size = block_size
         self.parks_all = parks_all
+        self.parts = parts
         self.trace = trace
         self.reduction: ScoreReduction | None = None
         self.scorer = SCORERS[config.score]()
+        later = [group for tables in stage_tables[1:] for group, _ in tables]
+        self.later_groups = torch.tensor(later, dtype=torch.int64, device=buffers.device)
         self.rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
         self.strict = schedule.is_strict and schedule.prunes
         self._keys: dict[str, StageKeys] = {}
@@ -59,6 +66,8 @@ class Boundary:
 
     def begin(self, step: Step) -> None:
         """Start a step: its rows in stage 0, and what each boundary will do."""
+        if step.is_plain and not step.num_decodes:
+            return
         begin_step(
             self.buffers.selection,
             self.buffers.all_rows,
@@ -157,7 +166,8 @@ class Boundary:
         if stage > 1:
             self._park(step, stage - 1, range(step.num_decodes, len(hidden)), hidden)
         elif b.parked is not None and (self.parks_all or not step.drops_nothing):
-            park_tokens(hidden, residual, step.batch.slot_mappings, b.parked)
+            mine = self.parts.mine(hidden), self.parts.mine(residual)
+            park_tokens(*mine, step.batch.slot_mappings, b.parked)
         return hidden, residual
 
     def recount(self, step: Step, stage: int) -> None:
@@ -195,17 +205,22 @@ class Boundary:
         Returns:
             As ``leave``.
         """
+        if step.is_plain:
+            if stage == 1:
+                self._note_positions(step)
+            return hidden, residual
         self._select(step, stage, main or step)
         self.place(step, stage)
         if step.drops_nothing and not step.is_part:
             return hidden, residual
         rows, b = step.rows[stage], self.buffers
-        out = hidden.new_empty(step.num_rows(stage), hidden.shape[1])
+        out = hidden.new_empty(step.num_rows(stage), self.parts.width)
+        mine = self.parts.mine(hidden)
         if stage == 1:
-            fetch_tokens(out, hidden, rows, b.parked)
+            fetch_tokens(out, mine, rows, b.parked)
         else:
-            fetch(out, hidden, rows, b.aux)
-        return out, None
+            fetch(out, mine, rows, b.aux)
+        return self.parts.whole(out), None
 
     def leave_part(self, part: Step, stage: int, hidden: torch.Tensor) -> None:
         """Park the rows of a part of a step that has run through ``stage``."""
@@ -240,9 +255,17 @@ class Boundary:
         if self.trace and step.kind.has_requests:
             self.trace.boundary(step, stage, self.buffers)
 
+    def _note_positions(self, step: Step) -> None:
+        """The same where rows have their places, in all later stages at once."""
+        rows, batch = step.num_rows(1), step.batch
+        slots = batch.slot_mappings[self.later_groups, :rows]
+        positions = batch.positions[:rows].to(torch.int32)
+        self.buffers.slot_position[slots] = positions.expand(slots.shape)
+
     def _park(self, step: Step, stage: int, which: range, hidden: torch.Tensor) -> None:
         """Write rows of a stage but the first to the Aux Cache. One that goes on is written again
         at the next boundary; one that does not waits there to be revived."""
         b = self.buffers
         if b.aux is not None and len(which) and not step.drops_nothing:
-            park(hidden, step.rows[stage], which, b.selection.is_pruned, b.aux)
+            mine = self.parts.mine(hidden)
+            park(mine, step.rows[stage], which, b.selection.is_pruned, b.aux)

@@ -18,7 +18,8 @@ class StepBuffers:
     Attributes:
         index: ``[max_num_reqs]`` int32, the batch's rows of the request table, -1: no request.
         all_rows: the rows of every stage; ``rows``, the same by stage.
-        query_rows: ``[stages, max_num_reqs]`` int32, each request's current row.
+        query_rows: ``[stages, max_num_reqs]`` int32, each request's current row; ``query_rows_of``,
+            the same by stage.
         decode_starts: ``[max_num_reqs + 1]`` int32, 0, 1, 2, ...: the current rows of decodes.
         lse: ``[score_window, max_num_reqs, heads]`` fp32, log-denominators of the attention of the
             current row and, in a prefill, of those before it.
@@ -26,7 +27,7 @@ class StepBuffers:
         part_rows: by stage, the rows of a part of a step (``Step.part``).
         budget: most rows that run at once, but for what is revived and scores.
         window: ``[3, stages, max_num_reqs]`` int32, the prefills' ``kernels.score.WindowPart``;
-            decode_window, that of decodes.
+            window_parts, the same by stage; decode_window, that of decodes.
 
     Once vLLM has made the KV cache (``attach_kv_cache``):
         selection: what the selection kernels are given.
@@ -55,7 +56,10 @@ class StepBuffers:
         self.index = torch.full((batch,), -1, **ints)
         self.num_prompt = torch.zeros(batch, **ints)
         self.quota = torch.zeros(1, **ints)
+        self._shown: tuple[list[int], int] | None = None
+        self._quota = 0
         self.query_rows = torch.zeros(stages, batch, **ints)
+        self.query_rows_of = list(self.query_rows)
         self.decode_starts = torch.arange(batch + 1, **ints)
         lse_shape = (schedule.config.score_window, batch, num_heads)
         self.lse = torch.zeros(lse_shape, dtype=torch.float32, device=device)
@@ -68,9 +72,34 @@ class StepBuffers:
             for rows in self.rows
         ]
         self.window = torch.zeros(3, stages, batch, **ints)
+        self.window_parts = [WindowPart(*self.window[:, stage]) for stage in range(stages)]
         none = torch.zeros(batch, **ints)
         self.decode_window = WindowPart(torch.ones(batch, **ints), none, none)
         self.search = make_search(batch, device)
+
+    def set_index(self, numbers: list[int], on_device: torch.Tensor, padded: int) -> None:
+        """Who is in the batch. Most steps have the requests of the step before: nothing is written.
+
+        Args:
+            numbers: rows of the request table; on_device: the same, ``[requests]``.
+            padded: requests with those there are not, which fill up a CUDA graph.
+        """
+        if self._shown == (numbers, padded):
+            return
+        self._shown = numbers, padded
+        if padded > len(numbers):
+            self.index[len(numbers) : padded] = -1
+        self.index[: len(numbers)] = on_device
+
+    def clear_index(self, padded: int) -> None:
+        """Nobody is in a batch of so many."""
+        self._shown = None
+        self.index[:padded] = -1
+
+    def set_quota(self, quota: int) -> None:
+        if quota != self._quota:
+            self._quota = quota
+            self.quota.fill_(quota)
 
     def attach_kv_cache(
         self,

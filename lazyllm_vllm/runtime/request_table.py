@@ -24,6 +24,11 @@ class RequestRow(NamedTuple):
         columns = (numbers[1 + at * stages : 1 + (at + 1) * stages] for at in range(3))
         return cls(numbers[0], *columns)
 
+    @classmethod
+    def unpruned(cls, plan: RequestPlan) -> "RequestRow":
+        """Of a request that is not pruned, which the CPU knows."""
+        return cls(plan.num_prompt, list(plan.kept), list(plan.capacity), list(plan.kept))
+
     @property
     def plan(self) -> RequestPlan:
         return RequestPlan(self.num_prompt, tuple(self.kept), tuple(self.capacity))
@@ -42,10 +47,10 @@ class RequestRow(NamedTuple):
 class RowCopy:
     """A row of the request table on its way to the CPU, which waits only if it must."""
 
-    def __init__(self, row: torch.Tensor) -> None:
-        """``row``: ``[1 + 3 * stages]`` int32 on the device."""
+    def __init__(self, row: torch.Tensor | RequestRow) -> None:
+        """``row``: ``[1 + 3 * stages]`` int32 on the device, or one that has arrived."""
         self._event = None
-        if row.is_cuda:
+        if isinstance(row, torch.Tensor) and row.is_cuda:
             copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
             row = copy.copy_(row, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -59,7 +64,9 @@ class RowCopy:
     def read(self) -> RequestRow:
         if self._event is not None:
             self._event.synchronize()
-        return RequestRow.of(self._row.tolist())
+        if isinstance(self._row, torch.Tensor):
+            self._row = RequestRow.of(self._row.tolist())
+        return self._row
 
 
 class RequestTable:
@@ -67,6 +74,9 @@ class RequestTable:
 
     Keys in stage s are ``prompt_keys[s]`` and one for each token after the prompt, so the slot of
     the token at position p >= num_prompt is ``prompt_keys[s] + p - num_prompt``.
+
+    Writes are staged until ``apply_staged_writes``: a launch that a step needs if it reads the
+    table, and that otherwise can wait until its kernels are started.
     """
 
     def __init__(self, num_stages: int, max_num_reqs: int, device: torch.device) -> None:
@@ -75,6 +85,7 @@ class RequestTable:
         )
         num_prompt, *others = self._rows.gpu.split([1] + 3 * [num_stages], dim=1)
         self.counts = PromptCounts(num_prompt[:, 0], *others)
+        self._staged: dict[int, list[int]] = {}
 
     @property
     def gpu(self) -> torch.Tensor:
@@ -87,12 +98,17 @@ class RequestTable:
         Args:
             prompt_keys: prompt tokens that have keys in each stage once it was.
         """
-        row = (plan.num_prompt, *plan.kept, *plan.capacity, *prompt_keys)
-        self._rows.stage_write(index, 0, list(row))
+        self._staged[index] = [plan.num_prompt, *plan.kept, *plan.capacity, *prompt_keys]
 
     def apply_staged_writes(self) -> None:
+        if not self._staged:
+            return
+        for index, row in self._staged.items():
+            self._rows.stage_write(index, 0, row)
+        self._staged = {}
         self._rows.apply_write()
 
     def row(self, index: int) -> torch.Tensor:
         """``[1 + 3 * stages]``, a copy made on the device's stream, for ``RowCopy``."""
+        self.apply_staged_writes()
         return self._rows.gpu[index].clone()

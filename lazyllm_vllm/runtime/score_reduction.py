@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import GroupCoordinator
 
 from lazyllm_vllm.kernels.dense_scores import gather_scores, scatter_scores
 from lazyllm_vllm.kernels.selection import Selection
+from lazyllm_vllm.runtime.collectives import all_reduce
 
 
 class ScoreReduction:
@@ -52,14 +53,5 @@ class ScoreReduction:
         assert num_tokens <= len(self.dense)
         dense = self.dense[:num_tokens]
         gather_scores(s, stage, batch, dense)
-        self._all_reduce(dense)
+        all_reduce(self.group, dense, self.op)
         scatter_scores(s, stage, batch, dense, self.factor)
-
-    def _all_reduce(self, dense: torch.Tensor) -> None:
-        """In place. Within a CUDA graph by the communicator that vLLM's own layers use there; its
-        other ways to reduce know sums alone."""
-        nccl = getattr(self.group.device_communicator, "pynccl_comm", None)
-        if dense.is_cuda and nccl is not None and not nccl.disabled:
-            nccl.all_reduce(dense, dense, op=self.op)
-        else:
-            dist.all_reduce(dense, self.op, group=self.group.device_group)

@@ -15,7 +15,6 @@ import torch
 
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
@@ -53,7 +52,7 @@ class Batch:
     Attributes:
         req_ids: the requests, decodes first.
         num_decodes: requests that decode (padding included).
-        prefills: the others.
+        prefills: the others; None in a ``PlainStep``.
         positions: ``[rows of stage 0]`` int64.
         sampled_tokens: ``[requests]``, where vLLM looks for the rows that it samples from.
         slot_mappings: vLLM's, ``[groups, rows]`` int64, which stage 0 uses.
@@ -64,7 +63,7 @@ class Batch:
 
     req_ids: list[str]
     num_decodes: int
-    prefills: Prefills
+    prefills: Prefills | None
     positions: torch.Tensor
     sampled_tokens: torch.Tensor
     slot_mappings: torch.Tensor
@@ -74,6 +73,7 @@ class Batch:
 
 class Step:
     """Attributes:
+    is_plain: whether all stages run the rows that vLLM gives; see ``plain_step``.
     spans: the prefills' rows in each stage.
     rows: what the kernels are told of the rows of each stage.
     is_part: whether this is a part of a step: no decodes, and nothing is sampled.
@@ -85,6 +85,8 @@ class Step:
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
     decode_schedules: how FlashAttention shares decodes among programs, by stage and window.
     """
+
+    is_plain = False
 
     def __init__(
         self, kind: StepKind, batch: Batch, schedule: Schedule, buffers: StepBuffers, selects: bool
@@ -106,7 +108,8 @@ class Step:
         self.max_revived = schedule.largest_quota(n) if self.revives else 0
         self.lists = 2 if self.revives else 1
         self._place_prefills(self.plan.spans)
-        self.window_part = self._upload_window()
+        self.window_part = buffers.window_parts
+        self._scores = self._upload_window()
 
     def _make_plan(self) -> None:
         window = self.schedule.config.score_window
@@ -178,26 +181,26 @@ class Step:
         b.query_rows[:, mine] = self._last_rows
         if self.num_decodes:
             b.query_rows[:, :n] = b.decode_starts[:n]
-        self._query_rows = list(b.query_rows)
+        self._query_rows = b.query_rows_of
 
-    def _upload_window(self) -> list[WindowPart]:
-        """By stage, and which prefills the boundaries choose tokens of."""
+    def _upload_window(self) -> list[bool]:
+        """Which of the prefills' tokens score, by stage, and of which prefills boundaries choose
+        tokens. Returns whether any scores, by stage."""
         b, p, stages = self.buffers, self.batch.prefills, self.schedule.num_stages
         window = self.schedule.config.score_window
-        parts = [p.window_part(window)]
-        none = np.zeros_like(p.end)
-        parts += [(np.minimum(p.num_prompt, window) * p.prunes, none, none)] * (stages - 1)
-        self._scores = [bool(count.any()) for count, _, _ in parts]
         mine = slice(self.first_prefill, self.num_requests)
-        if self.num_prefills and not p.is_pruned.any():
-            b.selection.active[1:, mine] = 0
-        elif self.num_prefills:
-            active = np.stack([p.prunes] * stages)
-            packed = np.stack([*np.swapaxes(np.array(parts), 0, 1), active]).astype(np.int32)
-            packed = async_tensor_h2d(packed, device=b.device)
-            b.window[:, :, mine] = packed[:3]
-            b.selection.active[1:, mine] = packed[3, 1:]
-        return [WindowPart(*b.window[:, stage]) for stage in range(stages)]
+        if not (self.num_prefills and p.is_pruned.any()):
+            if self.num_prefills:
+                b.selection.active[1:, mine] = 0
+            return [False] * stages
+        packed = np.zeros((4, stages, self.num_prefills), np.int32)
+        packed[:3, 0] = p.window_part(window)
+        packed[0, 1:] = np.minimum(p.num_prompt, window) * p.prunes
+        packed[3] = p.prunes
+        on_device = async_tensor_h2d(packed, device=b.device)
+        b.window[:, :, mine] = on_device[:3]
+        b.selection.active[1:, mine] = on_device[3, 1:]
+        return packed[0].any(axis=1).tolist()
 
     @property
     def drops_nothing(self) -> bool:
@@ -229,6 +232,14 @@ class Step:
 
     def num_rows(self, stage: int) -> int:
         return self.num_decode_rows(stage) + self._num_prefill_rows[stage]
+
+    def positions(self, stage: int) -> torch.Tensor:
+        """Of the stage's rows, ``[rows or more]`` int64."""
+        return self.rows[stage].position if stage else self.batch.positions
+
+    def slot_mappings(self, stage: int) -> torch.Tensor:
+        """``[groups, rows or more]`` int64, of the stage's groups where keys are written."""
+        return self.buffers.slot_mappings if stage else self.batch.slot_mappings
 
     def query_row(self, stage: int) -> torch.Tensor:
         """``[batch]`` int32, each request's current row."""

@@ -139,6 +139,41 @@ def test_what_a_request_may_take(engine):
     assert engine.run("snapshots") == 1
 
 
+SEEN = ("tokens", "cached", "found", "computed", "finished", "prefills", "decodes", "stats")
+
+
+def seen(engine, prompt: list[int], salt: str, reuse: str) -> dict:
+    """All that a tenant could tell by who was there before: its answer, what it found, its tokens
+    in each step and how many steps it took, what was kept and revived, and its statistics."""
+    params = {"extra_args": {"lazyllm_reuse": reuse}, "max_tokens": 3}
+    result = engine.run("serve", requests=[asked(prompt, params=params) | {"cache_salt": salt}])
+    stats = [{k: v for k, v in one.items() if k != "request_id"} for one in result["stats"]]
+    return {what: result[what] for what in SEEN} | {"stats": stats}
+
+
+@pytest.mark.parametrize("reuse, room", (("deep", None), ("deep", 64), ("exact", None)))
+def test_a_tenant_learns_nothing_of_another(engine, reuse, room):
+    """Who asks what another asked, or goes on from it, is served as if nobody had been there, also
+    where the other's leavings fill the cache. Who has been there itself is not: this would see
+    it."""
+    first = DOCUMENTS[0]
+    engine.fresh(room)
+    alone = [seen(engine, first, "b", reuse)]
+    second = first + alone[0]["tokens"][0][0] + QUESTIONS[0]
+    alone.append(seen(engine, second, "b", reuse))
+    engine.fresh(room)
+    cold = seen(engine, second, "c", reuse)
+    for what in ("cached", "found", "computed", "finished", "prefills"):
+        assert cold[what] != alone[1][what], what
+    assert cold["cached"] == [0]
+
+    engine.fresh(room)
+    assert [seen(engine, prompt, "a", reuse) for prompt in (first, second)] == alone
+    assert (engine.run("snapshots") > 0) == (reuse == "deep")
+    assert seen(engine, second, "c", reuse) == cold
+    assert [seen(engine, prompt, "b", reuse) for prompt in (first, second)] == alone
+
+
 @pytest.mark.parametrize("room", (64, 100))
 def test_snapshots_give_way(engine, room):
     """Where prompts push each other's snapshots out, nobody waits for blocks and none is lost."""

@@ -3,6 +3,8 @@
 Who was preempted, or reset while it ran, goes on from what it had. If others took that, it is
 prefilled anew with what it had said. So its answer may be in parts, and each is what a request says
 alone whose prompt is all that was prefilled.
+
+In bf16 a token depends on who else is in the batch: on a GPU only how answers end is looked at.
 """
 
 from collections.abc import Callable
@@ -10,13 +12,13 @@ from collections.abc import Callable
 from fuzz.model import CHOICES, MOST_TOKENS
 
 
-def check_answers(asked: dict[str, dict], said: dict[str, list[dict]], do: Callable) -> int:
+def check_answers(asked: dict[str, dict], said: dict[str, list[dict]], do: Callable | None) -> int:
     """Returns how many were compared.
 
     Args:
         asked: of the requests that were not aborted, ``prompt`` and ``params``, by name.
         said: what ``Driver.finish`` returns.
-        do: calls the driver.
+        do: calls the driver; None: tokens are not compared.
 
     Raises:
         AssertionError: an answer is missing, or another one than it must be.
@@ -36,9 +38,9 @@ def _check_choice(name: str, answer: dict) -> None:
     assert answer["reason"] == "stop" and tuple(answer["tokens"]) in CHOICES, (name, answer)
 
 
-def _check(name: str, request: dict, answer: dict, do: Callable) -> None:
+def _check(name: str, request: dict, answer: dict, do: Callable | None) -> None:
     prompt, params, tokens = request["prompt"], request["params"], answer["tokens"]
-    if answer["went_on"]:  # which may answer otherwise
+    if answer["went_on"] or do is None:  # which may answer otherwise
         return _check_end(name, params, answer)
     starts = [length - len(prompt) for length in answer["prefills"]]
     assert starts[0] == 0 and starts == sorted(starts), (name, starts)

@@ -53,6 +53,7 @@ def scheduler_forgets(llm) -> None:
         if isinstance(manager, PlannedManager):
             assert manager.plans.keys() <= there, "the plan of a request that left"
             assert manager.settings.keys() <= there, "the setting of a request that left"
+            assert manager.enough_for.keys() <= running, "room of a request that left"
             assert running <= manager.plans.keys(), "a request runs without a plan"
 
 
@@ -97,7 +98,8 @@ def nothing_is_left(llm) -> None:
         left |= {"blocks": manager.req_to_blocks, "cached": manager.num_cached_block}
         if isinstance(manager, PlannedManager):
             left |= {"plans": manager.plans, "settings": manager.settings}
-            left |= {"goes on": manager.snapshots.taken}
+            left |= {"goes on": manager.snapshots.taken, "enough for": manager.enough_for}
+            left |= {"own": manager.snapshots.preempted}
         assert not (there := {what: one for what, one in left.items() if one}), there
     pool = scheduler.kv_cache_manager.block_pool
     held = len(getattr(pool, "held_by_test", ())) + 1

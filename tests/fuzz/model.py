@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from harness import families
 from harness.tiny import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -15,6 +16,7 @@ ROOMS = (1, 1.25, 1.75, 4)
 # Answers that a grammar allows, of tokens that begin no other way.
 CHOICES = ((5, 7, 9, END), (6, 8, END))
 GRAMMAR = {"choice": ["".join(f"w{token}" for token in one[:-1]) for one in CHOICES]}
+ON_GPU = torch.version.cuda is not None
 OPTIONS = {
     "block_size": BLOCK,
     "max_model_len": LONGEST,
@@ -23,6 +25,9 @@ OPTIONS = {
     "scheduling_policy": "priority",
     "num_gpu_blocks_override": 640,
 }
+if ON_GPU:
+    OPTIONS |= {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.1}
+    OPTIONS |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
 CONFIG = {
     "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
     "schedules": {"mild": [{"layer": 2, "keep": 0.7}]},

@@ -1,11 +1,12 @@
 """Families of models beside Llama, at true widths with few layers and experts, and random weights:
 keeping every token against stock vLLM, and pruned, with and without CUDA graphs. For times, see
-``python -m benchmarks families``. One family alone: ``-m gpu -k gemma3``.
+``python -m benchmarks families``. Two run on two GPUs. One family alone: ``-m gpu -k gemma3``.
 """
 
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -79,10 +80,23 @@ FAMILIES = {
     "llama_fp8_kv": Family(
         _small("Llama-3.1-8B", 8), options={"kv_cache_dtype": "fp8"}, most_drift=0.15
     ),
+    "llama_2_ranks": Family(_small("Llama-3.1-8B", 8), options={"tensor_parallel_size": 2}),
+    "qwen3_moe_2_ranks": Family(
+        _small("Qwen3-30B-A3B", 8, num_experts=16),
+        options={"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ),
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+def _params() -> Iterator:
+    has_two = torch.cuda.device_count() >= 2
+    for name, family in FAMILIES.items():
+        needs_two = family.options.get("tensor_parallel_size") == 2
+        skip = pytest.mark.skipif(needs_two and not has_two, reason="needs two GPUs")
+        yield pytest.param(name, marks=skip)
+
+
+@pytest.fixture(scope="module", params=_params())
 def family(request):
     return FAMILIES[request.param]
 

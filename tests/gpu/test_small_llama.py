@@ -49,11 +49,7 @@ def folder(tmp_path_factory):
 RANKS = [
     1,
     pytest.param(
-        2,
-        marks=[
-            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-            pytest.mark.xfail(reason="refused until this passes: see hooks.refusals", strict=True),
-        ],
+        2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     ),
 ]
 

@@ -308,7 +308,8 @@ def serve(llm, requests: list[dict]) -> dict:
 
     Returns:
         By request: ``tokens`` and ``text``, of each of its answers; ``found``, how many tokens
-        each admission found in the prefix cache; ``finished``, after how many steps.
+        each admission found in the prefix cache, and ``cached``, as it is told; ``computed``, its
+        tokens in each step that had any; ``finished``, after how many steps.
         ``preemptions``: the ``request``, tokens ``computed`` and tokens ``said`` of each, and how
         many were ``promised`` to the prefix cache beyond what was computed;
         ``free_blocks`` before and after; ``prefills``, if traced.
@@ -319,7 +320,7 @@ def serve(llm, requests: list[dict]) -> dict:
     engine, before, steps = llm.llm_engine, _free_blocks(llm), 0
     names = [f"s{next(_SERVED)}" for _ in requests]
     waiting, outputs, finished = dict(zip(names, requests)), {}, {}
-    with _watch_scheduler(llm) as (found, preemptions):
+    with _watch_scheduler(llm) as (found, preemptions, computed):
         while waiting or engine.has_unfinished_requests():
             for name, request in list(waiting.items()):
                 if request.get("at", 0) > steps:
@@ -347,6 +348,8 @@ def serve(llm, requests: list[dict]) -> dict:
         "tokens": [[list(one.token_ids) for one in of_request] for of_request in answers],
         "text": [[one.text for one in of_request] for of_request in answers],
         "found": [[n for req_id, n in found if name_of(req_id) == i] for i in range(len(names))],
+        "cached": [outputs[name].num_cached_tokens for name in names],
+        "computed": [[n for r, n in computed if name_of(r) == i] for i in range(len(names))],
         "finished": [finished[name] for name in names],
         "preemptions": [one | {"request": name_of(one["request"])} for one in preemptions],
         "free_blocks": [before, _free_blocks(llm)],
@@ -355,10 +358,11 @@ def serve(llm, requests: list[dict]) -> dict:
 
 @contextmanager
 def _watch_scheduler(llm):
-    """What admissions find in the prefix cache, and preemptions; see ``serve``."""
+    """What admissions find in the prefix cache, preemptions, and what steps run; see ``serve``."""
     scheduler = _core(llm).scheduler
-    manager, found, preemptions = scheduler.kv_cache_manager, [], []
+    manager, found, preemptions, computed = scheduler.kv_cache_manager, [], [], []
     record, preempt = manager.record_prefix_cache_stats, scheduler._preempt_request
+    schedule = scheduler.schedule
 
     def note(request, num_hits):
         found.append((request.request_id, num_hits))
@@ -372,11 +376,17 @@ def _watch_scheduler(llm):
         preemptions.append({"request": request.request_id} | one)
         return preempt(request, *args, **kwargs)
 
+    def step(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        computed.extend(output.num_scheduled_tokens.items())
+        return output
+
     manager.record_prefix_cache_stats, scheduler._preempt_request = note, count
+    scheduler.schedule = step
     try:
-        yield found, preemptions
+        yield found, preemptions, computed
     finally:
-        del manager.record_prefix_cache_stats, scheduler._preempt_request
+        del manager.record_prefix_cache_stats, scheduler._preempt_request, scheduler.schedule
 
 
 def blocks_needed(llm, num_tokens: int) -> int:

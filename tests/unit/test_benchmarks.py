@@ -236,7 +236,9 @@ def test_families_by_name(tmp_path, monkeypatch):
             report(row)
 
     monkeypatch.setattr(cases, "run", run)
-    args = argparse.Namespace(only=["Qwen3-8B", "Gemma-3-4B"], out=file, commit="c")
+    args = argparse.Namespace(
+        only=["Qwen3-8B", "Gemma-3-4B"], out=file, commit="c", plans=families.PLANS
+    )
     with pytest.raises(SystemExit, match="failed: Qwen3-8B$"):
         run_families.main(args)
     assert {row.shape for row in read(file, Row)} == {"Mistral-7B", "Gemma-3-4B"}

@@ -85,6 +85,29 @@ def test_what_grew_is_sent_once(config):
     assert stats.changes(wait=False) == {"selecting_steps": [2], "aux_cache_blocks": [2]}
 
 
+def test_steps_alone_are_told_once_a_second(config, monkeypatch):
+    """Every message costs; but none is lost once requests leave."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stats = RequestStats(schedule_of(config))
+
+    def decode(steps: int) -> list:
+        told = []
+        for _ in range(steps):
+            stats.selecting_steps += 1
+            now[0] += 0.01
+            told.append(stats.changes(wait=False))
+        return [each for each in told if each is not None]
+
+    assert sum(each["selecting_steps"][0] for each in decode(250)) >= 150
+    assert len(decode(250)) in (2, 3), "2.5 seconds"
+    stats.record("a", _row(100, [100, 50, 20], [0, 3, 4]))
+    stats.changes(wait=False)
+    assert decode(5) == []
+    assert stats.changes(wait=True) == {"selecting_steps": [5]}, "the engine falls idle"
+    assert stats.changes(wait=True) is None
+
+
 def test_counts_reach_their_engine(config, clean):
     stats = RequestStats(schedule_of(config))
     connector = StatsConnector(stats)

@@ -100,9 +100,7 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     run_shared.main(argparse.Namespace(only=None, out=file, commit="c"))
     assert engines == [None, MEASURED.config, DEEP.config]
     rows = read(file, Row)
-    not_deep = [
-        case for case in PLAN.cases if case.benchmark in (ARRIVAL, THROUGHPUT, SHARED_PREFIX)
-    ]
+    not_deep = [case for case in PLAN.cases if case.benchmark in (ARRIVAL, THROUGHPUT)]
     assert len(rows) == 3 * len(PLAN.cases) - len(not_deep) == len({row.key for row in rows})
     for _ in range(2):  # the second finds the section there
         shared_report.main(page, file)

@@ -230,3 +230,25 @@ def test_who_goes_on():
         assert world.admit(request, 300)
         assert world.went_on.pop() == (name in ("same", "longest")), name
         world.manager.free(request)
+
+
+@pytest.mark.parametrize("is_admitted", (False, True))
+def test_who_comes_by_the_id_of_one_that_left_does_not_go_on_from_it(is_admitted):
+    """It was preempted, and aborted while it waited or after it went on or was pruned anew. vLLM
+    may be told to take ids as clients give them, so the next may be anybody's."""
+    for spare in (None, NEEDS.total(101, 101)):
+        world = World(manager_of(NEEDS, LONGEST, 200, caches=True))
+        pool, first = world.manager.block_pool, request_of("theirs", DOCUMENTS[0][:100])
+        assert world.admit(first, 300) and grow(world.manager, first, 7)
+        first.append_output_token_ids(8)
+        world.manager.free(first)
+        assert world.snapshots.preempted == {"theirs"}
+        others = pool.get_new_blocks(pool.get_num_free_blocks() - spare) if spare else []
+        if is_admitted:
+            assert world.admit(first, 300)
+        first.status = RequestStatus.FINISHED_ABORTED
+        world.manager.free(first)
+        assert world.snapshots.preempted == set()
+        pool.free_blocks(others)
+        assert world.admit(request_of("theirs", DOCUMENTS[1][:150]), 300)
+        assert world.went_on.pop() is False

@@ -34,6 +34,10 @@ class PlannedManager(FullAttentionManager):
     the tokens to be prefilled, the prompt and, after a preemption, what had been generated. A
     request that goes on from a snapshot has the plan of the prompt that was pruned, and either the
     snapshot's blocks or others, into which they are copied.
+
+    Attributes:
+        enough_for: tokens for which the blocks that a request holds suffice. Most steps ask for no
+            more, and every request is asked about twice a step.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -42,9 +46,14 @@ class PlannedManager(FullAttentionManager):
         self.settings = _SETTINGS.setdefault(self.block_pool, {})
         self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
         self.watchdog = _WATCHDOGS.setdefault(self.block_pool, Watchdog())
+        self.enough_for: dict[str, float] = {}
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         """Blocks for a request of ``num_tokens`` tokens so far."""
+        raise NotImplementedError
+
+    def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
+        """For which so many blocks suffice, once a request has its first ones."""
         raise NotImplementedError
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
@@ -65,6 +74,8 @@ class PlannedManager(FullAttentionManager):
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
     ) -> int:
+        if num_tokens <= self.enough_for.get(request_id, -1):
+            return 0
         if apply_admission_cap and not self.req_to_blocks.get(request_id):
             plan, taken = self.plans.get(request_id), self.snapshots.taken.get(request_id)
             if taken is not None:
@@ -89,26 +100,31 @@ class PlannedManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        missing = self._missing_blocks(request_id, num_tokens)
-        if missing == 0:  # most steps
+        if num_tokens <= self.enough_for.get(request_id, -1):
             return []
-        blocks, sources = self.block_pool.get_new_blocks(missing), self._sources(request_id)
-        if sources:
-            pairs = zip(sources, blocks)
-            copies = self.snapshots.taken[request_id].copies
-            copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
-        self.req_to_blocks[request_id].extend(blocks)
+        missing, blocks = self._missing_blocks(request_id, num_tokens), []
+        if missing:
+            blocks, sources = self.block_pool.get_new_blocks(missing), self._sources(request_id)
+            if sources:
+                pairs = zip(sources, blocks)
+                copies = self.snapshots.taken[request_id].copies
+                copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
+            self.req_to_blocks[request_id].extend(blocks)
+        held = len(self.req_to_blocks.get(request_id, ()))
+        self.enough_for[request_id] = self.most_tokens(self.plans[request_id], held)
         return blocks
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.plans.pop(request_id, None)
         self.settings.pop(request_id, None)
         self.snapshots.taken.pop(request_id, None)
+        self.enough_for.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def give_up(self, request_id: str, num_tokens: int) -> list[int]:
         """The blocks that hold what a request has of so many tokens, which are its own no more."""
         blocks = self.req_to_blocks[request_id]
+        self.enough_for.pop(request_id, None)
         count = self.required_blocks(self.plans[request_id], num_tokens)
         self.req_to_blocks[request_id] = blocks[count:]
         return [block.block_id for block in blocks[:count]]
@@ -121,6 +137,9 @@ class StageManager(PlannedManager):
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         num_tokens = max(num_tokens, plan.num_prompt)  # from the first chunk on
         return cdiv(num_tokens - plan.slots_saved[self.kv_cache_spec.stage], self.block_size)
+
+    def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
+        return num_blocks * self.block_size + plan.slots_saved[self.kv_cache_spec.stage]
 
 
 class SharedStageManager(FullAttentionManager):
@@ -137,6 +156,9 @@ class SharedStageManager(FullAttentionManager):
 class PromptManager(PlannedManager):
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         return self.kv_cache_spec.needs.prompt_blocks(plan)
+
+    def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
+        return float("inf")
 
 
 def register_managers() -> None:

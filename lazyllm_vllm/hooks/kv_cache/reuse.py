@@ -3,6 +3,7 @@ blocks, and with every one that gives its blocks back."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import NewRequestData
@@ -80,9 +81,11 @@ def _go_on(
 def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int) -> int:
     """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``: the
     last token of a request that goes on, if it is to select, is left to a step of its own."""
+    if size == 1 or first + size < request.num_tokens:  # as in every decode step
+        return size
     planned = _planned(manager)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
-    if taken is None or size == 1 or first + size < request.num_tokens:
+    if taken is None:
         return size
     schedule = planned[0].kv_cache_spec.needs.schedule
     return size - 1 if schedule.selects(taken.snapshot.plan) else size
@@ -99,6 +102,8 @@ def free(release: Callable[[], None], manager: KVCacheManager, request: Request)
     planned = _planned(manager)
     snapshot = _snapshot_of(planned, request) if planned else None
     release()
+    if planned and request.is_finished():
+        planned[0].snapshots.forget_own(request.request_id)
     if snapshot is not None:
         planned[0].snapshots.keep(snapshot, manager.block_pool)
 
@@ -138,7 +143,7 @@ def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | 
 def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> None:
     """Tell workers, in the data of requests that were just scheduled for the first time, where
     those that go on do so."""
-    planned = _planned(manager)
+    planned = _planned(manager) if new_requests else ()
     if not planned or not planned[0].snapshots.taken:
         return
     for data in new_requests:
@@ -147,12 +152,21 @@ def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> No
             setattr(data, CONTINUATION, continuation)
 
 
+_PLANNED: WeakKeyDictionary[KVCacheManager, list[PlannedManager]] = WeakKeyDictionary()
+
+
 def _planned(manager: KVCacheManager) -> list[PlannedManager]:
     """Those of the groups that are private to a request; none: nothing is pruned."""
-    return [m for m in manager.coordinator.single_type_managers if isinstance(m, PlannedManager)]
+    if (found := _PLANNED.get(manager)) is None:
+        of_groups = manager.coordinator.single_type_managers
+        found = [each for each in of_groups if isinstance(each, PlannedManager)]
+        _PLANNED[manager] = found
+    return found
 
 
 def _note_setting(planned: PlannedManager, request: Request) -> RequestSetting:
+    if (setting := planned.settings.get(request.request_id)) is not None:
+        return setting  # of one that waits, and was asked about before
     params = request.sampling_params
     setting = planned.kv_cache_spec.needs.schedule.setting(params and params.extra_args)
     planned.settings[request.request_id] = setting

@@ -89,6 +89,17 @@ class Snapshots:
         if not alike:
             self._by_name.pop(snapshot.name, None)
 
+    def forget_own(self, request_id: str) -> None:
+        """A request has left. Another one may come by its id, and must not go on from what it left
+        when it was preempted."""
+        for snapshot in list(self._by_name.get(request_id, ())):
+            self.forget(snapshot)
+
+    @property
+    def preempted(self) -> set[str]:
+        """Ids of the requests that left one for themselves."""
+        return {name for name in self._by_name if isinstance(name, str)}
+
     def own(self, request: Request) -> Snapshot | None:
         """What a request left when it was last preempted, if it has all of those tokens and more:
         vLLM may drop what a preempted request was about to say."""

@@ -1,0 +1,1 @@
+"""Mixed load on one ``vllm serve`` for a long time: nothing may be lost, leak or become slower."""

@@ -1,0 +1,105 @@
+"""From vLLM's batch to the plan of a step: which kind of ``Step`` it is, and what that is told."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from lazyllm_vllm.runtime.plain_step import PlainStep
+from lazyllm_vllm.runtime.prefill_rows import Prefills
+from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+
+if TYPE_CHECKING:
+    from lazyllm_vllm.hooks.model_state import LazyModelState
+
+
+def is_plain(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> bool:
+    """Whether a batch can run as a ``PlainStep``."""
+    req_ids = batch.req_ids
+    return (
+        state.batch_runs_alike
+        and num_decodes < len(req_ids)
+        and state.trace is None  # which looks at every boundary's rows
+        and not batch.num_computed_prefill_tokens_np[num_decodes:].any()
+        and state.wants_prompt.isdisjoint(req_ids)
+        and not any(state.plans[req_id].is_pruned for req_id in req_ids[:num_decodes])
+    )
+
+
+def plain_step(
+    state: "LazyModelState", batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
+) -> PlainStep:
+    """The plan of a batch that ``is_plain``; its decodes come first."""
+    lengths = batch.num_scheduled_tokens[num_decodes:].tolist()
+    state.caught_up.update(zip(batch.req_ids[num_decodes:], lengths))
+    of_step = Batch(
+        req_ids=batch.req_ids,
+        num_decodes=num_decodes,
+        prefills=None,
+        positions=batch.positions,
+        sampled_tokens=batch.logits_indices,
+        slot_mappings=slot_mappings,
+    )
+    starts = batch.query_start_loc[: batch.num_reqs + 1]
+    return PlainStep(of_step, lengths, starts, state.schedule, state.buffers)
+
+
+def planned_step(
+    state: "LazyModelState",
+    kind: StepKind,
+    batch: InputBatch,
+    num_decodes: int,
+    slot_mappings: torch.Tensor,
+) -> Step:
+    """The plan of any other step that does not only replay a graph."""
+    req_ids = batch.req_ids
+    prefilled, pruned_tokens = req_ids[num_decodes:], None
+    if kind is StepKind.RUN:
+        prefills = _prefills(state, batch, num_decodes)
+        selects = not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
+        state.stats.selecting_steps += selects
+        caught_up = np.maximum(prefills.end, prefills.caught_up)
+        state.caught_up.update(zip(prefilled, caught_up.tolist()))
+        if state.boundary.reduction is not None:
+            plans = (state.plans[req_id] for req_id in req_ids)
+            pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
+    else:
+        lengths = batch.num_scheduled_tokens[num_decodes:]
+        prefills = Prefills.whole([int(n) for n in lengths], state.schedule.num_stages)
+        selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
+    if kind.is_in_full_graph:
+        num_decodes = batch.num_reqs_after_padding
+    of_step = Batch(
+        req_ids=req_ids,
+        num_decodes=num_decodes,
+        prefills=prefills,
+        positions=batch.positions,
+        sampled_tokens=batch.logits_indices,
+        slot_mappings=slot_mappings,
+        wants_all_rows=not state.wants_prompt.isdisjoint(req_ids),
+        pruned_tokens=pruned_tokens,
+    )
+    return Step(kind, of_step, state.schedule, state.buffers, selects)
+
+
+def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> Prefills:
+    req_ids = batch.req_ids[num_decodes:]
+    plans = [state.plans[req_id] for req_id in req_ids]
+
+    def ints(values) -> np.ndarray:
+        return np.array(list(values), np.int32)
+
+    first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
+    kept = ints(plan.kept for plan in plans).reshape(-1, state.schedule.num_stages)
+    goes_on = np.array([req_id in state.continuations for req_id in req_ids], bool)
+    return Prefills(
+        num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
+        first=first,
+        end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
+        caught_up=ints(state.caught_up[req_id] for req_id in req_ids),
+        is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
+        kept=kept.T,
+        shift=state.continuations.shift(req_ids),
+    )
