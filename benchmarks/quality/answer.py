@@ -4,7 +4,7 @@ from itertools import zip_longest
 
 from vllm import LLM, SamplingParams
 
-_AT_ONCE = 2  # prompts that come after others: what these left must be there still
+_ROOM = 8  # prompts' worth of KV cache for each that comes after others, which must last till then
 
 
 def answers(
@@ -19,7 +19,8 @@ def answers(
     Args:
         before: of each prompt those that are asked before it, one after the other.
     """
-    at_once, answers = _AT_ONCE if before else max(len(prompts), 1), []
+    answers: list[list[int]] = []
+    at_once = _at_once(llm, prompts) if before else max(len(prompts), 1)
     for first in range(0, len(prompts), at_once):
         some = range(first, min(first + at_once, len(prompts)))
         for earlier in zip_longest(*(before[i] for i in some)) if before else ():
@@ -30,6 +31,12 @@ def answers(
     return [
         tokens[: next((i for i, t in enumerate(tokens) if t in stop), None)] for tokens in answers
     ]
+
+
+def _at_once(llm: LLM, prompts: list[list[int]]) -> int:
+    """How many prompts that come after others are asked together."""
+    cache = llm.llm_engine.engine_core.engine_core.vllm_config.cache_config
+    return max(cache.kv_cache_size_tokens // (_ROOM * max(map(len, prompts))), 1)
 
 
 def _greedy(max_tokens: int) -> SamplingParams:

@@ -70,7 +70,8 @@ class FakeLLM:
         return [SimpleNamespace(outputs=[one]) for one in said]
 
 
-def test_what_comes_before_is_asked_before():
+def test_what_comes_before_is_asked_before(monkeypatch):
+    monkeypatch.setattr(answer, "_at_once", lambda llm, prompts: 2)
     llm, prompts = FakeLLM(), [[1], [2], [3]]
     before = [[[10], [11]], [[20]], [[30]]]
     said = answer.answers(llm, prompts, [3, 2, 3], [9], before)
