@@ -7,6 +7,7 @@ from benchmarks import headline
 from benchmarks.loads import report as loads_report
 from benchmarks.loads import run as loads
 from benchmarks.quality import report as quality_report
+from benchmarks.quality import reuse_report
 from benchmarks.quality import run as quality
 from benchmarks.soak import plot as soak_plot
 from benchmarks.soak import run as soak
@@ -33,6 +34,7 @@ def report() -> None:
     ranks_report.main(ROOT / "docs/benchmarks.md")
     loads_report.main(ROOT / "docs/benchmarks.md")
     quality_report.main(ROOT / "docs/quality.md")
+    reuse_report.main(ROOT / "docs/quality.md")
     headline.main(ROOT / "README.md")
     soak_plot.main(ROOT / "docs/endurance.md")
 

@@ -131,7 +131,7 @@ def _ids(random: np.random.Generator, tokens: int, vocabulary: int) -> list[int]
 
 LARGE = {
     "cold": Cold((1, 2, 3), 8192, 256),
-    "conversations": Conversations((1, 2, 4)),
+    "conversations": Conversations((1, 3, 6)),
     "questions": Questions((2, 4, 8), 32768, 128, 64),
 }
 # For a trial on a CPU.

@@ -23,6 +23,7 @@ from benchmarks.quality.sample import Sample, Task, Writer
 from benchmarks.quality.start import start
 from benchmarks.quality.tasks.published import Published
 from lazyllm_vllm.plan.config import LazyLLMConfig
+from lazyllm_vllm.plan.request_setting import DEEP
 
 AGREEMENT = "agreement on text"
 LIKELIEST = 20  # next tokens that vLLM tells of at most, by default
@@ -99,17 +100,29 @@ class Evaluation:
     def scores(self, cells: list[Cell]) -> list[list[float]]:
         """Of each cell, one a seed, 0 to 1."""
         asked = [(cell.task, sample) for cell in cells for sample in self.model.samples(cell)]
+        before = [sample.before for _, sample in asked]
         answers = self.engine.run(
             "answers",
             prompts=[sample.prompt for _, sample in asked],
             max_tokens=[task.max_tokens for task, _ in asked],
             stop=list(self.model.tokenizer.all_special_ids),
+            before=before if any(before) else None,
         )
+        if any(before):
+            self._check_reuse(sum(map(bool, before)))
         scores = iter(
             METRICS[task.metric](self.model.tokenizer.decode(tokens), sample.answers)
             for tokens, (task, sample) in zip(answers, asked)
         )
         return [[next(scores) for _ in self.model.samples(cell)] for cell in cells]
+
+    def _check_reuse(self, least: int) -> None:
+        """Raises RuntimeError if fewer requests went on from others than those that came after
+        some, or any did though the method does without."""
+        found = self.engine.run("reuses")
+        is_deep = (self.method.config or {}).get("reuse") == DEEP
+        if found < least if is_deep else found:
+            raise RuntimeError(f"{found} requests went on from others; {least} came after some")
 
     def expectations(self, texts: list[tuple[int, range]]) -> list[list[Expected]]:
         """What it expects after real text, by (length, seeds)."""

@@ -87,6 +87,8 @@ POOLS = tuple(
     Method(f"pool {before}, {after}", {"score_pool": (before, after)})
     for before, after in ((6, 6), (12, 6), (12, 12), (16, 2), (20, 4), (24, 6))
 )
+# What a prompt takes of those before it; with "off" it is as if it was asked alone.
+REUSES = tuple(Method(f"reuse {reuse}", {"reuse": reuse}) for reuse in ("off", "exact", "deep"))
 # By the prompt: what holds this share of its scores.
 MASS = tuple(
     Method(f"keep_mass {mass}", {"keep_mass": mass, "min_keep_tokens": 128})

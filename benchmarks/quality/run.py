@@ -14,15 +14,16 @@ from benchmarks.quality.methods import (
     METHODS,
     OPTIONS,
     POOLS,
+    REUSES,
     REVIVAL,
     SCORES,
     Method,
 )
-from benchmarks.quality.results import FILE
+from benchmarks.quality.results import FILE, REUSE_FILE
 from benchmarks.quality.rivals import LIKE, rivals
 from benchmarks.quality.sample import Task
 from benchmarks.quality.schedules import COMPARED, CURVE, MOST, SWEEP, Schedule
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import AGAIN, TASKS
 from benchmarks.quality.tasks.published import Published, longbench, ruler
 from lazyllm_vllm.plan.presets import PRESETS
 
@@ -85,6 +86,16 @@ def _presets(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     return [Job("presets", Method(name, {"preset": name})) for name in PRESETS]
 
 
+def _reuse(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """The default preset on what comes after others, with tasks and a results file of its own."""
+    return [
+        Job(part, method, agreement=False)
+        for part, methods in (("full", (FULL,)), (REUSE, REUSES))
+        for method in methods
+    ]
+
+
+REUSE = "reuse"  # not together with other parts
 PARTS = {
     "abilities": _abilities,
     "presets": _presets,
@@ -95,11 +106,14 @@ PARTS = {
     "scores": _scores,
     "mass": _mass,
     "rivals": _rivals,
+    REUSE: _reuse,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("parts", nargs="*", metavar="|".join(PARTS), help="all if none")
+    parser.add_argument(
+        "parts", nargs="*", metavar="|".join(PARTS), help=f"all but {REUSE} if none"
+    )
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; SmolLM2-135M if none")
     parser.add_argument(
         "--samples", type=int, default=100, help="of each task at each length, a half"
@@ -123,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="engines at once")
     parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 elsewhere, if none")
-    parser.add_argument("--out", type=Path, default=FILE, help="the results file")
+    parser.add_argument("--out", type=Path, help=f"{FILE.name}, or {REUSE_FILE.name}, if none")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
 
 
@@ -138,7 +152,8 @@ def main(args: argparse.Namespace) -> None:
         for task in chosen
         for tokens in args.lengths
     ]
-    setting = Setting(_model(args), cells, args.lengths, halves, args.out, args.commit)
+    out = args.out or (REUSE_FILE if _is_reuse(args) else FILE)
+    setting = Setting(_model(args), cells, args.lengths, halves, out, args.commit)
     failed = Jobs(asked, setting).run(args.jobs)
     for label, error in failed.items():
         print(f"failed: {label}\n{error}\n")
@@ -148,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
 
 def tasks(args: argparse.Namespace) -> list[Task | Published]:
     """Ours and those of the folders."""
-    tasks = dict(TASKS)
+    tasks = dict(AGAIN if _is_reuse(args) else TASKS)
     for read, folder in ((longbench, args.longbench), (ruler, args.ruler)):
         if folder is not None:
             there = {task.name: task for task in read(folder)}
@@ -164,14 +179,21 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     """The full model's first, if there are others to agree with it."""
     if unknown := set(args.parts) - set(PARTS):
         raise SystemExit(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if REUSE in args.parts and not _is_reuse(args):
+        raise SystemExit(f"{REUSE} has tasks of its own: ask for it alone")
     schedules = [SWEEP[index] for index in args.schedules]
-    asked = [job for part in args.parts or PARTS for job in PARTS[part](schedules, args)]
+    parts = args.parts or [part for part in PARTS if part != REUSE]
+    asked = [job for part in parts for job in PARTS[part](schedules, args)]
     if args.methods:
         names = list(dict.fromkeys(job.method.name for job in asked))
         if unknown := set(args.methods) - set(names):
             raise SystemExit(f"no such method: {', '.join(unknown)}; there are {', '.join(names)}")
         asked = [job for job in asked if job.method.name in args.methods]
     return [Job("full", FULL)] * any(job.agreement for job in asked) + asked
+
+
+def _is_reuse(args: argparse.Namespace) -> bool:
+    return args.parts == [REUSE]
 
 
 def _path(args: argparse.Namespace) -> Path:
@@ -194,6 +216,7 @@ def _model(args: argparse.Namespace) -> Model:
         "max_num_seqs": 16,
         "enforce_eager": True,
         "max_logprobs": evaluate.LIKELIEST,
+        "enable_prefix_caching": _is_reuse(args),
     }
     if on_gpu:
         # Engines side by side: each takes so much, rather than a share of what is free.

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 _NEARLY = 0.98  # of a length, which is close enough to it
@@ -15,10 +15,12 @@ class Sample:
     Attributes:
         prompt: token ids.
         answers: as the task's metric takes them.
+        before: prompts that are asked before it, one after the other.
     """
 
     prompt: list[int]
     answers: list[str]
+    before: list[list[int]] = field(default_factory=list)
 
 
 class Writer:

@@ -19,9 +19,8 @@ def start(model: str, config: dict | None, scorer: str | Compression | None, opt
     llm = LLM(
         model,
         seed=0,
-        enable_prefix_caching=False,
         skip_tokenizer_init=True,
         additional_config={"lazyllm": config} if config is not None else {},
-        **options,
+        **{"enable_prefix_caching": False, **options},
     )
     return CompressingLLM(llm, scorer) if isinstance(scorer, Compression) else llm

@@ -1,6 +1,7 @@
 """The tasks, one file each; a file names its tasks in ``TASKS``."""
 
 from benchmarks.quality.tasks import (
+    again,
     code_completion,
     common_words,
     conversation,
@@ -22,3 +23,4 @@ _RULER = (niah, variable_tracking, common_words, frequent_words, questions)
 _OTHERS = (key_value, many_shot, question_first, instructions, conversation)
 
 TASKS = {task.name: task for module in _FIRST + _RULER + _OTHERS for task in module.TASKS}
+AGAIN = {task.name: task for task in again.TASKS}  # of the part ``reuse`` alone
