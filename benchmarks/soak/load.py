@@ -56,18 +56,18 @@ class Load:
             before = await self._warm_up()
             self._log_begins = self.server.log.stat().st_size
             self._began = self.records.ledger.began = monotonic()
-            arriving = [
+            tasks = [
                 asyncio.create_task(each)
                 for each in (self._arrive(), self._arrive_giants(), self._watch(report))
             ]
-            for task in arriving:
+            for task in tasks:
                 task.add_done_callback(self._over)
             try:
                 await asyncio.wait_for(self._stop.wait(), self.pace.seconds)
             except TimeoutError:
                 pass
             minutes = (monotonic() - self._began) / 60
-            *arriving, watching = arriving
+            *arriving, watching = tasks
             for task in arriving:
                 task.cancel()
             await self._drain()
