@@ -26,7 +26,7 @@ def result(out: Path) -> tuple[dict, dict]:
 
 
 def test_a_small_soak_is_good(tmp_path):
-    """With so little room that some are preempted."""
+    """With little room, so that requests wait and snapshots give way."""
     flags = ["--minutes", "0.7", "--rate", "2", "--aborts", "0.3"]
     process = soak(tmp_path, *flags, "--server-flags", "--num-gpu-blocks-override 330")
     said, _ = process.communicate(timeout=900)
