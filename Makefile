@@ -20,7 +20,8 @@ test: env lint wheel
 	$(PYTEST)
 	tests/env/check_vllm.sh $(PYTHON) $(NEWEST) $(ON_NEWEST)
 
-# What starts so many processes that CI leaves it out: replicas, four and eight ranks.
+# What starts so many processes that CI leaves it out: replicas, four and eight ranks, servers that
+# are to die.
 test-slow: env
 	$(PYTHON) -m pytest -m slow tests/engine
 

@@ -69,7 +69,7 @@ class Engine:
     def _receive(self) -> Any:
         try:
             failed, result = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter if it left what it was told unread
             failed, result = True, "the engine ended"
         if failed:
             raise RuntimeError(f"{result}\n{self.log.read_text()[-3000:]}")

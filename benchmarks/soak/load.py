@@ -9,9 +9,10 @@ import aiohttp
 
 from benchmarks.soak import verdict, watch
 from benchmarks.soak.client import FAILED, Client, Ledger
-from benchmarks.soak.counts import Count, compare, shown
+from benchmarks.soak.counts import compare, shown
 from benchmarks.soak.jobs import GIANT, KINDS, Job, Jobs
 from benchmarks.soak.latency import Latencies
+from benchmarks.soak.records import Records
 from benchmarks.soak.report import Report
 from benchmarks.soak.server import Server
 from benchmarks.soak.verdict import Finding
@@ -41,11 +42,7 @@ class Load:
 
     def __init__(self, server: Server, jobs: Jobs, pace: Pace, schedule: Schedule) -> None:
         self.server, self.jobs, self.pace, self.schedule = server, jobs, pace, schedule
-        self.ledger = Ledger(Latencies(pace.seconds))
-        self.samples: list[watch.Sample] = []
-        self.counts: list[Count] = []
-        self.grown: dict[str, float] = {}  # the server's counters, at the end
-        self.held = 0  # jobs that came while there were too many
+        self.records = Records(Ledger(Latencies(pace.seconds)))
         self._playing: set[asyncio.Task] = set()
         self._log_begins = 0
 
@@ -58,24 +55,26 @@ class Load:
         async with Client(self.server.address) as self.client:
             before = await self._warm_up()
             self._log_begins = self.server.log.stat().st_size
-            self._began = self.ledger.began = monotonic()
-            arriving = [
+            self._began = self.records.ledger.began = monotonic()
+            tasks = [
                 asyncio.create_task(each)
                 for each in (self._arrive(), self._arrive_giants(), self._watch(report))
             ]
+            for task in tasks:
+                task.add_done_callback(self._over)
             try:
                 await asyncio.wait_for(self._stop.wait(), self.pace.seconds)
             except TimeoutError:
                 pass
             minutes = (monotonic() - self._began) / 60
-            *arriving, watching = arriving
+            *arriving, watching = tasks
             for task in arriving:
                 task.cancel()
             await self._drain()
             watching.cancel()
             findings = self._findings() + await self._settle(before)
         findings += self._goodbye()
-        report.write(self, minutes, findings)
+        report.write(self.records, minutes, findings)
         report.draw()
         report.show(findings)
         return verdict.is_good(findings)
@@ -92,8 +91,8 @@ class Load:
             for _ in range(_WARM_UP if kind != GIANT else 1):
                 self._begin(self.jobs.of_kind(kind))
         await asyncio.wait(self._playing)
-        self.ledger.errors.update(warm.errors)
-        self.client.ledger = self.ledger
+        self.records.ledger.errors.update(warm.errors)
+        self.client.ledger = self.records.ledger
         try:
             return await watch.scrape_idle(self.client.session, self.server.address, _IDLE)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -108,12 +107,12 @@ class Load:
     def _over(self, task: asyncio.Task) -> None:
         self._playing.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.ledger.fail(f"the load itself: {error!r}")
+            self.records.ledger.fail(f"the load itself: {error!r}")
 
     async def _arrive(self) -> None:
         while True:
             await asyncio.sleep(self.jobs.pause(self.pace.rate))
-            self.held += len(self._playing) >= self.pace.most
+            self.records.held += len(self._playing) >= self.pace.most
             while len(self._playing) >= self.pace.most:
                 await asyncio.wait(self._playing, return_when=asyncio.FIRST_COMPLETED)
             self._begin(self.jobs.next())
@@ -132,13 +131,13 @@ class Load:
                 return self._end(f"the server ended with {code}")
             try:
                 found = await watch.scrape(self.client.session, self.server.address)
-                self.samples.append(watch.sample(self.server, found, at))
+                self.records.samples.append(watch.sample(self.server, found, at))
             except (aiohttp.ClientError, TimeoutError) as error:
-                self.ledger.fail(f"/metrics: {error!r}")
+                self.records.ledger.fail(f"/metrics: {error!r}")
             if at >= 60 * said:
                 said += 1
-                report.line(self, at / 60)
-                report.write(self, at / 60, self._findings())
+                report.line(self.records, at / 60)
+                report.write(self.records, at / 60, self._findings())
             await asyncio.sleep(max(watch.PERIOD - (monotonic() - self._began - at), 0))
 
     async def _drain(self) -> None:
@@ -146,21 +145,21 @@ class Load:
         if self._playing:
             await asyncio.wait(self._playing, timeout=_DRAIN)
         for task in list(self._playing):
-            self.ledger.fail(f"did not end within {_DRAIN} s")
+            self.records.ledger.fail(f"did not end within {_DRAIN} s")
             task.cancel()
         await asyncio.gather(*self._playing, return_exceptions=True)
 
     def _findings(self) -> list[Finding]:
         """What can be said while it runs."""
         complaints = self.server.complaints(self._log_begins)
-        errors = [f"{text} ({count} times)" for text, count in self.ledger.errors.items()]
-        if unnamed := self.ledger.ended[FAILED] and not errors:
-            errors.append(f"{unnamed} requests failed")
+        errors = [f"{text} ({count} times)" for text, count in self.records.ledger.errors.items()]
+        if not errors and (failed := self.records.ledger.ended[FAILED]):
+            errors.append(f"{failed} requests failed")
         return [
             verdict.nothing("errors", errors),
             verdict.nothing("complaints in the server's log", complaints),
-            *verdict.memory(self.samples),
-            *verdict.latency(self.ledger.latencies.first_and_last(), self.pace.seconds),
+            *verdict.memory(self.records.samples),
+            *verdict.latency(self.records.ledger.latencies.first_and_last(), self.pace.seconds),
         ]
 
     async def _settle(self, before: watch.Metrics) -> list[Finding]:
@@ -170,12 +169,12 @@ class Load:
         except (aiohttp.ClientError, TimeoutError) as error:
             return [Finding("counters", False, f"not read: {error!r}")]
         grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-        self.counts = compare(self.ledger.sent, grown, self.schedule)
-        self.grown = shown(grown)
+        self.records.counts = compare(self.records.ledger.sent, grown, self.schedule)
+        self.records.grown = shown(grown)
         names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
         held = {name: after[name, None] for name in (*names, "lazyllm_aux_cache_blocks")}
         left = [f"{name} {value:g}" for name, value in held.items() if value]
-        return [verdict.counters(self.counts), verdict.nothing("held at the end", left)]
+        return [verdict.counters(self.records.counts), verdict.nothing("held at the end", left)]
 
     def _goodbye(self) -> list[Finding]:
         code = self.server.stop()

@@ -5,19 +5,16 @@ import sys
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from benchmarks import results
 from benchmarks.soak import plot
 from benchmarks.soak.client import FAILED, FINISHED, LEFT
+from benchmarks.soak.records import Records
 from benchmarks.soak.verdict import Finding, is_good
 from benchmarks.soak.watch import Sample, gpu_name
 from lazyllm_vllm.cli.whole_file import write_whole
-
-if TYPE_CHECKING:
-    from benchmarks.soak.load import Load
 
 _MARKS = {True: "[green]good[/]", False: "[red]bad[/]", None: "[dim]-[/]"}
 
@@ -35,9 +32,9 @@ class Report:
         versions = {"gpu": gpu_name(), "vllm": vllm.__version__, "python": sys.version.split()[0]}
         self.environment = results.environment(versions, commit)
 
-    def line(self, load: "Load", minutes: float) -> None:
+    def line(self, records: Records, minutes: float) -> None:
         """One line of how it goes."""
-        ended, last = load.ledger.ended, load.samples[-1] if load.samples else None
+        ended, last = records.ledger.ended, records.samples[-1] if records.samples else None
         text = f"{minutes:5.1f} min  " + ", ".join(f"{ended[e]:,} {e}" for e in _ENDS)
         if last is not None:
             gpu = "no GPU" if last.gpu is None else f"{last.gpu:,.0f} MiB GPU"
@@ -51,11 +48,11 @@ class Report:
             self.console.print(one.why, markup=False)
         self.console.print(f"{'good' if is_good(findings) else 'bad'}: {self.file}")
 
-    def write(self, load: "Load", minutes: float, findings: list[Finding]) -> None:
+    def write(self, records: Records, minutes: float, findings: list[Finding]) -> None:
         """Args:
         minutes: of load so far.
         """
-        ledger = load.ledger
+        ledger = records.ledger
         columns = [field.name for field in fields(Sample)]
         told = {
             "environment": self.environment,
@@ -63,16 +60,16 @@ class Report:
             "minutes_run": round(minutes, 2),
             "is_good": is_good(findings),
             "findings": [asdict(one) for one in findings],
-            "sums": _sums(load),
+            "sums": _sums(records),
             "requests": {f"{kind}, {end}": n for (kind, end), n in sorted(ledger.kinds.items())},
             "errors": dict(ledger.errors),
-            "counters": [asdict(one) for one in load.counts],
-            "grown": load.grown,
+            "counters": [asdict(one) for one in records.counts],
+            "grown": records.grown,
             "first and last fifth": ledger.latencies.first_and_last(),
             "minutes": ledger.latencies.by_bin(),
             "samples": {
                 "columns": columns,
-                "rows": [[getattr(one, name) for name in columns] for one in load.samples],
+                "rows": [[getattr(one, name) for name in columns] for one in records.samples],
             },
         }
         try:
@@ -91,17 +88,17 @@ class Report:
 _ENDS = (FINISHED, LEFT, FAILED)
 
 
-def _sums(load: "Load") -> dict:
+def _sums(records: Records) -> dict:
     """Of the whole run. Tokens are those that clients sent and saw."""
-    sent, samples = load.ledger.sent, load.samples
+    sent, samples = records.ledger.sent, records.samples
     settings = Counter(json.dumps(dict(one.setting)) for one in sent)
     busy = [one.running for one in samples]
     return {
         "requests": len(sent),
-        **{end: load.ledger.ended[end] for end in _ENDS},
+        **{end: records.ledger.ended[end] for end in _ENDS},
         "prompt_tokens": sum(one.num_prompt for one in sent),
         "generation_tokens": sum(one.said for one in sent),
-        "held_back": load.held,
+        "held_back": records.held,
         "running_mean": round(sum(busy) / len(busy), 1) if busy else 0.0,
         "preemptions": int(samples[-1].preemptions - samples[0].preemptions) if samples else 0,
         "settings": dict(settings),

@@ -26,12 +26,13 @@ def start(shape: dict, config: dict | None, options: dict):
             additional_config={"lazyllm": config} if config else {},
             **options,
         )
-    llm.collective_rpc(_randomize)
+    llm.collective_rpc(randomize)
     return llm
 
 
-def _randomize(worker) -> None:
-    """Every rank's part has the same numbers, which times do not depend on."""
-    from benchmarks.weights import randomize
+def randomize(worker) -> None:
+    """Give a worker's model random weights. Every rank's part has the same numbers, which times do
+    not depend on."""
+    from benchmarks import weights
 
-    randomize(worker.model_runner.model_state.model)
+    weights.randomize(worker.model_runner.model_state.model)

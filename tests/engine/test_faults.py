@@ -7,8 +7,8 @@ import json
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -32,12 +32,22 @@ BOUND = 120  # seconds within which all is over
 # What is killed, a part of its process' name, and in how many ranks; and what fails in a request
 # (``harness.faults``).
 KILLED = {"engine": ("EngineCore", 1), "worker": ("Worker", 2)}
+# vLLM's server tells nobody by its exit code that it failed.
+VLLMS_END = {"code": 0, "clients": []}
 FAILS = ("block_manager", "model_runner", "out_of_memory")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """One that runs prompts in many chunks: its address, process and log."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serve(folder, log, *flags(True, "--max-num-batched-tokens", "64")) as (address, process):
+        yield address, process, log
 
 
 def flags(is_lazy: bool, *others: str) -> list[str]:
@@ -130,7 +140,7 @@ def test_a_process_is_killed(folder, tmp_path, what):
             victim.send_signal(signal.SIGKILL)
             ends.append(outcome(process, clients, family))
         assert "EngineDeadError" in log.read_text()
-    assert ends[0] == ends[1] == {"code": ends[0]["code"], "clients": []}
+    assert ends == [VLLMS_END] * 2
 
 
 @pytest.mark.parametrize("fault", FAILS)
@@ -146,7 +156,7 @@ def test_an_exception_in_one_request(folder, tmp_path, fault):
             ends.append(outcome(process, clients, family))
         text = log.read_text()
         assert faults.SAID in text and ("OutOfMemoryError" in text) == (fault == "out_of_memory")
-    assert ends[0] == ends[1] == {"code": ends[0]["code"], "clients": []}
+    assert ends == [VLLMS_END] * 2
 
 
 def gauges(address: str) -> dict[str, float]:
@@ -155,44 +165,56 @@ def gauges(address: str) -> dict[str, float]:
     return {line[0]: float(line[-1].split()[-1]) for line in lines}
 
 
-def test_a_client_that_vanishes(folder, tmp_path):
-    """In chunked prefill, or in decoding: its request is gone at once, its blocks are back, and who
-    was there beside it says what it says alone."""
-    given = flags(True, "--max-num-batched-tokens", "64", "--enable-prompt-tokens-details")
+def until(is_so, seconds: float = 30) -> bool:
+    """Wait until it is, but no longer."""
+    end = time.monotonic() + seconds
+    while not (so := is_so()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return so
+
+
+@pytest.mark.parametrize("tokens", (0, 20))
+def test_a_client_that_vanishes(server, tokens):
+    """In chunked prefill, or after some tokens: its request is gone at once, its blocks are back,
+    and who was there beside it says what it says alone."""
+    address, process, log = server
     others = [body(LONG, 60, first=i) for i in (100, 200)]
-    with serve(folder, tmp_path / "log", *given) as (address, process):
 
-        def ask(asked: dict) -> list[int]:
-            answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=300)
-            return answer.json()["choices"][0]["token_ids"]
+    def ask(asked: dict, salt: str) -> Stream:
+        """One whose answer has begun."""
+        stream = Stream(address, asked | {"cache_salt": salt})
+        assert stream.began.wait(BOUND)
+        return stream
 
-        def held() -> float:
-            found = gauges(address)
-            names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
-            return sum(found[f"vllm:{name}"] for name in (*names, "lazyllm_aux_cache_blocks"))
+    def answer_of(stream: Stream) -> list[int]:
+        stream.join(BOUND)
+        assert not stream.error
+        return stream.tokens
 
-        singly = [ask(other | {"cache_salt": "alone"}) for other in others]
-        for tokens in (0, 20):  # that the client saw
-            with ThreadPoolExecutor() as pool:
-                beside = [
-                    pool.submit(ask, other | {"cache_salt": f"beside {tokens}"}) for other in others
-                ]
-                leaving = body(3000, 500) | {"stream": True, "cache_salt": f"leaves {tokens}"}
-                with httpx.Client(timeout=300) as client:
-                    with client.stream("POST", f"{address}/v1/completions", json=leaving) as left:
-                        if tokens == 0:
-                            time.sleep(0.5)
-                            assert gauges(address)["vllm:num_requests_running"] == 3
-                        else:
-                            lines = left.iter_lines()
-                            for _ in range(2 * tokens):
-                                next(lines)
-                wait(beside)
-            assert [one.result() for one in beside] == singly
-            for _ in range(20):
-                if not held():
-                    break
-                time.sleep(0.5)
-            assert held() == 0
-        assert process.poll() is None
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    def holds_nothing() -> bool:
+        found = gauges(address)
+        names = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
+        return not any(found[f"vllm:{name}"] for name in (*names, "lazyllm_aux_cache_blocks"))
+
+    singly = [answer_of(ask(other, f"alone {tokens}")) for other in others]
+    assert until(holds_nothing)
+    before = gauges(address)
+    beside = [ask(other, f"beside {tokens}") for other in others]
+    leaving = body(3000, 500) | {"stream": True, "cache_salt": f"leaves {tokens}"}
+    with closing(HTTPConnection(httpx.URL(address).netloc.decode(), timeout=BOUND)) as left:
+        headers = {"content-type": "application/json"}
+        left.request("POST", "/v1/completions", json.dumps(leaving), headers)
+        assert until(lambda: gauges(address)["vllm:num_requests_running"] == 3)
+        if tokens:
+            answer = left.getresponse()
+            for _ in range(2 * tokens):
+                answer.readline()
+            answer.close()
+    assert [answer_of(stream) for stream in beside] == singly
+    assert until(holds_nothing)
+    # Counted with the first token.
+    grown = gauges(address)["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"]
+    assert grown == 2 * LONG + (3000 if tokens else 0)
+    assert (
+        process.poll() is None and "Traceback" not in log.read_text().split("Available routes")[1]
+    )

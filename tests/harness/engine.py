@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.engine import Engine
+from benchmarks.speed.start import randomize
 
 
 class EngineUnderTest:
@@ -111,9 +112,7 @@ def start(
     additional = {"lazyllm": lazyllm} if lazyllm is not None else {}
     llm = LLM(model, additional_config=additional, **defaults | options)
     if random_weights:
-        from benchmarks.weights import randomize
-
-        randomize(_state(llm).model)
+        llm.collective_rpc(randomize)
     return llm
 
 

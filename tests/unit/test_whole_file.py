@@ -13,7 +13,9 @@ import pytest
 
 from benchmarks import results
 from benchmarks.soak import report as soak
-from benchmarks.soak.load import Load, Pace
+from benchmarks.soak.client import Ledger
+from benchmarks.soak.latency import Latencies
+from benchmarks.soak.records import Records
 from lazyllm_vllm.cli import explain
 from lazyllm_vllm.cli.main import main
 from lazyllm_vllm.cli.whole_file import write_whole
@@ -101,11 +103,11 @@ def test_explain_says_it_in_one_line(tmp_path, monkeypatch, capsys, flag):
 def test_a_soak_goes_on(tmp_path, monkeypatch, capsys):
     """It says so every minute, and what it had written before stays."""
     report = soak.Report(tmp_path / "soak.json", {"model": "m"}, "a commit")
-    load = Load(None, None, Pace(60.0, 1.0, 1, 60.0), None)
-    report.write(load, 1.0, [])
-    load.ledger.fail(LONG)
+    records = Records(Ledger(Latencies(60.0)))
+    report.write(records, 1.0, [])
+    records.ledger.fail(LONG)
     with full_disk():
-        report.write(load, 2.0, [])
+        report.write(records, 2.0, [])
     assert "is not written: File too large" in capsys.readouterr().out.replace("\n", " ")
     told = json.loads((tmp_path / "soak.json").read_text())
     assert told["minutes_run"] == 1.0 and told["errors"] == {}
