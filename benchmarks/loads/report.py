@@ -42,7 +42,7 @@ def section(rows: list[Row]) -> str:
     seconds = " or ".join(f"{s:g}" for s in dict.fromkeys(row.seconds for row in rows))
     parts = [
         f"{places(rows)} {rows[0].shape} shape, random weights. `vllm serve` at its defaults, "
-        "stock and with LazyLLM, one after the other on one GPU. Requests arrive as a Poisson "
+        "stock and with LazyLLM, each on one GPU. Requests arrive as a Poisson "
         f"process for {seconds} s at each rate, the same ones at every server; at the highest "
         "rate stock vLLM has about all that it can do. Times are the client's; beside them, how "
         "many times stock vLLM's. Went on: requests that began with what an earlier one kept "

@@ -84,5 +84,5 @@ def _costs(rows: list[Row], shape: str, engine: str) -> tuple[str, ...]:
         f"{stock.median:.1f} → {row.median:.1f}",
         f"{mine['scores']:.2f}",
         f"{stock.details['decode']:.2f} → {mine['decode']:.2f}",
-        f"{mine['decode_scores']:.3f}",
+        f"{max(mine['decode_scores'], 0):.3f}",
     )

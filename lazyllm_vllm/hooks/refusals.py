@@ -68,6 +68,11 @@ REFUSALS = (
         in_config=_kv_heads_do_not_divide,
     ),
     Refusal(
+        "sharing a mixture's experts among the ranks of tensor parallelism",
+        ("enable_expert_parallel",),
+        in_args=lambda args: args.enable_expert_parallel and args.tensor_parallel_size > 1,
+    ),
+    Refusal(
         "context parallelism",
         ("decode_context_parallel_size", "prefill_context_parallel_size"),
         "set it to 1",

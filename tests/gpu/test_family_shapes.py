@@ -83,7 +83,7 @@ FAMILIES = {
     "llama_2_ranks": Family(_small("Llama-3.1-8B", 8), options={"tensor_parallel_size": 2}),
     "qwen3_moe_2_ranks": Family(
         _small("Qwen3-30B-A3B", 8, num_experts=16),
-        options={"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        options={"tensor_parallel_size": 2},
     ),
 }
 

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import __main__ as benchmarks
 from benchmarks.loads.results import FILE as LOADS
 from benchmarks.quality.results import FILE as QUALITY
+from benchmarks.soak.plot import FILE as SOAK
 from benchmarks.speed.results import FILE as SPEED
 from lazyllm_vllm import __version__
 from lazyllm_vllm.hooks import patches
@@ -99,11 +100,14 @@ def test_configurations_that_are_shown_are_valid():
 
 def test_figures_are_those_of_the_results_files(tmp_path, monkeypatch):
     """``python -m benchmarks report`` would change no page."""
-    for page in ("README.md", "docs/benchmarks.md", "docs/quality.md"):
+    pages = "README.md", "docs/benchmarks.md", "docs/quality.md", "docs/endurance.md"
+    for page in pages:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     plots = {
-        p: p.read_bytes() for file in (SPEED, QUALITY, LOADS) for p in file.parent.glob("*.svg")
+        p: p.read_bytes()
+        for file in (SPEED, QUALITY, LOADS, SOAK)
+        for p in file.parent.glob("*.svg")
     }
     try:
         monkeypatch.setattr(benchmarks, "ROOT", tmp_path)

@@ -33,6 +33,7 @@ def _create(model, config=PRUNED, **flags):
     ("flags", "says"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"tensor_parallel_size": 4, "enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size"),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         (
