@@ -53,6 +53,7 @@ class Scale:
 
 # The rate is about two thirds of what one H100 can do.
 LARGE_SCALE = Scale("Llama-3.1-8B", LARGE, 25, 5.5, 128, 60, CONFIG)
+# So few blocks that all are soon used: until then a CPU's memory grows with each one's first use.
 SMALL_SCALE = Scale(
     model="small",
     sizes=SMALL,
@@ -61,7 +62,8 @@ SMALL_SCALE = Scale(
     most=8,
     giants=30,
     config=CONFIG | {"min_prompt_tokens": 64},
-    flags=("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
+    flags=("--dtype", "float32", "--enforce-eager", "--block-size", "32")
+    + ("--num-gpu-blocks-override", "1500"),
 )
 
 

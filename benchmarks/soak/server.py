@@ -98,7 +98,11 @@ class Server:
             environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([others] if others else [])])
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command + flags, stdout=output, stderr=subprocess.STDOUT, env=environment
+                command + flags,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the load, which ends it when all have ended
             )
 
     def wait_until_up(self) -> None:
