@@ -15,24 +15,14 @@ from benchmarks import results
 from benchmarks.cpu import use_cpu_settings
 from benchmarks.loads.cases import LARGE, SMALL
 from benchmarks.loads.results import FILE, Row
-from benchmarks.serving.server import reuses, serving
+from benchmarks.serving import tiny
+from benchmarks.serving.metrics import reuses
+from benchmarks.serving.server import serving
 from benchmarks.speed.cases import name_of
 from benchmarks.speed.shapes import DEEP, MEASURED, SHAPES, Pruning
 
 ENGINES: dict[str, Pruning | None] = {"stock": None, "exact": MEASURED, "deep": DEEP}
 _WARM = 4.0  # seconds at a load's highest rate, before it counts
-_TINY = SHAPES["Llama-3.1-8B"] | {
-    "torch_dtype": "float32",
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-}
-_TINY_FLAGS = ["--dtype", "float32", "--enforce-eager", "--block-size", "32"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +47,10 @@ def main(args: argparse.Namespace) -> None:
     console = Console(width=180)
     rows = results.read(args.out, Row)
     for name in args.engines:
-        with serving(_TINY if args.small else SHAPES[args.shape], _flags(name, args.small)) as at:
+        shape = tiny.SHAPE if args.small else SHAPES[args.shape]
+        with serving(shape, _flags(name, args.small)) as server:
             console.print(f"{name} serves")
-            for row in _measure(args, name, at):
+            for row in _measure(args, name, server.address):
                 row.environment = results.environment(_versions(), args.commit)
                 console.print(_line(row))
                 rows[:] = [old for old in rows if old.key != row.key] + [row]
@@ -67,9 +58,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _flags(engine: str, is_small: bool) -> list[str]:
-    flags, pruning = list(_TINY_FLAGS) if is_small else [], ENGINES[engine]
+    flags, pruning = list(tiny.FLAGS) if is_small else [], ENGINES[engine]
     if pruning is not None:
-        config = pruning.config | ({"min_prompt_tokens": 64} if is_small else {})
+        config = pruning.config | (tiny.CONFIG if is_small else {})
         flags += ["--lazyllm-config", json.dumps(config)]
     return flags
 

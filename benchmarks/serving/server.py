@@ -1,4 +1,4 @@
-"""``vllm serve`` of a shape with random weights: started, waited for, stopped."""
+"""``vllm serve`` as a process, with children: started, waited for, stopped."""
 
 import json
 import os
@@ -14,107 +14,125 @@ from pathlib import Path
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.serving.client import NAME
-from lazyllm_vllm.observe.metrics import PREFIX
 
 _ROOT = Path(__file__).parents[2]
 _START, _STOP = 600, 60  # seconds that it may take
-_SETTLE = 1.0  # seconds until the worker has told what it counted last
 
 
-@contextmanager
-def serving(shape: dict, flags: list[str]) -> Iterator[str]:
-    """A running server: its address. It takes prompts of token ids, since it has no tokenizer.
+class ServerError(RuntimeError):
+    """It did not start."""
+
+
+class Server:
+    """Starts it.
 
     Args:
-        shape: the model's config.json.
-        flags: of ``vllm serve``, beside those that a model without weights needs.
+        folder: the model's. Without weights in it the model gets random ones, and the server takes
+            prompts of token ids, since it has no tokenizer.
+        flags: of ``vllm serve``, beside those that it needs to be asked.
+        log: file for what it prints.
 
-    Raises:
-        RuntimeError: it did not start.
+    Attributes:
+        address: where it listens.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(shape))
+
+    def __init__(self, folder: Path, flags: list[str], log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        address, log = f"http://127.0.0.1:{port}", Path(folder, "log")
+        self.address, self.folder, self.log = f"http://127.0.0.1:{port}", folder, log
+        self.has_weights = any(folder.glob("*.safetensors"))
+        command = _command(folder, port) + flags
+        environment = dict(os.environ)
+        if not self.has_weights:
+            command += ["--load-format", "dummy", "--skip-tokenizer-init"]
+            command += ["--worker-extension-cls", "benchmarks.serving.weights.RandomWeights"]
+            others = os.environ.get("PYTHONPATH")
+            environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([others] if others else [])])
+            # The mode has the one call that fills the weights.
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
         with log.open("w") as output:
-            process = subprocess.Popen(
-                _command(folder, port) + flags,
+            self.process = subprocess.Popen(
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the load, which ends it when all have ended
             )
+
+    @property
+    def shape(self) -> dict:
+        """The model's config.json."""
+        return json.loads((self.folder / "config.json").read_text())
+
+    def wait_until_up(self) -> None:
+        """And until it has weights. Raises ServerError."""
+        end = time.monotonic() + _START
+        while not self._is_up():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise ServerError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        if not self.has_weights:
+            asked = {"method": "randomize_weights"}
+            answer = httpx.post(f"{self.address}/collective_rpc", json=asked, timeout=_START)
+            if answer.status_code != 200:
+                log = self.log.read_text()[-3000:]
+                raise ServerError(f"no weights: {answer.text[:500]}\n{log}")
+
+    def _is_up(self) -> bool:
         try:
-            _wait(process, address, log)
-            yield address
-        finally:
-            _stop(process)
+            return httpx.get(f"{self.address}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> int | None:
+        """It and what it started, whose GPU memory is free afterwards. Its exit code, or None: it
+        had to be killed."""
+        if self.process.poll() is not None:
+            return self.process.returncode
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)  # as Ctrl-C does, so that it ends its engine
+        try:
+            code = self.process.wait(_STOP)
+        except subprocess.TimeoutExpired:
+            code = None
+            self.process.kill()
+            self.process.wait()
+        _, alive = psutil.wait_procs(started, timeout=10)
+        for one in alive:
+            one.kill()
+        psutil.wait_procs(alive, timeout=10)
+        return code
 
 
-def _command(folder: str, port: int) -> list[str]:
+def _command(folder: Path, port: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder),
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)),
         *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *("--load-format", "dummy", "--skip-tokenizer-init", "--disable-uvicorn-access-log"),
-        *("--worker-extension-cls", "benchmarks.serving.weights.RandomWeights"),
+        "--disable-uvicorn-access-log",
     ]
 
 
-def _environment() -> dict[str, str]:
-    others = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(_ROOT), *([others] if others else [])])
-    # The mode has the one call that fills the weights.
-    return os.environ | {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1"}
+@contextmanager
+def serving(model: dict | Path, flags: list[str], log: Path | None = None) -> Iterator[Server]:
+    """A server that is up.
 
+    Args:
+        model: its config.json, for random weights, or its folder.
+        flags, log: as for ``Server``. None: a file that is gone afterwards.
 
-def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
-    """Until it is up, and has weights."""
-    end = time.monotonic() + _START
-    while not _is_up(address):
-        if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.5)
-    asked = {"method": "randomize_weights"}
-    answer = httpx.post(f"{address}/collective_rpc", json=asked, timeout=_START)
-    if answer.status_code != 200:
-        raise RuntimeError(f"no weights: {answer.text[:500]}\n{log.read_text()[-3000:]}")
-
-
-def _is_up(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def reuses(address: str) -> int:
-    """Requests of a server that went on from others (``reuse: deep``), now that none runs."""
-    time.sleep(_SETTLE)
-    found = 0.0
-    for family in text_string_to_metric_families(httpx.get(f"{address}/metrics", timeout=30).text):
-        for sample in family.samples:
-            found += sample.value if sample.name == f"{PREFIX}reuses_total" else 0.0
-    return round(found)
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """It and what it started, whose GPU memory is free afterwards."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        started = []
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # as Ctrl-C does, so that it ends its engine
+    Raises:
+        ServerError: it did not start.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model if isinstance(model, Path) else Path(scratch)
+        if isinstance(model, dict):
+            Path(scratch, "config.json").write_text(json.dumps(model))
+        server = Server(folder, flags, log or Path(scratch, "log"))
         try:
-            process.wait(_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    _, alive = psutil.wait_procs(started, timeout=10)
-    for one in alive:
-        one.kill()
-    psutil.wait_procs(alive, timeout=10)
+            server.wait_until_up()
+            yield server
+        finally:
+            server.stop()

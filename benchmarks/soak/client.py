@@ -1,20 +1,18 @@
 """Sends requests and remembers what came back."""
 
 import asyncio
-import json
 from collections import Counter
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from time import monotonic
 
 import aiohttp
 
+from benchmarks.serving.client import WrongAnswer, open_session, stream
 from benchmarks.soak.jobs import Ask, Job
 from benchmarks.soak.latency import Latencies
 
-NAME = "soak"  # what requests call the model
 FINISHED, LEFT, FAILED = "finished", "left", "failed"
-_SILENCE = 300.0  # seconds without a byte after which a request hangs
-_LONGEST_LINE = 2**23  # bytes of one event: the first has the prompt's tokens
 _MOST_ERRORS = 50  # shown one by one
 
 
@@ -60,10 +58,6 @@ class Ledger:
         return Counter(one.end for one in self.sent)
 
 
-class WrongAnswer(Exception):
-    """An answer that is not what was asked for."""
-
-
 class Client:
     """Plays jobs against a server. Nothing that goes wrong is raised: the ledger has it.
 
@@ -76,12 +70,7 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.address, self.is_closing = address, False
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=_SILENCE)
-        self.session = aiohttp.ClientSession(
-            timeout=timeout,
-            connector=aiohttp.TCPConnector(limit=0),
-            read_bufsize=_LONGEST_LINE,
-        )
+        self.session = open_session()
 
     async def __aenter__(self) -> "Client":
         return self
@@ -119,45 +108,17 @@ class Client:
         return tokens if end is FINISHED else None
 
     async def _stream(self, ask: Ask, tokens: list[int]) -> str:
-        """How it ends; raises ``WrongAnswer``."""
-        body = {
-            "model": NAME,
-            "prompt": ask.prompt,
-            "max_tokens": ask.max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        body |= {"vllm_xargs": ask.setting} if ask.setting else {}
-        last, reason, usage, is_done = monotonic(), None, None, False
-        async with self.session.post(f"{self.address}/v1/completions", json=body) as response:
-            if response.status != 200:
-                raise WrongAnswer(f"status {response.status}: {(await response.text())[:300]}")
-            async for line in response.content:
-                event = line.removeprefix(b"data:").strip()
-                if event == b"[DONE]":
-                    is_done = True
-                if is_done or not event:
-                    continue
-                read = json.loads(event)
-                if "error" in read:
-                    raise WrongAnswer(f"in the stream: {read['error']}")
-                usage = read.get("usage") or usage
-                for choice in read["choices"]:
-                    reason = choice["finish_reason"] or reason
-                    if new := choice["token_ids"]:
-                        self._time(ask, monotonic() - last, len(new), is_first=not tokens)
-                        last = monotonic()
-                        tokens += new
+        """How it ends; raises what ``stream`` does."""
+        others = {"vllm_xargs": ask.setting} if ask.setting else {}
+        last = monotonic()
+        events = stream(self.session, self.address, ask.prompt, ask.max_tokens, **others)
+        async with aclosing(events):
+            async for new in events:
+                self._time(ask, monotonic() - last, len(new), is_first=not tokens)
+                last = monotonic()
+                tokens += new
                 if ask.leaves_after is not None and len(tokens) >= ask.leaves_after:
-                    response.close()
                     return LEFT
-        counts = len(tokens), (usage or {}).get("completion_tokens")
-        asked_for = (ask.max_tokens,) * 2, len(ask.prompt), "length", True
-        if (counts, (usage or {}).get("prompt_tokens"), reason, is_done) != asked_for:
-            raise WrongAnswer(f"{counts} of {ask.max_tokens} tokens, {reason}, {usage}, {is_done}")
         return FINISHED
 
     def _time(self, ask: Ask, seconds: float, num_tokens: int, is_first: bool) -> None:

@@ -7,6 +7,8 @@ from time import monotonic
 
 import aiohttp
 
+from benchmarks.serving.metrics import Metrics
+from benchmarks.serving.server import Server
 from benchmarks.soak import verdict, watch
 from benchmarks.soak.client import FAILED, Client, Ledger
 from benchmarks.soak.counts import compare, shown
@@ -14,7 +16,6 @@ from benchmarks.soak.jobs import GIANT, KINDS, Job, Jobs
 from benchmarks.soak.latency import Latencies
 from benchmarks.soak.records import Records
 from benchmarks.soak.report import Report
-from benchmarks.soak.server import Server
 from benchmarks.soak.verdict import Finding
 from lazyllm_vllm.plan.schedule import Schedule
 
@@ -83,7 +84,7 @@ class Load:
         self._cut = self._cut or why
         self._stop.set()
 
-    async def _warm_up(self) -> watch.Metrics:
+    async def _warm_up(self) -> Metrics:
         """Some jobs of each kind at once, of which errors alone count; what the server counts after
         them."""
         warm = self.client.ledger = Ledger(Latencies(1.0))
@@ -151,7 +152,7 @@ class Load:
 
     def _findings(self) -> list[Finding]:
         """What can be said while it runs."""
-        complaints = self.server.complaints(self._log_begins)
+        complaints = watch.complaints(self.server.log, self._log_begins)
         errors = [f"{text} ({count} times)" for text, count in self.records.ledger.errors.items()]
         if not errors and (failed := self.records.ledger.ended[FAILED]):
             errors.append(f"{failed} requests failed")
@@ -162,7 +163,7 @@ class Load:
             *verdict.latency(self.records.ledger.latencies.first_and_last(), self.pace.seconds),
         ]
 
-    async def _settle(self, before: watch.Metrics) -> list[Finding]:
+    async def _settle(self, before: Metrics) -> list[Finding]:
         """What the server counted, and whether it holds anything, now that nothing runs."""
         try:
             after = await watch.scrape_idle(self.client.session, self.server.address, _IDLE)

@@ -6,17 +6,18 @@ import json
 import shlex
 import signal
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cpu import use_cpu_settings
+from benchmarks.serving import tiny
+from benchmarks.serving.server import ServerError, serving
 from benchmarks.soak import plot
 from benchmarks.soak.jobs import LARGE, SMALL, Jobs, Sizes
 from benchmarks.soak.load import Load, Pace
 from benchmarks.soak.report import Report
-from benchmarks.soak.server import Model, Server, ServerError
-from benchmarks.speed.shapes import parked_pages
+from benchmarks.speed.shapes import SHAPES, parked_pages
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.operations import full_layers
 from lazyllm_vllm.plan.request_setting import SettingError
@@ -48,7 +49,7 @@ class Scale:
     most: int
     giants: float
     config: dict
-    flags: tuple[str, ...] = ()
+    flags: Sequence[str] = ()
 
 
 # The rate is about two thirds of what one H100 can do.
@@ -61,9 +62,9 @@ SMALL_SCALE = Scale(
     rate=0.8,
     most=8,
     giants=30,
-    config=CONFIG | {"min_prompt_tokens": 64},
-    flags=("--dtype", "float32", "--enforce-eager", "--block-size", "32")
-    + ("--num-gpu-blocks-override", "1500"),
+    config=CONFIG | tiny.CONFIG,
+    # Few blocks: all are in use soon, and what memory they take is seen.
+    flags=(*tiny.FLAGS, "--num-gpu-blocks-override", "1500"),
 )
 
 
@@ -96,21 +97,17 @@ def main(args: argparse.Namespace) -> None:
     arguments = chosen | {"seed": args.seed, "aborts": args.aborts, "flags": shlex.join(flags)}
     report = Report(args.out / plot.FILE.name, arguments, args.commit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the load has its own
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Model.of(chosen["model"], Path(scratch))
-        server = Server(model, flags, args.out / "server.log")
-        try:
-            server.wait_until_up()
-            schedule = _schedule(text, model.shape)
-            vocabulary, settings = model.shape["vocab_size"], _allowed(schedule)
-            jobs = Jobs(args.seed, scale.sizes, settings, vocabulary, args.aborts)
+    shapes = SHAPES | {SMALL_SCALE.model: tiny.SHAPE}
+    model = shapes.get(chosen["model"]) or Path(chosen["model"])
+    others = ["--enable-prompt-tokens-details"]
+    try:
+        with serving(model, flags + others, args.out / "server.log") as server:
+            schedule, vocabulary = _schedule(text, server.shape), server.shape["vocab_size"]
+            jobs = Jobs(args.seed, scale.sizes, _allowed(schedule), vocabulary, args.aborts)
             pace = Pace(chosen["minutes"] * 60, chosen["rate"], chosen["most"], scale.giants)
-            load = Load(server, jobs, pace, schedule)
-            is_good = asyncio.run(load.run(report))
-        except ServerError as error:
-            raise SystemExit(str(error)) from None
-        finally:
-            server.stop()
+            is_good = asyncio.run(Load(server, jobs, pace, schedule).run(report))
+    except ServerError as error:
+        raise SystemExit(str(error)) from None
     raise SystemExit(0 if is_good else 1)
 
 

@@ -2,18 +2,18 @@
 
 import asyncio
 import os
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
+import psutil
 
-from benchmarks.soak.server import MIB, Server
+from benchmarks.serving.metrics import Metrics, parse
+from benchmarks.serving.server import Server
 
 PERIOD = 5.0  # seconds
-_OWN_LABELS = ("stage", "pruned", "finished_reason")
-Metrics = dict[tuple[str, str | None], float]
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,6 @@ class Sample:
     preemptions: float
     requests: float
     tokens: float
-
-
-def parse(text: str) -> Metrics:
-    """``/metrics``, summed over engines: by name without ``vllm:`` and ``_total``, and by the label
-    that tells a metric's values apart, if it has one of ours."""
-    found: Metrics = defaultdict(float)
-    for family in text_string_to_metric_families(text):
-        for one in family.samples:
-            if one.name.startswith("vllm:") and not one.name.endswith(("_created", "_bucket")):
-                own = next((one.labels[name] for name in _OWN_LABELS if name in one.labels), None)
-                found[one.name.removeprefix("vllm:").removesuffix("_total"), own] += one.value
-    return dict(found)
 
 
 async def scrape(session: aiohttp.ClientSession, address: str) -> Metrics:
@@ -74,7 +62,7 @@ async def scrape_idle(session: aiohttp.ClientSession, address: str, patience: fl
 def sample(server: Server, found: Metrics, at: float) -> Sample:
     return Sample(
         at=round(at, 1),
-        host=server.memory(),
+        host=host_memory(server),
         gpu=gpu_memory(),
         running=found["num_requests_running", None],
         waiting=found["num_requests_waiting", None],
@@ -86,11 +74,33 @@ def sample(server: Server, found: Metrics, at: float) -> Sample:
     )
 
 
+def host_memory(server: Server) -> float:
+    """MiB resident in all its processes together."""
+    total = 0
+    try:
+        root = psutil.Process(server.process.pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0.0
+    for process in processes:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            pass
+    return round(total / _MIB, 1)
+
+
 def gpu_memory() -> float | None:
     """MiB used of the GPUs that the server may use."""
     if (nvml := _nvml()) is None:
         return None
-    return round(sum(nvml.nvmlDeviceGetMemoryInfo(one).used for one in _gpus(nvml)) / MIB, 1)
+    return round(sum(nvml.nvmlDeviceGetMemoryInfo(one).used for one in _gpus(nvml)) / _MIB, 1)
+
+
+def complaints(log: Path, begin: int = 0) -> list[str]:
+    """Lines of the server's log that tell of an error, from a byte on, without stacks."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    return [line[:200] for line in lines if " ERROR " in line and "]   " not in line]
 
 
 def gpu_name() -> str:

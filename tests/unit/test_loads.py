@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.loads import report, run
 from benchmarks.loads.cases import LARGE, SMALL, Cold, Conversations, Questions
 from benchmarks.loads.results import Row, Times
-from benchmarks.serving import server
+from benchmarks.serving import metrics, server
 from benchmarks.serving.client import NAME, ask, open_session
 from benchmarks.speed.shapes import DEEP, MEASURED
 
@@ -41,7 +41,8 @@ class Completions:
         says = body["max_tokens"] - (body["prompt"] == [1])
         for i in range(says):
             await asyncio.sleep(self.wait)
-            choice = {"text": "", "token_ids": [len(body["prompt"]) + i], "finish_reason": None}
+            choice = {"text": "", "token_ids": [len(body["prompt"]) + i]}
+            choice["finish_reason"] = "length" if i + 1 == body["max_tokens"] else None
             await self._send(stream, {"choices": [choice]})
         if body["prompt"] == [2]:
             await self._send(stream, {"error": {"message": "lost"}})
@@ -231,7 +232,7 @@ def test_engines_one_after_the_other(tmp_path, monkeypatch):
     @contextmanager
     def serving(shape, flags):
         served.append(flags)
-        yield f"http://{len(served)}"
+        yield argparse.Namespace(address=f"http://{len(served)}")
 
     async def play(self, address, rate, seconds, seed):
         played.append((self.name, address, rate, seconds, seed))
@@ -272,6 +273,16 @@ def test_a_server_that_does_not_start(monkeypatch):
             pass
 
 
+def test_a_checkpoint_keeps_its_weights(monkeypatch, tmp_path):
+    says = [sys.executable, "-c", "import sys; print(sys.argv)"]
+    monkeypatch.setattr(server, "_command", lambda folder, port: says)
+    for is_dummy in (True, False):
+        with pytest.raises(server.ServerError) as told, server.serving(tmp_path, []):
+            pass
+        assert ("dummy" in str(told.value)) == is_dummy
+        (tmp_path / "model.safetensors").touch()
+
+
 def test_how_many_went_on(monkeypatch):
     text = (
         "# TYPE vllm:lazyllm_reuses counter\n"
@@ -279,6 +290,6 @@ def test_how_many_went_on(monkeypatch):
         "# TYPE vllm:lazyllm_reused_tokens counter\n"
         'vllm:lazyllm_reused_tokens_total{engine="0"} 9.0\n'
     )
-    monkeypatch.setattr(server, "_SETTLE", 0)
-    monkeypatch.setattr(server.httpx, "get", lambda *_, **__: argparse.Namespace(text=text))
-    assert server.reuses("http://any") == 7
+    monkeypatch.setattr(metrics, "_SETTLE", 0)
+    monkeypatch.setattr(metrics.httpx, "get", lambda *_, **__: argparse.Namespace(text=text))
+    assert metrics.reuses("http://any") == 7

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.serving.metrics import parse
 from benchmarks.soak import verdict, watch
 from benchmarks.soak.client import FINISHED, LEFT, Sent
 from benchmarks.soak.counts import compare
@@ -229,4 +230,4 @@ def test_metrics_are_read():
         'vllm:num_requests_running{engine="0",model_name="m"} 2.0\n'
     )
     expected = {("request_success", "length"): 7.0, ("num_requests_running", None): 2.0}
-    assert watch.parse(text) == expected
+    assert parse(text) == expected

@@ -29,10 +29,18 @@ GOOD = [token(5), token(6, 7, reason="length"), usage(4, 3), DONE]
 ASK = Ask("cold", [1, 2, 3, 4], 3, {})
 
 
-def answer(ask: Ask, events: list[str], status: int = 200, silent: bool = False) -> Ledger:
-    """What the client makes of what a server says to a request."""
+def answer(
+    ask: Ask, events: list[str], status: int = 200, silent: bool = False, times: int = 1
+) -> Ledger:
+    """What the client makes of what a server says to a request, sent so many times. A connection
+    that was used before is closed when the next request comes over it, as one that was idle for
+    too long may be."""
+    used = []
 
     async def respond(request):
+        if request.transport in used:
+            request.transport.abort()
+        used.append(request.transport)
         body = await request.json()
         assert (body["prompt"], body["max_tokens"]) == (ask.prompt, ask.max_tokens)
         response = web.StreamResponse(status=status)
@@ -53,7 +61,8 @@ def answer(ask: Ask, events: list[str], status: int = 200, silent: bool = False)
         port = site._server.sockets[0].getsockname()[1]
 
         def job():
-            yield ask
+            for _ in range(times):
+                yield ask
 
         try:
             async with Client(f"http://127.0.0.1:{port}") as client:
@@ -76,6 +85,11 @@ def test_a_whole_answer():
     ledger = answer(ASK, GOOD)
     assert ledger.sent == [Sent(4, 3, (), FINISHED, 3)] and not ledger.errors
     assert [times["count"] for times in timed(ledger)] == [1, 2]
+
+
+def test_no_request_goes_over_a_connection_that_is_closed():
+    ledger = answer(ASK, GOOD, times=3)
+    assert ledger.sent == [Sent(4, 3, (), FINISHED, 3)] * 3, ledger.errors
 
 
 @pytest.mark.parametrize(
