@@ -20,7 +20,8 @@ def keep_by_mass(
 ) -> torch.Tensor:
     """Count for the boundary before ``stage``, whose ranks are there, and let those prefills of
     ``batch`` that are pruned now (``s.active``) keep as many: at least ``least``, at most what
-    ``s.counts.kept`` allows and what the stage before has. Written to ``s.counts``.
+    ``s.counts.kept`` allows and what the stage before has. Written to ``s.counts``. What could be
+    kept and is not is room to revive in, but of a request that has no reserve, which revives none.
 
     Args:
         longest: tokens of the longest of these prompts.
@@ -46,6 +47,12 @@ def keep_by_mass(
     at_least = s.num_prompt[mine].clamp(max=least)
     count = count.maximum(at_least).minimum(kept).minimum(s.counts.kept[index, stage - 1])
     count = count.int().where(is_active, kept)
-    for column in (s.counts.kept, s.counts.prompt_keys):
-        column[index, stage] = count.where(is_active, column[index, stage])
+    reserves = (s.counts.capacity[index] > s.counts.kept[index]).any(1)
+    capacity = s.counts.capacity[index, stage].where(reserves, count)
+    for column, value in (
+        (s.counts.kept, count),
+        (s.counts.prompt_keys, count),
+        (s.counts.capacity, capacity),
+    ):
+        column[index, stage] = value.where(is_active, column[index, stage])
     return count

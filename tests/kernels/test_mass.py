@@ -49,3 +49,24 @@ def test_keep_by_mass(stage, mass, least, most, device):
         for mine, old in zip(now, before):
             assert mine[stage] == right
             assert mine[:stage] + mine[stage + 1 :] == old[:stage] + old[stage + 1 :]
+
+
+def test_who_has_no_reserve_gets_none(device):
+    """Of what the first request may keep and does not, nothing becomes room to revive in; the
+    second has a reserve in one stage, and keeps all its room."""
+    w = make_world(1, 1, decoded=(0, 0, 0, 0), device=device)
+    s = w.selection(kept_share(w, 1.0), 0)
+    s.active[:] = w.ints([1, 1, 0, 0])
+    first, second = (int(at) for at in s.index[:2])
+    for row in (first, second):
+        s.counts.capacity[row] = s.counts.kept[row]
+    s.counts.kept[second, 2] -= 1
+    s.counts.prompt_keys[second, 2] -= 1
+    before = s.counts.capacity.clone()
+    for stage in (1, 2):
+        rank_tokens(s, stage, range(4), 1, False, RankRule(0, 0, FIRST, LAST))
+        count = keep_by_mass(s, stage, range(4), max(w.prompts), 0.5, 5).tolist()
+        assert count[0] < before[first, stage], "a weak test"
+        assert s.counts.capacity[first, stage] == count[0]
+    assert s.counts.capacity[first].tolist() == s.counts.kept[first].tolist()
+    assert torch.equal(s.counts.capacity[second], before[second])
