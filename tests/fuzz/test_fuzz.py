@@ -6,7 +6,7 @@ from fuzz.machine import DOCUMENTS, Fuzzed, run
 def test_nothing_is_lost_and_nothing_leaks():
     fuzzed = Fuzzed("reviving")
     try:
-        run(fuzzed, seed=3, lives=5, steps=24, shortens=False)
+        run(fuzzed, seed=3, lives=8, steps=24, shortens=False)
     finally:
         fuzzed.close()
     counts = fuzzed.counts
