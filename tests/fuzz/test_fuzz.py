@@ -1,17 +1,24 @@
-"""A few random lives of requests, the same each time; ``make fuzz`` makes up others."""
+"""A few random lives of requests; ``make fuzz`` makes up others."""
 
 from fuzz.machine import DOCUMENTS, Fuzzed, run
 
 
+SHOWN = ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared")
+
+
 def test_nothing_is_lost_and_nothing_leaks():
+    """Lives of a seed depend on what else is imported, since hypothesis draws numbers that it finds
+    there; so that there are more until enough happened."""
     fuzzed = Fuzzed("reviving")
     try:
-        run(fuzzed, seed=3, lives=5, steps=24, shortens=False)
+        for seed in range(3, 8):
+            run(fuzzed, seed, lives=5, steps=24, shortens=False)
+            if all(fuzzed.counts[what] > 2 for what in SHOWN):
+                break
     finally:
         fuzzed.close()
     counts = fuzzed.counts
-    counts["preemptions"] += counts["reset while they ran"]  # which preempts too
-    for what in ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared"):
+    for what in SHOWN:
         assert counts[what] > 2, f"too few {what}: the test shows nothing: {counts}"
 
 
