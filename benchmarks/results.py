@@ -57,27 +57,32 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def figure(title: str):
     """A small plot's figure and axes; saved, it is the same file every time."""
-    plot, (axes,) = _plot(title, 1, 6.4)
+    plot, (axes,) = _plot(title, (6.4, 3.6))
     axes.set_title(title, fontsize=10)
     return plot, axes
 
 
 def panels(title: str, count: int):
     """The same with several axes side by side."""
-    plot, axes = _plot(title, count, 3.6 * count)
+    plot, axes = _plot(title, (3.6 * count, 3.6), ncols=count)
     plot.suptitle(title, fontsize=10)
     return plot, axes
 
 
-def _plot(title: str, count: int, width: float):
+def stack(title: str, count: int):
+    """The same with several axes one above the other, with one x axis; the title is not shown."""
+    return _plot(title, (7, 1.8 * count), nrows=count, sharex=True)
+
+
+def _plot(title: str, size: tuple[float, float], **places):
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = title
     from matplotlib.figure import Figure
 
-    plot = Figure(figsize=(width, 3.6), layout="constrained")
-    (axes,) = plot.subplots(1, count, squeeze=False)
+    plot = Figure(figsize=size, layout="constrained")
+    axes = plot.subplots(squeeze=False, **places).ravel()
     for each in axes:
         for side in ("top", "right"):
             each.spines[side].set_visible(False)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.results import figure, replace_section, table
+from benchmarks.results import replace_section, stack, table
 
 FILE = Path(__file__).parent / "results/soak.json"
 PLOT = "soak.svg"
@@ -23,14 +23,11 @@ def draw(told: dict, path: Path) -> None:
     """Args:
     told: what the results file has; path: of the SVG.
     """
-    figure("soak")  # the backend, and the same file every time
-    from matplotlib import pyplot
-
-    plot, axes = pyplot.subplots(5, 1, figsize=(7, 9), sharex=True, layout="constrained")
     columns = dict(zip(told["samples"]["columns"], zip(*told["samples"]["rows"])))
     if not columns:
         return
     minutes = [at / 60 for at in columns["at"]]
+    plot, axes = stack("soak", 5)
     memory, load, cache, first, following = axes
     for name, label in (("host", "server's processes"), ("gpu", "GPU")):
         if None not in columns[name]:
@@ -51,12 +48,9 @@ def draw(told: dict, path: Path) -> None:
         axis.tick_params(labelsize=7)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
     axes[-1].set_xlabel("minutes", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyplot.savefig(path, metadata={"Date": None})
-    pyplot.close("all")
+    plot.savefig(path, metadata={"Date": None})
 
 
 def section(told: dict, plot: Path) -> str:

@@ -37,12 +37,16 @@ def section(rows: list[Row]) -> str:
     )
 
 
-def places(rows: list[Row]) -> str:
-    """Where and when rows were measured, each place once."""
+def places(rows: list[Row], count: str = "One ") -> str:
+    """Where and when rows were measured, each place once.
+
+    Args:
+        count: of GPUs, in words; empty: the rows' names tell.
+    """
     places = [row.environment for row in rows]
     return " ".join(
         dict.fromkeys(
-            f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
+            f"{count}{place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
             f"{place['triton']}; {place['date']}, commit {place['commit']}."
             for place in places
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.results import read, replace_section, table
+from benchmarks.speed.families_report import places
 from benchmarks.speed.ranks import COLLECTIVES, DECODED, FILE, LENGTHS, PLANS, ROOM
 from benchmarks.speed.report import MISSING, pick, stock_row
 from benchmarks.speed.results import Row
@@ -26,8 +27,8 @@ def section(rows: list[Row]) -> str:
     costs = ["model", "preset", "prefill", "of it scores", "decode step", "of it scores"]
     return "\n\n".join(
         (
-            f"{_places(rows)} Tensor parallelism over GPUs of one host. Random weights of the "
-            "shapes named, in bf16. Stock vLLM → LazyLLM, medians; in brackets how many times "
+            f"{places(rows, count='')} Tensor parallelism over GPUs of one host. Random weights of "
+            "the shapes named, in bf16. Stock vLLM → LazyLLM, medians; in brackets how many times "
             "sooner the first token comes, and the share of the bound (operations saved) that "
             "this is.",
             table(tuple(head), [_line(rows, *key) for key in in_order]),
@@ -35,17 +36,6 @@ def section(rows: list[Row]) -> str:
             f"a prefill of {ROOM:,} tokens and in a decode step after {DECODED:,}; and the part "
             "that reduces scores. Stock vLLM → LazyLLM.",
             table(tuple(costs), [_costs(rows, *key) for key in in_order]),
-        )
-    )
-
-
-def _places(rows: list[Row]) -> str:
-    places = [row.environment for row in rows]
-    return " ".join(
-        dict.fromkeys(
-            f"{place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}; {place['date']}, "
-            f"commit {place['commit']}."
-            for place in places
         )
     )
 

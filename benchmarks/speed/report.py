@@ -105,10 +105,8 @@ def section(rows: list[Row]) -> str:
 def _first_tokens(rows: list[Row], shape: str) -> str:
     """A line for each length of prompt, columns for each configuration."""
     found = pick(rows, "ttft", shape=shape)
-    engines, main_one = (
-        dict.fromkeys(r.engine for r in found if r.engine != "stock"),
-        measured(rows),
-    )
+    engines = dict.fromkeys(r.engine for r in found if r.engine != "stock")
+    main_one = measured(rows)
     head = [f"{shape}: prompt", "stock, ms"]
     for engine in engines:
         head += [f"`{engine}`, ms", "speed-up"]

@@ -2,7 +2,6 @@
 
 from fuzz.machine import DOCUMENTS, Fuzzed, run
 
-
 SHOWN = ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared")
 
 

@@ -3,17 +3,8 @@
 import json
 from pathlib import Path
 
-SIZES = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
+from benchmarks.serving.tiny import SIZES
+
 LLAMA = SIZES | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
