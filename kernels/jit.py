@@ -12,6 +12,7 @@ _CHANGING = (
     "first_row",
     "marks_always",
     "num_decodes",
+    "num_pairs",
     "num_rows",
     "num_splits",
     "prefill_base",

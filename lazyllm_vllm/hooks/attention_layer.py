@@ -1,6 +1,7 @@
 """vLLM's attention layer, told its stage."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,8 +11,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.utils.torch_utils import get_dtype_size
 
-from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
-from lazyllm_vllm.hooks.cuda_graphs import between_graphs
+from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend, StageMetadata
+from lazyllm_vllm.hooks.cuda_graphs import between_graphs, captures_pieces
 from lazyllm_vllm.hooks.engine_config import full_layers, parked_width
 from lazyllm_vllm.hooks.kv_cache.specs import SharedStageSpec, StageSpec
 from lazyllm_vllm.hooks.refusals import check_attention
@@ -58,20 +59,33 @@ class StagedAttention(Attention):
         the staged model, and the op's detour costs time in every layer.
         """
         output = query.new_empty(query.shape)
-        between_graphs(self._attend, query, key, value, output)
+        in_piece = captures_pieces() and self.impl.rotary is not None
+        if in_piece:
+            rows = self._heads(query, key, value)
+            self.impl.write_in_piece(self, *rows, self.kv_cache, self._metadata())
+        between_graphs(partial(self._attend, not in_piece), query, key, value, output)
         return output
 
-    def _attend(self, query, key, value, output) -> None:
-        metadata = get_forward_context().attn_metadata
+    def _attend(self, writes: bool, query, key, value, output) -> None:
         self.impl.forward(
             self,
+            *self._heads(query, key, value),
+            self.kv_cache,
+            self._metadata(),
+            output=output.view(-1, self.num_heads, self.head_size),
+            writes=writes,
+        )
+
+    def _heads(self, query, key, value) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
             query.view(-1, self.num_heads, self.head_size),
             key.view(-1, self.num_kv_heads, self.head_size),
             value.view(-1, self.num_kv_heads, self.head_size),
-            self.kv_cache,
-            metadata and metadata[self.layer_name],
-            output=output.view(-1, self.num_heads, self.head_size),
         )
+
+    def _metadata(self) -> StageMetadata | None:
+        metadata = get_forward_context().attn_metadata
+        return metadata and metadata[self.layer_name]
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StageSpec:
         is_shared = self.stage == 0 or not self.schedule.prunes

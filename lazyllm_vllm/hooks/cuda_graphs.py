@@ -30,8 +30,10 @@ from lazyllm_vllm.hooks.warm_up import warm_up
 from lazyllm_vllm.runtime.step import StepKind
 
 PLAIN, SELECTING = 0, 1
-# Tokens of batches that run in pieces, beyond vLLM's largest size.
+# Tokens of batches that run in pieces, beyond vLLM's largest size. Experts are many small kernels:
+# with them the CPU is the slower one up to more tokens.
 PIECES = (*range(128, 1024, 128), *range(1024, 2048 + 1, 256))
+PIECES_WITH_EXPERTS = (*PIECES, *range(2560, 4096 + 1, 512))
 
 
 class LazyCudaGraphManager(ModelCudaGraphManager):
@@ -67,7 +69,9 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         if not (self.cudagraph_mode and sizes):
             return
         most = self.vllm_config.scheduler_config.max_num_batched_tokens
-        more = [size for size in PIECES if max(sizes) < size <= most]
+        has_experts = self.vllm_config.model_config.is_moe
+        pieces = PIECES_WITH_EXPERTS if has_experts else PIECES
+        more = [size for size in pieces if max(sizes) < size <= most]
         self.compilation_config = copy(self.compilation_config)
         self.compilation_config.cudagraph_capture_sizes = [*sizes, *more]
 

@@ -84,6 +84,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
+        writes: bool = True,
     ) -> torch.Tensor:
         """Rotate, write the rows' keys and values, attend, and score.
 
@@ -91,6 +92,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
             query, output: ``[rows, heads, head_size]``.
             key, value: ``[rows, kv_heads, head_size]``.
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+            writes: False: rows are rotated and written; see ``write_in_piece``.
         """
         if attn_metadata is None:  # vLLM's memory profile
             output.new_empty(self.most_copied, dtype=torch.uint8)
@@ -104,7 +106,8 @@ class StageAttention(AttentionImpl[StageMetadata]):
         rows = step.num_rows(stage)
         if len(query) > rows:  # padded for a CUDA graph
             query, key, value, output = (x[:rows] for x in (query, key, value, output))
-        self._write(layer, query, key, value, keys, attn_metadata)
+        if writes:
+            self._write(layer, query, key, value, keys, attn_metadata)
         if step.num_decodes:
             if query.is_cuda and self._attends_whole(step, stage):
                 self._decode_whole(query, output, keys, attn_metadata, decodes_score)
@@ -135,6 +138,23 @@ class StageAttention(AttentionImpl[StageMetadata]):
         if self.is_fp8:  # it would want queries in FP8 too
             return False
         return stage == 0 or (self.form.window is None and not step.decodes_select)
+
+    def write_in_piece(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: StageMetadata,
+    ) -> None:
+        """Rotate and write as ``forward`` does, in a piece of a CUDA graph: a launch for each layer
+        that the CPU is spared."""
+        rows = attn_metadata.boundary.buffers.piece_rows
+        keys = self._keys(layer, kv_cache, attn_metadata)
+        cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
+        slots = rows.slots[attn_metadata.group]
+        rotate_and_write(query, key, value, cos_sin, rows.positions, slots, keys)
 
     def _write(self, layer, query, key, value, keys: StageKeys, metadata: StageMetadata) -> None:
         """Rotate queries and keys, if that is left to us, and write keys and values."""

@@ -14,6 +14,7 @@ def warm_up(
     model, model_state, vllm_config, input_buffers, block_tables, attn_groups, kv_cache_config
 ) -> None:
     """Prune and revive in a step of requests that there are not; nothing is written for them."""
+    model_state.copier.copy([(0, 0)])  # vLLM's null block
     with model_state.warming_up():
         for num_reqs, num_tokens in _STEPS:
             if num_reqs > model_state.max_num_reqs:

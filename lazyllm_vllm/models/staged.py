@@ -35,7 +35,7 @@ class StagedDecoder:
         stage_positions: positions of the rows in the stage that is running, ``[rows]``; None where
             every layer has the rows that vLLM gives.
         pieces: of CUDA graphs, for stages of few rows; None: they cannot run in any. Rows must need
-            no position but in attention, and experts would take padding for rows.
+            no position but in attention.
         is_done: whether the stage that is running has run, in pieces.
         is_over: whether no row is left to run in this step.
         output: what the last stage gave, if it ran in pieces.
@@ -60,8 +60,7 @@ class StagedDecoder:
             StagedAttention.adopt(attention_of(layer), rotary, self.schedule, index, vllm_config)
             self.plain_forwards.append(layer.forward)
             layer.forward = self._in_stages(layer, index)
-        has_pieces = self.schedule.prunes and rotates and not self.has_experts
-        self.pieces = StagePieces() if has_pieces else None
+        self.pieces = StagePieces() if self.schedule.prunes and rotates else None
         self._cut_rows_of(layers[-1], family)
         self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
@@ -99,9 +98,9 @@ class StagedDecoder:
             self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
         if metadata is None:  # vLLM's memory profile
             return super().forward(input_ids, positions)
-        between_graphs(_begin)
         if captures_pieces():
             return self._capture(input_ids, positions)
+        _begin()
         rows = slice(0, metadata.step.num_rows(0))
         self.input_ids = input_ids
         hidden = super().forward(input_ids[rows], positions[rows])
@@ -117,6 +116,10 @@ class StagedDecoder:
 
     def _capture(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The forward in pieces, as they are captured."""
+        between_graphs(_begin_pieces)
+        if self.has_experts:
+            piece_rows = _stage_metadata().boundary.buffers.piece_rows
+            get_forward_context().is_padding = piece_rows.is_padding[: len(input_ids)]
         if self.pieces is None:
             return super().forward(input_ids, positions)
         self.pieces.begin(input_ids)
@@ -186,6 +189,7 @@ class StagedDecoder:
         step, rows = metadata.step, metadata.step.num_rows(stage)
         if step.kind is not StepKind.RUN or not self.pieces.covers(rows, self.input_ids):
             return
+        metadata.boundary.buffers.piece_rows.fill(step, stage)
         names = ["hidden_states", "residual"][: 1 + ("residual" in given)]
         after = self.pieces.run(stage, rows, tuple(given[name] for name in names))
         if stage + 1 < self.schedule.num_stages:
@@ -272,6 +276,12 @@ def _begin() -> None:
     metadata.boundary.begin(metadata.step)
 
 
+def _begin_pieces() -> None:
+    _begin()
+    metadata = _stage_metadata()
+    metadata.boundary.buffers.piece_rows.fill(metadata.step, 0)
+
+
 def _cross_without_drops(
     stage: int, hidden: torch.Tensor, residual: torch.Tensor | None = None
 ) -> None:
@@ -281,3 +291,5 @@ def _cross_without_drops(
     rows = slice(0, step.num_rows(stage - 1))
     hidden, residual = hidden[rows], residual if residual is None else residual[rows]
     boundary.enter(step, stage, *boundary.leave(step, stage, hidden, residual))
+    if not step.is_plain:  # whose rows have the same places in all stages
+        boundary.buffers.piece_rows.fill(step, stage)

@@ -10,6 +10,7 @@ from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.runtime.piece_rows import PieceRows
 
 
 class StepBuffers:
@@ -36,6 +37,7 @@ class StepBuffers:
         slot_position: ``[physical slots]`` int32, position of the key in each slot of the later
             stages.
         slot_mappings: ``[groups, rows]`` int64, where a group's layers write keys and values.
+        piece_rows: what the pieces of CUDA graphs read of their rows.
     """
 
     def __init__(
@@ -135,3 +137,4 @@ class StepBuffers:
         self.slot_mappings = torch.full(
             (num_groups, self.max_rows), -1, dtype=torch.int64, device=self.device
         )
+        self.piece_rows = PieceRows(num_groups, self.max_rows, self.device)

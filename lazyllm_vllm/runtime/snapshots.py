@@ -1,16 +1,16 @@
 """A worker's side of requests that go on from a snapshot: blocks copied on the device, and the
 counts of requests that left one."""
 
+from itertools import chain
+
 import numpy as np
 import torch
 
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from lazyllm_vllm.kernels.copy_blocks import copy_blocks
 from lazyllm_vllm.plan.request_plan import Continuation
 from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
-
-# Bytes copied at once, which are held twice meanwhile.
-MOST_COPIED = 64 << 20
 
 
 class BlockCopier:
@@ -29,11 +29,10 @@ class BlockCopier:
         """``(source, destination)`` block ids; no block is both."""
         if not pairs:
             return
-        source, destination = async_tensor_h2d(np.array(pairs).T, device=self.blocks.device)
-        at_once = max(MOST_COPIED // self.blocks[0].nbytes, 1)
-        for mine, theirs in zip(destination.split(at_once), source.split(at_once)):
-            self.blocks[mine] = self.blocks[theirs]
-            self.slot_position[mine] = self.slot_position[theirs]
+        ids = np.fromiter(chain.from_iterable(pairs), np.int32, 2 * len(pairs))
+        ids = np.ascontiguousarray(ids.reshape(-1, 2).T)
+        ids = async_tensor_h2d(ids, device=self.blocks.device)
+        copy_blocks(self.blocks, self.slot_position, ids)
 
 
 class Continuations:

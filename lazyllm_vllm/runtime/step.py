@@ -82,6 +82,8 @@ class Step:
     decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
     revives: whether decodes may revive, and rows are set aside for it.
     segments: the prefills' rows in each stage.
+    longest_prefill, longest_keys: most rows, and most keys, of a prefill in each stage; num_keys:
+        keys of all prefills; num_pairs: of a row and a key, the uncausal ones counted too.
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
     decode_schedules: how FlashAttention shares decodes among programs, by stage and window.
     """
@@ -145,11 +147,15 @@ class Step:
         self.decode_schedules: dict[tuple[int, int | None], torch.Tensor] = {}
         self._window_rows: dict[int, torch.Tensor] = {}
         self._num_prefill_rows = [span.num_rows for span in spans]
+        self._continues = [bool(span.first.any()) for span in spans]
         if not self.num_prefills:
             self.segments = [buffers.no_prefills] * self.schedule.num_stages
             self._query_rows = [buffers.decode_starts] * self.schedule.num_stages
             return
         self.longest_prefill = [int(span.lengths.max()) for span in spans]
+        self.longest_keys = [int(span.end.max()) for span in spans]
+        self.num_keys = [int(span.end.sum()) for span in spans]
+        self.num_pairs = [int((span.lengths.astype(int) * span.end).sum()) for span in spans]
         self._upload()
         self.show()
 
@@ -224,7 +230,7 @@ class Step:
 
     def continues(self, stage: int) -> bool:
         """Whether prefill rows attend to keys of rows that ran before them."""
-        return bool(self.spans[stage].first.any())
+        return self._continues[stage]
 
     def num_decode_rows(self, stage: int) -> int:
         """Current and revived rows."""

@@ -466,6 +466,7 @@ def reset_prefix_cache(llm) -> bool:
 def run_as_on_gpu(llm) -> None:
     """Warm up, and from now on run steps that drop nothing as where CUDA graphs are captured in
     pieces, though on a CPU none are."""
+    from lazyllm_vllm.hooks import attention_layer
     from lazyllm_vllm.hooks.warm_up import warm_up
     from lazyllm_vllm.models import staged
 
@@ -484,7 +485,7 @@ def run_as_on_gpu(llm) -> None:
         metadata = staged._stage_metadata()
         return metadata is not None and metadata.step.drops_nothing
 
-    staged.captures_pieces = in_pieces
+    staged.captures_pieces = attention_layer.captures_pieces = in_pieces
     runner.model_state.model.pieces = None
 
 

@@ -46,8 +46,10 @@ class PiecesOnCPU:
 
 def install(model) -> None:
     """Let a model's stages run so."""
+    from lazyllm_vllm.hooks import attention_layer
     from lazyllm_vllm.models import staged
 
     model.pieces = PiecesOnCPU(model)
     captures_pieces = staged.captures_pieces
-    staged.captures_pieces = lambda: model.pieces.runs or captures_pieces()
+    for module in (staged, attention_layer):
+        module.captures_pieces = lambda: model.pieces.runs or captures_pieces()

@@ -54,6 +54,8 @@ def _variants(kernels):
             kernels.combine_splits._combine_kernel,
             LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0, "SINKS": stage > 0},
         )
+        copied = {"WORDS": 16384, "SLOTS": 16, "SLOTS_PAD": 16, "AT_ONCE": 4096}
+        yield kernels.copy_blocks._copy_blocks_kernel, copied
         gathered = {"HEADS": 8, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK": 32}
         yield kernels.gather_keys._gather_keys_kernel, gathered | keys
         for window in (1, 16):

@@ -15,7 +15,6 @@ from lazyllm_vllm.hooks.prefill_attention import PrefillAttention
 from lazyllm_vllm.kernels.layer_form import LayerForm, attend
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.kernels.window_attention import window_attention_triton
-from lazyllm_vllm.runtime.prefill_rows import Span
 from lazyllm_vllm.runtime.step import StepKind
 
 WAYS = {"copied": (256 << 20, 1), "a head at a time": (1, 1), "by blocks": (256 << 20, 1 << 30)}
@@ -31,7 +30,7 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
     present = [len(p) for p in w.present] if stage else w.prompts
     end = np.array([n - n % 2 for n in present], np.int32)
     first = end // 3
-    span, rows = Span(first, end), int((end - first).sum())
+    rows = int((end - first).sum())
     if way == "a head at a time":
         most = int(end.sum()) * w.head_dim * 2 * w.dtype.itemsize
     monkeypatch.setattr(prefill_attention, "MOST_COPIED", most)
@@ -48,10 +47,12 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
     window_rows = (starts[1:] - back[:, None]).clamp(min=0)
     step = SimpleNamespace(
         kind=StepKind.RUN,
-        spans={stage: span},
         segments={stage: Segments(starts, 0, *w.ints([first.tolist(), [0] * len(first)]))},
         key_starts={stage: key_starts},
         longest_prefill={stage: int((end - first).max())},
+        longest_keys={stage: int(end.max())},
+        num_keys={stage: int(end.sum())},
+        num_pairs={stage: int(((end - first) * end).sum())},
         prefills=range(len(end)),
         first_prefill=0,
         num_requests=len(end),
@@ -86,7 +87,8 @@ def test_a_window_over_keys_in_any_order(device, dtype, monkeypatch):
     )
     step = SimpleNamespace(
         batch=SimpleNamespace(prefills=SimpleNamespace(shift=first)),
-        spans={2: Span(first, end)},
+        longest_keys={2: int(end.max())},
+        num_keys={2: int(end.sum())},
         segments={2: Segments(starts, 0, w.ints(first.tolist()), w.ints([0] * len(end)))},
         key_starts={2: key_starts},
         prefills=range(len(end)),
