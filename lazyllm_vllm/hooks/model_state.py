@@ -18,6 +18,7 @@ from lazyllm_vllm.hooks import step_plans
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
+from lazyllm_vllm.hooks.last_tokens import split
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
@@ -169,6 +170,7 @@ class LazyModelState(DefaultModelState):
         parts = StateParts(self.group, self.model_config.get_hidden_size())
         parked = parked_states(kv_cache_config, block_tables, layers, parts.width)
         self.buffers.attach_kv_cache(num_slots, len(specs), state, aux, parked)
+        self.block_tables = block_tables.input_block_tables
         if blocks is not None:
             self.copier = BlockCopier(blocks, self.buffers.slot_position)
             self.prompt_group = next(g for g, s in enumerate(specs) if isinstance(s, PromptSpec))
@@ -231,6 +233,10 @@ class LazyModelState(DefaultModelState):
         else:
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
         is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
+        order = None
+        if kind is StepKind.RUN and (last := self._last_tokens(input_batch, num_decodes)):
+            input_batch, order = split(input_batch, num_decodes, last, self.block_tables)
+            num_decodes, slot_mappings = num_decodes + len(last), slot_mappings[:, order.rows]
         if num_decodes or not is_plain:
             self._fill_batch(kind, input_batch, num_decodes)
         if kind is StepKind.REPLAY:
@@ -242,7 +248,19 @@ class LazyModelState(DefaultModelState):
         given = input_batch, num_decodes, slot_mappings
         if is_plain:
             return self._metadata(step_plans.plain_step(self, *given))
-        return self._metadata(step_plans.planned_step(self, kind, *given))
+        return self._metadata(step_plans.planned_step(self, kind, *given, order))
+
+    def _last_tokens(self, batch: InputBatch, num_decodes: int) -> list[int]:
+        """Which of a batch's requests go on with a chunk whose last token is to select."""
+        end = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens
+        ends = (end == batch.prefill_len_np) & (batch.num_scheduled_tokens > 1)
+        return [
+            num_decodes + i
+            for i, req_id in enumerate(batch.req_ids[num_decodes:])
+            if req_id in self.continuations
+            and ends[num_decodes + i]
+            and self.schedule.selects(self.plans[req_id])
+        ]
 
     def _fill_batch(self, kind: StepKind, input_batch: InputBatch, num_decodes: int) -> None:
         """Who is in the batch, and how many tokens each decode may revive at a boundary."""

@@ -253,15 +253,16 @@ def _preempt_request(original, self, request, *args, **kwargs):
     return result
 
 
-# The last token of a request that goes on runs by itself, as a decode: it is the one that tells
-# what is to be revived. Ends when a scheduler's plugin may say where a chunk ends.
+# The last token of a request that goes on runs as a decode: it is the one that tells what is to be
+# revived. Where that needs a step of its own, the chunk before must end there. Ends when a
+# scheduler's plugin may say where a chunk ends.
 
 
 def _reserve_prefill_lookahead(original, self, request, num_computed_tokens, num_new_tokens):
     from lazyllm_vllm.hooks.kv_cache.reuse import chunk_size
 
     num_new_tokens = original(self, request, num_computed_tokens, num_new_tokens)
-    return chunk_size(self.kv_cache_manager, request, num_computed_tokens, num_new_tokens)
+    return chunk_size(self, request, num_computed_tokens, num_new_tokens)
 
 
 # Two CUDA graphs a batch size; vLLM captures one and picks by size alone. Ends when a model state

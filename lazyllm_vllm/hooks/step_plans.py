@@ -9,7 +9,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Order, Step, StepKind
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
@@ -52,6 +52,7 @@ def planned_step(
     batch: InputBatch,
     num_decodes: int,
     slot_mappings: torch.Tensor,
+    order: Order | None,
 ) -> Step:
     """The plan of any other step that does not only replay a graph."""
     req_ids = batch.req_ids
@@ -63,7 +64,7 @@ def planned_step(
         caught_up = np.maximum(prefills.end, prefills.caught_up)
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
         if state.boundary.reduction is not None:
-            plans = (state.plans[req_id] for req_id in req_ids)
+            plans = (state.plans[req_id] for req_id in set(req_ids))
             pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
     else:
         lengths = batch.num_scheduled_tokens[num_decodes:]
@@ -80,6 +81,7 @@ def planned_step(
         slot_mappings=slot_mappings,
         wants_all_rows=not state.wants_prompt.isdisjoint(req_ids),
         pruned_tokens=pruned_tokens,
+        order=order,
     )
     return Step(kind, of_step, state.schedule, state.buffers, selects)
 

@@ -11,7 +11,8 @@ from lazyllm_vllm.runtime.step import Step
 
 
 def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
-    """Rows of the last stage that matter: decodes, then each prefill's last."""
+    """Rows of the last stage that matter, in vLLM's order of requests: decodes, then each prefill's
+    last."""
     last = boundary.schedule.num_stages - 1
     if step.is_part:  # all that matters is done
         return slice(0, 1)
@@ -19,7 +20,8 @@ def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
         return slice(0, step.num_rows(last))
     if not step.num_prefills:
         return slice(0, step.num_decodes)
-    return step.query_row(last)[: step.num_requests]
+    order = step.batch.order
+    return step.query_row(last)[slice(0, step.num_requests) if order is None else order.sampled]
 
 
 def to_token_layout(
@@ -49,4 +51,6 @@ def to_token_layout(
     is_here = place >= 0
     rows = segments.base + segments.start[prefill] + place
     out[rows[is_here]] = hidden[first:][is_here]
+    if step.batch.order is not None:
+        out[step.batch.order.rows] = out.clone()
     return out

@@ -68,33 +68,38 @@ class Trace:
             RuntimeError: not all ranks chose the same.
         """
         self._check_ranks(step, stage, buffers)
-        rows, s = step.rows[stage], buffers.selection
+        rows, s, req_ids = step.rows[stage], buffers.selection, step.batch.req_ids
         request = rows.request[: step.num_rows(stage)].cpu()
         position = rows.position[: step.num_rows(stage)].cpu()
-        for i, req_id in enumerate(step.batch.req_ids):
-            mine = (request == i).nonzero()[:, 0]
-            if i >= step.first_prefill:
-                kept = self.prefills[req_id][-1].setdefault(stage, [])
-                kept += position[mine].tolist()
-                assert kept == sorted(set(kept)), "kept tokens run in order of position"
-                self.keys[req_id][stage] = list(kept)
-                if step.batch.prefills.is_pruned[i - step.first_prefill]:
-                    if stage > 0 and step.prefills_select:
-                        self.places[req_id][stage] = self._places(s, i)
-                elif int(s.is_pruned[i]):
-                    self._go_on(req_id, stage, self._resident(s, i, stage))
-                continue
-            if step.is_part:
-                continue
-            is_revived = (mine >= step.num_decodes) & (mine < step.num_decode_rows(stage))
-            revived = position[mine[is_revived]].tolist()
+        row = torch.arange(len(request))
+        is_revived = (row >= step.num_decodes) & (row < step.num_decode_rows(stage))
+        decodes = range(0) if step.is_part else step.decodes
+        revived = {req_ids[i]: position[(request == i) & is_revived].tolist() for i in decodes}
+
+        def resident(i: int) -> list[int]:
+            """Before this step."""
+            here = set(self._resident(s, i, stage)) - set(revived.get(req_ids[i], ()))
+            return sorted(here)
+
+        for i in step.prefills:
+            req_id = req_ids[i]
+            kept = self.prefills[req_id][-1].setdefault(stage, [])
+            kept += position[request == i].tolist()
+            assert kept == sorted(set(kept)), "kept tokens run in order of position"
+            self.keys[req_id][stage] = list(kept)
+            if step.batch.prefills.is_pruned[i - step.first_prefill]:
+                if stage > 0 and step.prefills_select:
+                    self.places[req_id][stage] = self._places(s, i)
+            elif int(s.is_pruned[i]):
+                self._go_on(req_id, stage, resident(i))
+        for i in decodes:
+            req_id = req_ids[i]
             if int(s.is_pruned[i]) and stage not in self.keys.get(req_id, {}):
                 # It goes on, and no row of it ran in the stage before.
-                resident = set(self._resident(s, i, stage)) - set(revived)
-                self._go_on(req_id, stage, sorted(resident))
+                self._go_on(req_id, stage, resident(i))
             had = self.keys.get(req_id, {}).get(stage, [])
-            assert not set(revived) & set(had), "a token is computed twice in a stage"
-            had += revived
+            assert not set(revived[req_id]) & set(had), "a token is computed twice in a stage"
+            had += revived[req_id]
             selected = []
             if int(s.is_pruned[i]):
                 at = s.state.prompt_at(i, s.num_prompt)
@@ -102,7 +107,10 @@ class Trace:
                 assert has_keys == sorted(had), "a token's level disagrees with the keys it has"
                 if step.decodes_select:
                     selected = (s.state.selected[at] >= stage).nonzero()[:, 0].tolist()
-            self.decodes[req_id][-1][stage] = {"selected": selected, "revived": sorted(revived)}
+            self.decodes[req_id][-1][stage] = {
+                "selected": selected,
+                "revived": sorted(revived[req_id]),
+            }
 
     @staticmethod
     def _places(selection, i: int) -> list[int]:

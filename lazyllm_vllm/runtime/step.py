@@ -9,6 +9,7 @@ that run before the others (``prefill_rows``) make a step of their own, a part o
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,18 @@ class StepKind(Enum):
         return self in (StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.DUMMY)
 
 
+class Order(NamedTuple):
+    """How a batch's rows and requests differ from vLLM's; see ``hooks.last_tokens``.
+
+    Attributes:
+        rows: ``[rows]`` int64, which of vLLM's each row is.
+        sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.
+    """
+
+    rows: torch.Tensor
+    sampled: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a step computes.
@@ -59,6 +72,7 @@ class Batch:
         wants_all_rows: whether the caller reads the hidden state of every prompt token.
         pruned_tokens: tokens of the requests' prompts that are pruned; None: not known, or there is
             one rank alone, which does not ask.
+        order: None: rows and requests are in vLLM's.
     """
 
     req_ids: list[str]
@@ -69,6 +83,7 @@ class Batch:
     slot_mappings: torch.Tensor
     wants_all_rows: bool = False
     pruned_tokens: int | None = None
+    order: Order | None = None
 
 
 class Step:

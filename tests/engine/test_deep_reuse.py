@@ -22,7 +22,7 @@ OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": BLOCK,
     "max_model_len": 640,
-    "max_num_seqs": 8,
+    "max_num_seqs": 16,
     "max_num_batched_tokens": BUDGET,
     "scheduling_policy": "priority",
 }
@@ -91,6 +91,35 @@ def test_questions_about_one_document_do_not_disturb_each_other(engine):
         assert result["free_blocks"][0] == result["free_blocks"][1]
         for at, i in enumerate(order):
             assert result["tokens"][at] == singly[i]["tokens"][0]
+
+
+def test_the_last_token_runs_beside_the_others_if_there_is_room(engine):
+    """Of several requests at once, among decodes and whole prompts of all of which something is
+    asked, or in a step of its own: the answers are the same."""
+    mine, others = [DOCUMENTS[0] + question for question in QUESTIONS[:2]], DOCUMENTS[2]
+    decodes = asked(others[:60], params={"max_tokens": 12})
+    whole = asked(others[60:100], at=4, params={"max_tokens": 1, "prompt_logprobs": 0})
+    requests = [decodes, *(asked(prompt, at=4) for prompt in mine), whole]
+    engine.fresh()
+    engine.run("set_budget", tokens=512)
+    alone = [engine.run("serve", requests=[one | {"at": 0}]) for one in (decodes, whole)]
+    results = {}
+    for most, last in ((6, [1]), (16, [])):
+        engine.fresh()
+        engine.run("set_budget", tokens=512)
+        engine.generate([DOCUMENTS[0]], 1)
+        engine.run("set_most_requests", count=most)
+        result = results[most] = engine.run("serve", requests=requests)
+        assert all(goes_on(result, i) for i in (1, 2))
+        for i in (1, 2):
+            new = len(requests[i]["prompt"]) - result["found"][i][0]
+            assert result["computed"][i][: 1 + len(last)] == [new - len(last), *last]
+        assert result["tokens"][0] == alone[0]["tokens"][0]
+        assert result["tokens"][3] == alone[1]["tokens"][0]
+        given, right = result["prompt_logprobs"][3], alone[1]["prompt_logprobs"][0]
+        assert given == pytest.approx(right, abs=1e-4) and len(given) == 39
+    for what in ("tokens", "prefills", "decodes"):
+        assert results[16][what][1:3] == results[6][what][1:3], what
 
 
 def test_a_step_too_many_is_no_loss(engine):
@@ -220,7 +249,8 @@ def test_in_the_pieces_of_cuda_graphs_it_is_the_same(engine):
         engine.generate([DOCUMENTS[0]], 1)
         answers.append(engine.generate([DOCUMENTS[0] + QUESTIONS[0]], NEW_TOKENS))
         assert goes_on(answers[-1])
-    assert {(stage, 40 - 1) for stage in (1, 2, 3)} <= set(
+    # The prompt ends where a block does not: behind stage 0 its last token is a decode.
+    assert {(stage, 40 + QUOTA) for stage in (1, 2, 3)} <= set(
         map(tuple, engine.run("stages_in_pieces"))
     )
     for what in ("tokens", "prefills", "decodes"):

@@ -308,7 +308,8 @@ def serve(llm, requests: list[dict]) -> dict:
     Returns:
         By request: ``tokens`` and ``text``, of each of its answers; ``found``, how many tokens
         each admission found in the prefix cache, and ``cached``, as it is told; ``computed``, its
-        tokens in each step that had any; ``finished``, after how many steps.
+        tokens in each step that had any; ``finished``, after how many steps; ``prompt_logprobs``
+        of those that asked, else None.
         ``preemptions``: the ``request``, tokens ``computed`` and tokens ``said`` of each, and how
         many were ``promised`` to the prefix cache beyond what was computed;
         ``free_blocks`` before and after; ``prefills``, if traced.
@@ -350,9 +351,18 @@ def serve(llm, requests: list[dict]) -> dict:
         "cached": [outputs[name].num_cached_tokens for name in names],
         "computed": [[n for r, n in computed if name_of(r) == i] for i in range(len(names))],
         "finished": [finished[name] for name in names],
+        "prompt_logprobs": [_of_prompt(outputs[name]) for name in names],
         "preemptions": [one | {"request": name_of(one["request"])} for one in preemptions],
         "free_blocks": [before, _free_blocks(llm)],
     } | _by_prompt(llm, names)
+
+
+def _of_prompt(output) -> list[float] | None:
+    """The log-probability of each token of a prompt but the first."""
+    if output.prompt_logprobs is None:
+        return None
+    tokens = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
+    return [of_token[token].logprob for token, of_token in tokens]
 
 
 @contextmanager
@@ -451,6 +461,11 @@ def trace(llm, on: bool) -> None:
 def set_budget(llm, tokens: int) -> None:
     """From now on schedule at most so many tokens a step."""
     _core(llm).scheduler.max_num_scheduled_tokens = tokens
+
+
+def set_most_requests(llm, count: int) -> None:
+    """From now on run at most so many requests at once."""
+    _core(llm).scheduler.max_num_running_reqs = count
 
 
 def set_chunk(llm, tokens: int) -> None:

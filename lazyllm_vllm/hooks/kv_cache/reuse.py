@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager, PromptManager
@@ -78,17 +79,21 @@ def _go_on(
     return None
 
 
-def chunk_size(manager: KVCacheManager, request: Request, first: int, size: int) -> int:
-    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``: the
-    last token of a request that goes on, if it is to select, is left to a step of its own."""
+def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) -> int:
+    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``.
+
+    The last token of a request that goes on, if it is to select, takes a second place in the batch
+    (``hooks.last_tokens``). Where there might not be enough of them it is left to a step of its
+    own.
+    """
     if size == 1 or first + size < request.num_tokens:  # as in every decode step
         return size
-    planned = _planned(manager)
+    planned = _planned(scheduler.kv_cache_manager)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
-    if taken is None:
+    if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
         return size
-    schedule = planned[0].kv_cache_spec.needs.schedule
-    return size - 1 if schedule.selects(taken.snapshot.plan) else size
+    most = 1 + len(scheduler.running) + len(scheduler.waiting)
+    return size if 2 * most <= scheduler.max_num_running_reqs else size - 1
 
 
 def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:
