@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -16,13 +16,16 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from lazyllm_vllm.hooks import step_plans
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
+from lazyllm_vllm.hooks.held_back import HeldBack
 from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
+from lazyllm_vllm.hooks.kv_cache.spread import LEGS
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable
@@ -44,6 +47,8 @@ class LazyModelState(DefaultModelState):
         or those from which a request goes on.
     needs: blocks that a request needs, once there is a KV cache.
     continuations: the requests that go on from others.
+    legs: of requests in the batch to come whose later stages are spread over several steps.
+    held_back: those of them that have not run whole after it.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -65,6 +70,8 @@ class LazyModelState(DefaultModelState):
         self.selecting: dict[str, int] = {}
         self.caught_up: dict[str, int] = {}
         self.continuations = Continuations(self.schedule.num_stages)
+        self.legs: dict[str, Leg] = {}
+        self.held_back = HeldBack()
         self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
@@ -101,9 +108,12 @@ class LazyModelState(DefaultModelState):
             self.wants_prompt.add(req_id)
         self.table.add(req_index, plan, prompt_keys)
 
-    def postprocess_state(self, *args, **kwargs) -> None:
+    def postprocess_state(
+        self, idx_mapping: torch.Tensor, num_sampled, num_computed_tokens=None
+    ) -> None:
         """Called when a step's kernels have been started: while they run there is time."""
-        super().postprocess_state(*args, **kwargs)
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
+        self.held_back.end_step(idx_mapping, num_computed_tokens)
         self.table.apply_staged_writes()
 
     def remove_request(self, req_id: str) -> None:
@@ -242,7 +252,10 @@ class LazyModelState(DefaultModelState):
         given = input_batch, num_decodes, slot_mappings
         if is_plain:
             return self._metadata(step_plans.plain_step(self, *given))
-        return self._metadata(step_plans.planned_step(self, kind, *given))
+        step = step_plans.planned_step(self, kind, *given)
+        if kind is StepKind.RUN:
+            self.held_back.begin_step(step, input_batch.seq_lens)
+        return self._metadata(step)
 
     def _fill_batch(self, kind: StepKind, input_batch: InputBatch, num_decodes: int) -> None:
         """Who is in the batch, and how many tokens each decode may revive at a boundary."""
@@ -273,9 +286,10 @@ class LazyModelState(DefaultModelState):
             metadata |= dict.fromkeys(names, of_group)
         return metadata
 
-    def note_batch(self, batch):
+    def note_batch(self, batch, scheduler_output: SchedulerOutput):
         """Called before a batch's graph is chosen, with vLLM's ``BatchReqState``. Returns it, its
         prefills those that do not run as decodes do."""
+        self.legs = getattr(scheduler_output, LEGS, {})
         self.batch_runs_alike = True
         if not batch.has_prefill:
             return batch

@@ -83,7 +83,7 @@ class PrefillAttention:
         if self.form.window is not None and stage > 0:
             self._window_on(query, output, keys, step)
             return None
-        num_keys = int(span.end.sum())
+        num_keys = int(span.num_keys.sum())
         per_head = num_keys * query.shape[2] * query.element_size() * 2
         if query.is_cuda and keys.kv_cache.dtype != FP8:
             pairs = int((span.lengths.astype(int) * span.end).sum())
@@ -96,15 +96,15 @@ class PrefillAttention:
             heads = range(first, min(first + at_once, keys.num_heads))
             k, v, _ = self._gather(keys, step, query.dtype, heads)
             own = slice(heads.start * group, heads.stop * group)
-            longest = step.longest_prefill[stage], int(span.end.max())
+            longest = step.longest_prefill[stage], int(span.num_keys.max())
             starts = step.segments[stage].start, longest, window_rows, step.key_starts[stage]
             lse.append(self.attend(query[:, own], k, v, output[:, own], *starts, heads=own))
         return None if window_rows is None else torch.cat(lse, -1)
 
     def _gather(self, keys: StageKeys, step: Step, dtype: torch.dtype, heads: range | None = None):
-        end, starts = step.spans[keys.stage].end, step.key_starts[keys.stage]
+        num_keys, starts = step.spans[keys.stage].num_keys, step.key_starts[keys.stage]
         return gather_keys(
-            keys, step.prefills, starts, int(end.sum()), int(end.max()), dtype, heads
+            keys, step.prefills, starts, int(num_keys.sum()), int(num_keys.max()), dtype, heads
         )
 
     def _paged(
@@ -113,7 +113,7 @@ class PrefillAttention:
         stage, mine = keys.stage, slice(step.first_prefill, step.num_requests)
         k, v = keys.kv_cache.transpose(1, 2).split(query.shape[2], dim=-1)
         paged = {"seqused_k": keys.length[mine], "block_table": keys.block_table[mine]}
-        longest = step.longest_prefill[stage], int(step.spans[stage].end.max())
+        longest = step.longest_prefill[stage], int(step.spans[stage].num_keys.max())
         k, v = canonicalize_singleton_dim_strides(k), canonicalize_singleton_dim_strides(v)
         starts = step.segments[stage].start
         return self._flash(query, k, v, output, starts, longest, window_rows, **paged)
@@ -132,7 +132,7 @@ class PrefillAttention:
         all_queries = query.new_zeros(len(k), *query.shape[1:])
         all_queries[at] = query
         result = torch.empty_like(all_queries)
-        rows = KeptRows(positions, starts, int(step.spans[keys.stage].end.max()))
+        rows = KeptRows(positions, starts, int(step.spans[keys.stage].num_keys.max()))
         window_attention(result, all_queries, k, v, rows, self.form)
         output[:] = result[at]
 

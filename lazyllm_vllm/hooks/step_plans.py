@@ -7,6 +7,7 @@ import torch
 
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
@@ -60,7 +61,7 @@ def planned_step(
         prefills = _prefills(state, batch, num_decodes)
         selects = not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
-        caught_up = np.maximum(prefills.end, prefills.caught_up)
+        caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
         if state.boundary.reduction is not None:
             plans = (state.plans[req_id] for req_id in req_ids)
@@ -92,7 +93,12 @@ def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> P
         return np.array(list(values), np.int32)
 
     first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
-    kept = ints(plan.kept for plan in plans).reshape(-1, state.schedule.num_stages)
+    whole = (Leg((0,) * len(plan.kept), plan.kept) for plan in plans)
+    legs = [state.legs.get(req_id, leg) for req_id, leg in zip(req_ids, whole)]
+
+    def by_stage(values) -> np.ndarray:
+        return ints(values).reshape(-1, state.schedule.num_stages).T
+
     goes_on = np.array([req_id in state.continuations for req_id in req_ids], bool)
     return Prefills(
         num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
@@ -100,6 +106,8 @@ def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> P
         end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
         caught_up=ints(state.caught_up[req_id] for req_id in req_ids),
         is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
-        kept=kept.T,
+        kept=by_stage(plan.kept for plan in plans),
         shift=state.continuations.shift(req_ids),
+        ran=by_stage(leg.ran for leg in legs),
+        until=by_stage(leg.until for leg in legs),
     )
