@@ -2,10 +2,11 @@
 
 A prompt that is pruned runs stage 0 chunk by chunk; its last chunk runs the later stages, on the
 tokens that are kept. Where these are spread over several steps (``plan.spread``), its last token
-comes again in each of them, and brings some of the rows, stage after stage. A prompt that is not pruned runs all stages chunk by chunk. What shared keys
-spared it in stage 0 it must still run in the later stages, which are its own: it catches up. A
-prompt that goes on from what an earlier request left runs all stages chunk by chunk, too: behind
-stage 0 only what comes after that, in slots after what it took over.
+comes again in each, with some of the rows, stage after stage. A prompt that is not pruned runs all
+stages chunk by chunk. What shared keys spared it in stage 0 it must still run in the later stages,
+which are its own: it catches up. A prompt that goes on from what an earlier request left runs all
+stages chunk by chunk, too: behind stage 0 only what comes after that, in slots after what it took
+over.
 
 No layer sees more rows at once than a step's budget of tokens: where a stage has more, parts of
 them run through it first, and the rest, with every prompt's last tokens, runs beside the decodes.

@@ -1,5 +1,5 @@
-"""The later stages of a long prompt over several steps, beside requests that decode: nothing of its
-answer changes, and nobody waits for more than stock vLLM does in a step."""
+"""The later stages of a long prompt over several steps, beside requests that decode: its answer is
+the same, and nobody waits for more than stock vLLM does in a step."""
 
 import random
 
@@ -14,7 +14,11 @@ CONFIG = {
     "score_pool": 3,
     "revive_budget": 0,
 }
-MODES = {"peak": {}, "mean": {"score": "mean"}, "strict": {"decode": "strict"}}
+MODES = {
+    "peak": {},
+    "mean": {"score": "mean"},
+    "one_boundary": {"decode": "strict", "prune": [{"layer": 2, "keep": 0.7}]},
+}
 OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": 32,
@@ -23,8 +27,8 @@ OPTIONS = {
 }
 RNG = random.Random(1)
 SHORT = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (3, 17, 40)]
-# The last chunks of 12 tokens and of 1.
-LONG = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (220, 236, 291)]
+LONG = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (220, 291, 236)]
+MANY, FEW = 48, 4  # tokens of an answer
 
 
 @pytest.fixture(scope="module")
@@ -33,56 +37,102 @@ def folder(tmp_path_factory):
 
 
 class Engines:
-    def __init__(self, expected: dict, spreading) -> None:
-        self.expected, self.spreading = expected, spreading
+    """Attributes:
+    short, long: what the prompts give whole and cold, the long ones alone.
+    engine: has small steps, each scheduled while the one before runs.
+    """
+
+    def __init__(self, mode: str, folder, open_engine) -> None:
+        config, off = CONFIG | MODES[mode], {"enable_chunked_prefill": False}
+        off |= {"enable_prefix_caching": False, "max_num_batched_tokens": 320}
+        whole = open_engine(folder, config, {"trace": True}, **OPTIONS, **off)
+        self.short = whole.generate(SHORT, MANY)
+        self.long = whole.generate(LONG, FEW, together=False)
+        whole.close()
+        given = {"trace": True, "schedules_ahead": True}
+        self.engine = open_engine(folder, config, given, max_num_batched_tokens=BUDGET, **OPTIONS)
+        self.engine.run("watch_steps")
+
+    def serve(self, requests: list[dict]) -> tuple[dict, list[dict]]:
+        """What comes of requests in an empty cache, and the steps that it took."""
+        self.engine.fresh()
+        self.engine.run("steps")
+        result = self.engine.run("serve", requests=requests)
+        assert result["free_blocks"][0] == result["free_blocks"][1]
+        return result, self.engine.run("steps")
+
+    def check_long(self, result: dict, at: int, which: int) -> None:
+        """That a request kept and said what its long prompt does alone."""
+        assert result["tokens"][at] == [self.long["tokens"][which]]
+        mine, theirs = result["prefills"][at][-1], self.long["prefills"][which][-1]
+        assert {k: v for k, v in mine.items() if k != "chunks"} == {
+            k: v for k, v in theirs.items() if k != "chunks"
+        }
 
 
 @pytest.fixture(scope="module", params=MODES)
 def engines(request, folder, open_engine):
-    """What prompts say whole, cold and alone, and an engine with small steps, which are scheduled
-    ahead."""
-    config = CONFIG | MODES[request.param]
-    off = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
-    whole = open_engine(
-        folder, config, {"trace": True}, max_num_batched_tokens=320, **OPTIONS, **off
-    )
-    expected = whole.generate(SHORT + LONG, 60, together=False)
-    whole.close()
-    given = {"trace": True, "schedules_ahead": True}
-    spreading = open_engine(folder, config, given, max_num_batched_tokens=BUDGET, **OPTIONS)
-    spreading.run("watch_steps")
-    yield Engines(expected, spreading)
-    spreading.close()
+    engines = Engines(request.param, folder, open_engine)
+    yield engines
+    engines.engine.close()
 
 
-def asked(prompt: list[int], at: int, max_tokens: int, **more) -> dict:
+def asked(prompt: list[int], max_tokens: int, at: int = 0) -> dict:
     params = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
-    return {"prompt": prompt, "at": at, "params": params, **more}
+    return {"prompt": prompt, "params": params, "at": at}
 
 
-SHORT_ONES = [asked(prompt, 0, 60) for prompt in SHORT]
+SHORT_ONES = [asked(prompt, MANY) for prompt in SHORT]
 
 
-def assert_as_alone(result: dict, at: int, expected: dict, which: int) -> None:
-    (tokens,) = result["tokens"][at]
-    assert tokens == expected["tokens"][which][: len(tokens)]
-    mine, theirs = result["prefills"][at][-1], expected["prefills"][which][-1]
-    assert {k: v for k, v in mine.items() if k != "chunks"} == {
-        k: v for k, v in theirs.items() if k != "chunks"
-    }
+def test_beside_decodes(engines):
+    """Prompts that come at once and one after the other. All of them together, without spreading,
+    would take steps of up to 3 times as many layer-rows."""
+    long_ones = [asked(prompt, FEW, at) for prompt, at in zip(LONG, (6, 6, 8))]
+    result, steps = engines.serve(SHORT_ONES + long_ones)
+    assert result["tokens"][: len(SHORT)] == [[tokens] for tokens in engines.short["tokens"]]
+    for which in range(len(LONG)):
+        engines.check_long(result, len(SHORT) + which, which)
+        # Chunks, as the trace has them; then the last token again; then the answer's.
+        chunks = result["prefills"][len(SHORT) + which][-1]["chunks"]
+        again = len(result["computed"][len(SHORT) + which]) - len(chunks) - (FEW - 1)
+        assert again >= 2, "nothing was spread: the test shows nothing"
+    assert max(step["layer_rows"] for step in steps) <= BUDGET * LAYERS
+    short_names = list(steps[0]["tokens"])
+    assert len(short_names) == len(SHORT)
+    for step in steps:
+        if step["tokens"].keys() - short_names:
+            assert [step["tokens"].get(name) for name in short_names[1:]] == [1] * 2
 
 
-def test_a_long_prompt_beside_decodes(engines):
-    engine = engines.spreading
+def test_prompts_with_nobody_decoding(engines):
+    """Beside a chunk of another prompt, whose own later stages do not run yet."""
+    result, steps = engines.serve([asked(LONG[0], FEW), asked(LONG[1], FEW)])
+    for which in range(2):
+        engines.check_long(result, which, which)
+    for step in steps:
+        assert len(step["tokens"]) == 1 or step["layer_rows"] <= BUDGET * LAYERS
+
+
+def test_alone(engines):
+    """There is nobody to wait: no step more than its chunks and its answer take."""
+    result, steps = engines.serve([asked(LONG[1], FEW)])
+    engines.check_long(result, 0, 1)
+    assert len(steps) == -(-len(LONG[1]) // BUDGET) + FEW - 1
+
+
+@pytest.mark.parametrize("how", ("abort", "preempt", "reset"))
+def test_interrupted_halfway(engines, how):
+    """All blocks come back, and answers are right: those of others, and of the same prompt, then or
+    when it comes again."""
+    engine = engines.engine
     engine.fresh()
-    engine.run("steps")
-    requests = SHORT_ONES + [asked(LONG[0], 6, 5), asked(LONG[2], 6, 5), asked(LONG[1], 8, 5)]
-    result = engine.run("serve", requests=requests)
-    for at, which in enumerate((0, 1, 2, 3, 5, 4)):
-        assert_as_alone(result, at, engines.expected, which)
-    steps = engine.run("steps")
-    for step in steps:
-        print(step)
-    for step in steps:
-        decodes = sum(n == 1 for n in step["tokens"].values())
-        assert step["layer_rows"] <= BUDGET * LAYERS
+    requests = SHORT_ONES + [asked(LONG[1], FEW)]
+    result = engine.run("interrupt", requests=requests, how=how)
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    assert result["interrupted"] == len(SHORT)
+    assert 0 < sum(result["ran"][1:])
+    assert result["tokens"][:-1] == engines.short["tokens"] or how == "reset"
+    assert result["tokens"][-1] == (None if how == "abort" else engines.long["tokens"][1])
+    again = engine.run("serve", requests=requests)
+    engines.check_long(again, len(SHORT), 1)

@@ -25,7 +25,7 @@ _SETTINGS: WeakKeyDictionary[BlockPool, dict[str, RequestSetting]] = WeakKeyDict
 # What requests that ended have left, and who goes on from it.
 _SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
 _WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
-# Rows that have run in each stage, of requests whose later stages run in several steps (``spread``).
+# Rows that have run in each stage, of prompts whose later stages run in several steps (``spread``).
 _RAN: WeakKeyDictionary[BlockPool, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
