@@ -6,19 +6,19 @@ import random
 import pytest
 from harness import families
 
-BUDGET, WINDOW, LAYERS = 32, 16, 6
+BUDGET, WINDOW, LAYERS, FIRST_STAGE = 32, 16, 6, 1
 CONFIG = {
-    "prune": [{"layer": 1, "keep": 0.8}, {"layer": 3, "keep": 0.5}, {"layer": 4, "keep": 0.3}],
+    "prune": [
+        {"layer": FIRST_STAGE, "keep": 0.8},
+        {"layer": 3, "keep": 0.5},
+        {"layer": 4, "keep": 0.3},
+    ],
     "min_prompt_tokens": 60,
     "score_window": WINDOW,
     "score_pool": 3,
     "revive_budget": 0,
 }
-MODES = {
-    "peak": {},
-    "mean": {"score": "mean"},
-    "one_boundary": {"decode": "strict", "prune": [{"layer": 2, "keep": 0.7}]},
-}
+MODES = {"peak": {}, "mean": {"score": "mean", "decode": "strict"}}
 OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": 32,
@@ -28,7 +28,7 @@ OPTIONS = {
 RNG = random.Random(1)
 SHORT = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (3, 17, 40)]
 LONG = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (220, 291, 236)]
-MANY, FEW = 48, 4  # tokens of an answer
+MANY, FEW = 40, 4  # tokens of an answer
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,22 @@ def test_beside_decodes(engines):
             assert [step["tokens"].get(name) for name in short_names[1:]] == [1] * 2
 
 
-def test_prompts_with_nobody_decoding(engines):
-    """Beside a chunk of another prompt, whose own later stages do not run yet."""
-    result, steps = engines.serve([asked(LONG[0], FEW), asked(LONG[1], FEW)])
-    for which in range(2):
-        engines.check_long(result, which, which)
-    for step in steps:
-        assert len(step["tokens"]) == 1 or step["layer_rows"] <= BUDGET * LAYERS
+@pytest.mark.parametrize("engines", ["peak"], indirect=True)
+def test_decodes_that_end_meanwhile(engines):
+    """The rest runs by itself, or beside a chunk of another prompt, whose own later stages do not
+    run yet."""
+    beside_a_chunk = 0
+    for max_tokens in (10, 11):
+        requests = [asked(SHORT[0], max_tokens), asked(LONG[0], FEW), asked(LONG[1], FEW)]
+        result, steps = engines.serve(requests)
+        for which in range(2):
+            engines.check_long(result, 1 + which, which)
+        for step in steps:
+            tokens = sorted(step["tokens"].values())
+            assert len(tokens) == 1 or step["layer_rows"] <= BUDGET * LAYERS
+            if len(tokens) == 2 and tokens[0] == 1 < tokens[1]:
+                beside_a_chunk += step["layer_rows"] > LAYERS + tokens[1] * FIRST_STAGE
+    assert beside_a_chunk
 
 
 def test_alone(engines):
@@ -121,6 +130,7 @@ def test_alone(engines):
     assert len(steps) == -(-len(LONG[1]) // BUDGET) + FEW - 1
 
 
+@pytest.mark.parametrize("engines", ["peak"], indirect=True)
 @pytest.mark.parametrize("how", ("abort", "preempt", "reset"))
 def test_interrupted_halfway(engines, how):
     """All blocks come back, and answers are right: those of others, and of the same prompt, then or
@@ -134,5 +144,5 @@ def test_interrupted_halfway(engines, how):
     assert 0 < sum(result["ran"][1:])
     assert result["tokens"][:-1] == engines.short["tokens"] or how == "reset"
     assert result["tokens"][-1] == (None if how == "abort" else engines.long["tokens"][1])
-    again = engine.run("serve", requests=requests)
-    engines.check_long(again, len(SHORT), 1)
+    again = engine.run("serve", requests=requests[-1:])
+    engines.check_long(again, 0, 1)
