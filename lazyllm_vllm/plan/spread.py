@@ -49,6 +49,26 @@ def advance(
     return tuple(until)
 
 
+def share_room(
+    schedule: Schedule, prompts: list[tuple[RequestPlan, tuple[int, ...]]], room: int
+) -> list[Leg]:
+    """What prompts run of their later stages in one step: the first gets what it needs, then the
+    next. The first of those that have waited for this step gets on, whatever the room.
+
+    Args:
+        prompts: of each its plan, and the rows that ran before.
+        room: layer-rows for all of them.
+    """
+    legs: list[Leg] = []
+    for plan, ran in prompts:
+        if ran[0] and not any(leg.ran[0] for leg in legs):
+            room = max(room, least_room(schedule))
+        until = advance(schedule, plan, ran, room)
+        room -= work_left(schedule, plan, ran) - work_left(schedule, plan, until)
+        legs.append(Leg(ran, until))
+    return legs
+
+
 def least_room(schedule: Schedule) -> int:
     """Layer-rows with which a prompt gets on, however little is left."""
     return schedule.config.score_window * schedule.num_layers

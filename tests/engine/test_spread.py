@@ -28,7 +28,7 @@ OPTIONS = {
 RNG = random.Random(1)
 SHORT = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (3, 17, 40)]
 LONG = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (220, 291, 236)]
-MANY, FEW = 40, 4  # tokens of an answer
+MANY, FEW = 48, 4  # tokens of an answer
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.managers import planned_managers
-from lazyllm_vllm.plan.spread import Leg, advance, least_room, work_left
+from lazyllm_vllm.plan.spread import Leg, share_room, work_left
 
 LEGS = "lazyllm_legs"  # where workers find, by request, the ``Leg`` that a step runs
 
@@ -57,44 +57,39 @@ def _tokens_before(scheduler: Scheduler, held: set[str]) -> int:
 
 
 def spread(scheduler: Scheduler, output: SchedulerOutput) -> None:
-    """Say which rows of prompts that end in a scheduled step run in it, where these are not all,
-    and hold back those of whose rows some are left."""
+    """Tell workers which rows run of prompts that end in the step just scheduled, where these are
+    not all, and hold back those that have rows left."""
     planned = planned_managers(scheduler.kv_cache_manager)
     if not planned:
         return
     schedule, plans, ran = planned[0].kv_cache_spec.needs.schedule, planned[0].plans, planned[0].ran
-    if not schedule.prunes or schedule.config.keep_mass is not None:
-        return
     counts, requests = output.num_scheduled_tokens, scheduler.requests
     ending = [r for r in counts if requests[r].num_computed_tokens == plans[r].num_prompt]
-    if not ending:  # as in every decode step
+    if not ending or schedule.config.keep_mass is not None:  # as in every decode step
         return
     room = scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens
     room *= schedule.num_layers
-    pruned = (r for r in ending if plans[r].is_pruned and r not in planned[0].snapshots.taken)
-    long = []
-    for req_id in pruned:
-        had = ran.get(req_id, (0,) * schedule.num_stages)
+    long = {}
+    for req_id in ending:
+        plan, had = plans[req_id], ran.get(req_id, (0,) * schedule.num_stages)
         share = counts[req_id] * (schedule.num_layers - schedule.stage_sizes[0])
-        if work_left(schedule, plans[req_id], had) > share or req_id in ran:
+        if not plan.is_pruned or req_id in planned[0].snapshots.taken:
+            continue
+        if req_id in ran or work_left(schedule, plan, had) > share:
             room += share
-            long.append((req_id, had))
-    legs: dict[str, Leg] = {}
-    for req_id, had in long:
-        plan, until = plans[req_id], plans[req_id].kept
-        if len(counts) > 1:
-            is_next = had[0] and not any(leg.ran[0] for leg in legs.values())
-            room = max(room, least_room(schedule)) if is_next else room
-            until = advance(schedule, plan, had, room)
-        room -= work_left(schedule, plan, had) - work_left(schedule, plan, until)
-        if had[0] or until != plan.kept:
-            legs[req_id] = Leg(had, until)
+            long[req_id] = plan, had
+    if not long:
+        return
+    if len(counts) == 1:  # nobody waits
+        legs = [Leg(had, plan.kept) for plan, had in long.values()]
+    else:
+        legs = share_room(schedule, list(long.values()), room)
+    setattr(output, LEGS, dict(zip(long, legs)))
+    for req_id, leg in zip(long, legs):
         ran.pop(req_id, None)
-        if until != plan.kept:
-            ran[req_id] = until
+        if leg.until != plans[req_id].kept:
+            ran[req_id] = leg.until
             _hold_back(scheduler, requests[req_id])
-    if legs:
-        setattr(output, LEGS, legs)
 
 
 def _hold_back(scheduler: Scheduler, request: Request) -> None:
