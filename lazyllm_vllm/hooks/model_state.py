@@ -252,10 +252,7 @@ class LazyModelState(DefaultModelState):
         given = input_batch, num_decodes, slot_mappings
         if is_plain:
             return self._metadata(step_plans.plain_step(self, *given))
-        step = step_plans.planned_step(self, kind, *given)
-        if kind is StepKind.RUN:
-            self.held_back.begin_step(step, input_batch.seq_lens)
-        return self._metadata(step)
+        return self._metadata(step_plans.planned_step(self, kind, *given))
 
     def _fill_batch(self, kind: StepKind, input_batch: InputBatch, num_decodes: int) -> None:
         """Who is in the batch, and how many tokens each decode may revive at a boundary."""
@@ -290,19 +287,7 @@ class LazyModelState(DefaultModelState):
         """Called before a batch's graph is chosen, with vLLM's ``BatchReqState``. Returns it, its
         prefills those that do not run as decodes do."""
         self.legs = getattr(scheduler_output, LEGS, {})
-        self.batch_runs_alike = True
-        if not batch.has_prefill:
-            return batch
-        is_prefilling, runs_alike = batch.is_prefilling_np, True
-        for i in is_prefilling.nonzero()[0].tolist():
-            req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
-            caught_up = self.caught_up[req_id] == first
-            is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
-            if is_last and caught_up and req_id in self.continuations:
-                is_prefilling[i] = False
-            elif not caught_up or self.plans[req_id].is_pruned:
-                runs_alike = False
-        self.batch_runs_alike = runs_alike
+        self.batch_runs_alike = not batch.has_prefill or step_plans.sort_prefills(self, batch)
         return batch
 
 

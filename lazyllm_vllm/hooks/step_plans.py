@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
 
 
+def sort_prefills(state: "LazyModelState", batch) -> bool:
+    """Take those that run as decodes do out of the prefills of vLLM's ``BatchReqState``. Returns
+    whether all stages run the rows that vLLM gives."""
+    is_prefilling, runs_alike = batch.is_prefilling_np, True
+    for i in is_prefilling.nonzero()[0].tolist():
+        req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
+        caught_up = state.caught_up[req_id] == first
+        is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
+        if is_last and caught_up and req_id in state.continuations:
+            is_prefilling[i] = False
+        elif not caught_up or state.plans[req_id].is_pruned:
+            runs_alike = False
+    return runs_alike
+
+
 def is_plain(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> bool:
     """Whether a batch can run as a ``PlainStep``."""
     req_ids = batch.req_ids
@@ -82,7 +97,10 @@ def planned_step(
         wants_all_rows=not state.wants_prompt.isdisjoint(req_ids),
         pruned_tokens=pruned_tokens,
     )
-    return Step(kind, of_step, state.schedule, state.buffers, selects)
+    step = Step(kind, of_step, state.schedule, state.buffers, selects)
+    if kind is StepKind.RUN:
+        state.held_back.begin_step(step, batch.seq_lens)
+    return step
 
 
 def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> Prefills:
