@@ -8,7 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -16,14 +16,17 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from lazyllm_vllm.hooks import step_plans
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
+from lazyllm_vllm.hooks.held_back import HeldBack
 from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
+from lazyllm_vllm.hooks.kv_cache.spread import LEGS
 from lazyllm_vllm.hooks.last_tokens import split
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable
@@ -45,6 +48,8 @@ class LazyModelState(DefaultModelState):
         or those from which a request goes on.
     needs: blocks that a request needs, once there is a KV cache.
     continuations: the requests that go on from others.
+    legs: of requests in the batch to come whose later stages are spread over several steps.
+    held_back: those of them that have not run whole after it.
     batch_runs_alike: whether all stages run the rows that vLLM gives, in the batch to come.
     wants_prompt: requests of whose prompt every hidden state is read (``prompt_logprobs``).
     capture_kind: which of a batch size's two CUDA graphs is being captured; see ``cuda_graphs``.
@@ -66,6 +71,8 @@ class LazyModelState(DefaultModelState):
         self.selecting: dict[str, int] = {}
         self.caught_up: dict[str, int] = {}
         self.continuations = Continuations(self.schedule.num_stages)
+        self.legs: dict[str, Leg] = {}
+        self.held_back = HeldBack()
         self.batch_runs_alike = True
         self.wants_prompt: set[str] = set()
         self.room_watch = RoomWatch(self.table)
@@ -102,9 +109,12 @@ class LazyModelState(DefaultModelState):
             self.wants_prompt.add(req_id)
         self.table.add(req_index, plan, prompt_keys)
 
-    def postprocess_state(self, *args, **kwargs) -> None:
+    def postprocess_state(
+        self, idx_mapping: torch.Tensor, num_sampled, num_computed_tokens=None
+    ) -> None:
         """Called when a step's kernels have been started: while they run there is time."""
-        super().postprocess_state(*args, **kwargs)
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
+        self.held_back.end_step(idx_mapping, num_computed_tokens)
         self.table.apply_staged_writes()
 
     def remove_request(self, req_id: str) -> None:
@@ -291,22 +301,11 @@ class LazyModelState(DefaultModelState):
             metadata |= dict.fromkeys(names, of_group)
         return metadata
 
-    def note_batch(self, batch):
+    def note_batch(self, batch, scheduler_output: SchedulerOutput):
         """Called before a batch's graph is chosen, with vLLM's ``BatchReqState``. Returns it, its
         prefills those that do not run as decodes do."""
-        self.batch_runs_alike = True
-        if not batch.has_prefill:
-            return batch
-        is_prefilling, runs_alike = batch.is_prefilling_np, True
-        for i in is_prefilling.nonzero()[0].tolist():
-            req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
-            caught_up = self.caught_up[req_id] == first
-            is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
-            if is_last and caught_up and req_id in self.continuations:
-                is_prefilling[i] = False
-            elif not caught_up or self.plans[req_id].is_pruned:
-                runs_alike = False
-        self.batch_runs_alike = runs_alike
+        self.legs = getattr(scheduler_output, LEGS, {})
+        self.batch_runs_alike = not batch.has_prefill or step_plans.sort_prefills(self, batch)
         return batch
 
 

@@ -217,15 +217,19 @@ def _free(original, self, request):
     free(functools.partial(original, self, request), self, request)
 
 
-# What workers must know of a request that goes on from there. Ends when a group's manager can send
-# them a word with a request, and have blocks copied that stay the last to be reused.
+# What workers must know of a request that goes on from there; and steps for the later stages of a
+# prompt. Ends when a group's manager can send them a word with a request, and have blocks copied
+# that stay the last to be reused; and when a request may ask for steps that bring no token.
 
 
 def _schedule(original, self, *args, **kwargs):
     from lazyllm_vllm.hooks.kv_cache.reuse import hand_over
+    from lazyllm_vllm.hooks.kv_cache.spread import spread, tokens_set_aside
 
-    output = original(self, *args, **kwargs)
+    with tokens_set_aside(self):
+        output = original(self, *args, **kwargs)
     hand_over(self.kv_cache_manager, output.scheduled_new_reqs)
+    spread(self, output)
     return output
 
 
@@ -288,7 +292,7 @@ def _gather_batch(original, self, scheduler_output, dummy_run):
     batch, uniform_tokens = original(self, scheduler_output, dummy_run)
     if batch is None or not hasattr(self.model_state, "note_batch"):
         return batch, uniform_tokens
-    batch = self.model_state.note_batch(batch)
+    batch = self.model_state.note_batch(batch, scheduler_output)
     if not (batch.has_prefill and batch.is_prefilling_np.any()):
         return batch, uniform_tokens
     return _decodes_first(batch), None

@@ -7,12 +7,28 @@ import torch
 
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.step import Batch, Order, Step, StepKind
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
+
+
+def sort_prefills(state: "LazyModelState", batch) -> bool:
+    """Take those that run as decodes do out of the prefills of vLLM's ``BatchReqState``. Returns
+    whether all stages run the rows that vLLM gives."""
+    is_prefilling, runs_alike = batch.is_prefilling_np, True
+    for i in is_prefilling.nonzero()[0].tolist():
+        req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
+        caught_up = state.caught_up[req_id] == first
+        is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
+        if is_last and caught_up and req_id in state.continuations:
+            is_prefilling[i] = False
+        elif not caught_up or state.plans[req_id].is_pruned:
+            runs_alike = False
+    return runs_alike
 
 
 def is_plain(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> bool:
@@ -61,7 +77,7 @@ def planned_step(
         prefills = _prefills(state, batch, num_decodes)
         selects = not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
-        caught_up = np.maximum(prefills.end, prefills.caught_up)
+        caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
         if state.boundary.reduction is not None:
             plans = (state.plans[req_id] for req_id in set(req_ids))
@@ -83,7 +99,10 @@ def planned_step(
         pruned_tokens=pruned_tokens,
         order=order,
     )
-    return Step(kind, of_step, state.schedule, state.buffers, selects)
+    step = Step(kind, of_step, state.schedule, state.buffers, selects)
+    if kind is StepKind.RUN:
+        state.held_back.begin_step(step, batch.seq_lens)
+    return step
 
 
 def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> Prefills:
@@ -94,7 +113,12 @@ def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> P
         return np.array(list(values), np.int32)
 
     first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
-    kept = ints(plan.kept for plan in plans).reshape(-1, state.schedule.num_stages)
+    whole = (Leg((0,) * len(plan.kept), plan.kept) for plan in plans)
+    legs = [state.legs.get(req_id, leg) for req_id, leg in zip(req_ids, whole)]
+
+    def by_stage(values) -> np.ndarray:
+        return ints(values).reshape(-1, state.schedule.num_stages).T
+
     goes_on = np.array([req_id in state.continuations for req_id in req_ids], bool)
     return Prefills(
         num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
@@ -102,6 +126,8 @@ def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> P
         end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
         caught_up=ints(state.caught_up[req_id] for req_id in req_ids),
         is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
-        kept=kept.T,
+        kept=by_stage(plan.kept for plan in plans),
         shift=state.continuations.shift(req_ids),
+        ran=by_stage(leg.ran for leg in legs),
+        until=by_stage(leg.until for leg in legs),
     )

@@ -36,7 +36,7 @@ class StagedDecoder:
             every layer has the rows that vLLM gives.
         pieces: of CUDA graphs, for stages of few rows; None: they cannot run in any. Rows must need
             no position but in attention.
-        is_done: whether the stage that is running has run, in pieces.
+        is_done: whether the stage that is running has run, in pieces or in earlier steps.
         is_over: whether no row is left to run in this step.
         output: what the last stage gave, if it ran in pieces.
         plain_forwards: the layers' own, as their model has them.
@@ -174,7 +174,10 @@ class StagedDecoder:
         boundary.recount(step, stage)
         self._run_parts(stage, hidden, given)
         if not step.num_rows(stage):
-            self.is_over = True
+            self.is_over = not any(map(step.num_rows, range(stage, self.schedule.num_stages)))
+            if not self.is_over:  # rows of the stage have run in steps before
+                self.is_done = True
+                given |= {name: given[name][:0] for name in _states(given)}
             return
         hidden, residual = boundary.enter(step, stage, hidden, residual)
         given["hidden_states"] = hidden
@@ -190,13 +193,15 @@ class StagedDecoder:
     def _run_pieces(self, stage: int, given: dict) -> None:
         """Run a stage in pieces, if there are some for its rows."""
         metadata = _stage_metadata()
-        if self.pieces is None or metadata is None or self.is_over or captures_pieces():
+        if self.pieces is None or metadata is None or captures_pieces():
+            return
+        if self.is_over or self.is_done:
             return
         step, rows = metadata.step, metadata.step.num_rows(stage)
         if step.kind is not StepKind.RUN or not self.pieces.covers(rows, self.input_ids):
             return
         metadata.boundary.buffers.piece_rows.fill(step, stage)
-        names = ["hidden_states", "residual"][: 1 + ("residual" in given)]
+        names = _states(given)
         after = self.pieces.run(stage, rows, tuple(given[name] for name in names))
         if stage + 1 < self.schedule.num_stages:
             given |= dict(zip(names, after))
@@ -269,6 +274,11 @@ class StagedDecoder:
         if self.has_experts and context.is_padding is not None:
             context.is_padding = context.is_padding[rows]
         return tuple(states[rows] for states in args)
+
+
+def _states(given: dict) -> list[str]:
+    """Which of a layer's arguments are handed on from the layer before."""
+    return ["hidden_states", "residual"][: 1 + ("residual" in given)]
 
 
 def _stage_metadata() -> StageMetadata | None:

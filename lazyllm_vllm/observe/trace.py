@@ -52,6 +52,8 @@ class Trace:
 
     def _chunk(self, req_id: str, prefills, at: int) -> None:
         p, seen = prefills, self.prefills[req_id]
+        if p.ran[0, at]:  # its last token comes again, with more rows of the later stages
+            return
         num_prompt, first, end, caught_up = (
             int(x[at]) for x in (p.num_prompt, p.first, p.end, p.caught_up)
         )
@@ -87,8 +89,9 @@ class Trace:
             kept += position[request == i].tolist()
             assert kept == sorted(set(kept)), "kept tokens run in order of position"
             self.keys[req_id][stage] = list(kept)
-            if step.batch.prefills.is_pruned[i - step.first_prefill]:
-                if stage > 0 and step.prefills_select:
+            prefills, at = step.batch.prefills, i - step.first_prefill
+            if prefills.is_pruned[at]:
+                if prefills.crosses[stage, at]:
                     self.places[req_id][stage] = self._places(s, i)
             elif int(s.is_pruned[i]):
                 self._go_on(req_id, stage, resident(i))

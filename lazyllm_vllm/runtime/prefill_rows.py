@@ -1,10 +1,12 @@
 """Which rows of each prefill run in each stage in a step, decided on the CPU.
 
 A prompt that is pruned runs stage 0 chunk by chunk; its last chunk runs the later stages, on the
-tokens that are kept. A prompt that is not pruned runs all stages chunk by chunk. What shared keys
-spared it in stage 0 it must still run in the later stages, which are its own: it catches up. A
-prompt that goes on from what an earlier request left runs all stages chunk by chunk, too: behind
-stage 0 only what comes after that, in slots after what it took over.
+tokens that are kept. Where these are spread over several steps (``plan.spread``), its last token
+comes again in each, with some of the rows, stage after stage. A prompt that is not pruned runs all
+stages chunk by chunk. What shared keys spared it in stage 0 it must still run in the later stages,
+which are its own: it catches up. A prompt that goes on from what an earlier request left runs all
+stages chunk by chunk, too: behind stage 0 only what comes after that, in slots after what it took
+over.
 
 No layer sees more rows at once than a step's budget of tokens: where a stage has more, parts of
 them run through it first, and the rest, with every prompt's last tokens, runs beside the decodes.
@@ -28,6 +30,8 @@ class Prefills:
         kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
         shift: ``[stages, prefills]``, the slot of a token less its position; 0 but behind stage 0
             of a prompt that goes on.
+        ran, until: ``[stages, prefills]``, rows of a pruned prompt's stages that ran in steps
+            before, and that have run after this one, in the steps that run its later stages.
     """
 
     num_prompt: np.ndarray
@@ -37,14 +41,16 @@ class Prefills:
     is_pruned: np.ndarray
     kept: np.ndarray
     shift: np.ndarray
+    ran: np.ndarray
+    until: np.ndarray
 
     @classmethod
     def whole(cls, lengths: list[int], num_stages: int) -> "Prefills":
         """Prompts that come in one piece, and of which nothing is dropped."""
         n = np.array(lengths, np.int32)
         none = np.zeros_like(n)
-        kept, shift = (np.tile(x, (num_stages, 1)) for x in (n, none))
-        return cls(n, none, n, none, none.astype(bool), kept, shift)
+        kept, zeros = (np.tile(x, (num_stages, 1)) for x in (n, none))
+        return cls(n, none, n, none, none.astype(bool), kept, zeros, zeros, kept)
 
     @property
     def is_last_chunk(self) -> np.ndarray:
@@ -52,8 +58,23 @@ class Prefills:
 
     @property
     def prunes(self) -> np.ndarray:
-        """Whether tokens are chosen in this step."""
+        """Whether later stages run on tokens that are chosen."""
         return self.is_pruned & self.is_last_chunk
+
+    @property
+    def is_held_back(self) -> np.ndarray:
+        """Whether rows of the later stages are left to other steps."""
+        return self.prunes & (self.until[-1] < self.kept[-1])
+
+    @property
+    def crosses(self) -> np.ndarray:
+        """``[stages, prefills]``, whether tokens are chosen for the stage in this step."""
+        return self.prunes & (self.ran < np.minimum(self.until, self.kept))
+
+    @property
+    def completes(self) -> np.ndarray:
+        """``[stages, prefills]``, whether the last tokens that are chosen run in this step."""
+        return self.crosses & (self.until >= self.kept)
 
     @property
     def runs_alike(self) -> bool:
@@ -63,7 +84,8 @@ class Prefills:
     def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``kernels.score.WindowPart`` in stage 0, of prompts that are pruned."""
         window_first = np.maximum(self.num_prompt - window, 0)
-        count = np.maximum(self.end - np.maximum(self.first, window_first), 0) * self.is_pruned
+        count = np.maximum(self.end - np.maximum(self.first, window_first), 0)
+        count *= self.is_pruned & (self.ran[0] == 0)
         scored = self.first * (self.first > window_first)
         return count, self.num_prompt - self.end, scored
 
@@ -78,6 +100,11 @@ class Span:
     @property
     def lengths(self) -> np.ndarray:
         return self.end - self.first
+
+    @property
+    def num_keys(self) -> np.ndarray:
+        """Keys that the rows attend to; 0 where there are none."""
+        return self.end * (self.end > self.first)
 
     @property
     def num_rows(self) -> int:
@@ -107,13 +134,16 @@ class RowPlan:
         spans, parts = [Span(p.first, p.end)], [[]]
         room = budget - num_decodes - int((p.end - p.first)[~p.is_pruned].sum())
         new = np.minimum(np.maximum(p.first, p.caught_up), p.end)
+        completes = p.completes
         for stage in range(1, stages):
             kept = np.where(p.prunes, p.kept[stage], 0)
-            at_least = np.minimum(kept, window if stage < stages - 1 else 1)
-            done = _first(kept - at_least, int(kept.sum()) - room)
-            parts.append(_cut(done * 0, done, budget))
+            ran, until = (np.minimum(x[stage], kept) for x in (p.ran, p.until))
+            rows = until - ran
+            at_least = np.minimum(kept, window if stage < stages - 1 else 1) * completes[stage]
+            done = ran + _first(rows - at_least, int(rows.sum()) - room)
+            parts.append(_cut(ran, done, budget))
             first = np.where(p.is_pruned, done, new + p.shift[stage])
-            spans.append(Span(first, np.where(p.is_pruned, kept, p.end + p.shift[stage])))
+            spans.append(Span(first, np.where(p.is_pruned, until, p.end + p.shift[stage])))
         is_behind = ~p.is_pruned & (p.caught_up < p.first)
         catch_up = _cut(p.caught_up * is_behind, p.first * is_behind, budget)
         return cls(spans, parts, catch_up)

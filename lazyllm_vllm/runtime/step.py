@@ -162,14 +162,14 @@ class Step:
         self.decode_schedules: dict[tuple[int, int | None], torch.Tensor] = {}
         self._window_rows: dict[int, torch.Tensor] = {}
         self._num_prefill_rows = [span.num_rows for span in spans]
-        self._continues = [bool(span.first.any()) for span in spans]
+        self._continues = [bool(span.first[span.lengths > 0].any()) for span in spans]
         if not self.num_prefills:
             self.segments = [buffers.no_prefills] * self.schedule.num_stages
             self._query_rows = [buffers.decode_starts] * self.schedule.num_stages
             return
         self.longest_prefill = [int(span.lengths.max()) for span in spans]
-        self.longest_keys = [int(span.end.max()) for span in spans]
-        self.num_keys = [int(span.end.sum()) for span in spans]
+        self.longest_keys = [int(span.num_keys.max()) for span in spans]
+        self.num_keys = [int(span.num_keys.sum()) for span in spans]
         self.num_pairs = [int((span.lengths.astype(int) * span.end).sum()) for span in spans]
         self._upload()
         self.show()
@@ -177,18 +177,19 @@ class Step:
     def _upload(self) -> None:
         """The prefills' bounds in each stage and all current rows, in one copy to the device."""
         count, stages = self.num_prefills, self.schedule.num_stages
-        first, end = (np.stack([getattr(s, name) for s in self.spans]) for name in ("first", "end"))
+        names = ("first", "end", "num_keys")
+        first, end, keys = (np.stack([getattr(s, name) for s in self.spans]) for name in names)
         starts, key_starts = np.zeros((2, stages, count + 1), np.int32)
         np.cumsum(end - first, axis=1, out=starts[:, 1:])
-        np.cumsum(end, axis=1, out=key_starts[:, 1:])
+        np.cumsum(keys, axis=1, out=key_starts[:, 1:])
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        parts = (starts, key_starts, first, end, last_rows, self.batch.prefills.shift)
+        parts = (starts, key_starts, first, keys, last_rows, self.batch.prefills.shift)
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
         packed = async_tensor_h2d(packed, device=self.buffers.device)
         packed = packed.split([part.size for part in parts])
-        starts, self.key_starts, first, self._ends, self._last_rows, shift = (
+        starts, self.key_starts, first, self._num_keys, self._last_rows, shift = (
             part.view(stages, -1) for part in packed
         )
         by_stage = zip(starts, bases.tolist(), first, shift)
@@ -198,7 +199,7 @@ class Step:
         """Let kernels see this step's prefill rows, after a part of it has run."""
         b, n = self.buffers, self.first_prefill
         mine = slice(n, self.num_requests)
-        b.all_rows.num_keys[:, mine] = self._ends
+        b.all_rows.num_keys[:, mine] = self._num_keys
         b.query_rows[:, mine] = self._last_rows
         if self.num_decodes:
             b.query_rows[:, :n] = b.decode_starts[:n]
@@ -216,8 +217,8 @@ class Step:
             return [False] * stages
         packed = np.zeros((4, stages, self.num_prefills), np.int32)
         packed[:3, 0] = p.window_part(window)
-        packed[0, 1:] = np.minimum(p.num_prompt, window) * p.prunes
-        packed[3] = p.prunes
+        packed[0, 1:] = np.minimum(p.num_prompt, window) * p.completes[1:]
+        packed[3] = p.crosses
         on_device = async_tensor_h2d(packed, device=b.device)
         b.window[:, :, mine] = on_device[:3]
         b.selection.active[1:, mine] = on_device[3, 1:]

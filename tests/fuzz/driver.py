@@ -19,6 +19,7 @@ from vllm.v1.request import RequestStatus
 
 from fuzz import invariants
 from fuzz.model import ROOMS
+from lazyllm_vllm.hooks.kv_cache.managers import planned_managers
 from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 
 IDLE_STEPS = 4  # that may schedule nothing: steps in flight, and one that frees what was preempted
@@ -70,6 +71,8 @@ class Driver:
         def count_scheduled(*args, **kwargs):
             output = schedule(*args, **kwargs)
             self._scheduled = output.total_num_scheduled_tokens
+            held = planned_managers(scheduler.kv_cache_manager)[0].ran.keys()
+            self.counts["held back"] += len(held & output.num_scheduled_tokens.keys())
             return output
 
         def count_preempted(*args, drop_stale_output: bool = False):

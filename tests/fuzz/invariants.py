@@ -54,6 +54,10 @@ def scheduler_forgets(llm) -> None:
             assert manager.plans.keys() <= there, "the plan of a request that left"
             assert manager.settings.keys() <= there, "the setting of a request that left"
             assert manager.enough_for.keys() <= running, "room of a request that left"
+            for name in manager.ran:
+                assert name in running, "rows of a request that left"
+                left = manager.plans[name].num_prompt - scheduler.requests[name].num_computed_tokens
+                assert left == 1, "what is held back has its last token to come"
             assert running <= manager.plans.keys(), "a request runs without a plan"
 
 
@@ -99,7 +103,7 @@ def nothing_is_left(llm) -> None:
         if isinstance(manager, PlannedManager):
             left |= {"plans": manager.plans, "settings": manager.settings}
             left |= {"goes on": manager.snapshots.taken, "enough for": manager.enough_for}
-            left |= {"own": manager.snapshots.preempted}
+            left |= {"own": manager.snapshots.preempted, "held back": manager.ran}
         assert not (there := {what: one for what, one in left.items() if one}), there
     pool = scheduler.kv_cache_manager.block_pool
     held = len(getattr(pool, "held_by_test", ())) + 1

@@ -2,7 +2,7 @@
 
 from fuzz.machine import DOCUMENTS, Fuzzed, run
 
-SHOWN = ("aborts", "preemptions", "resets", "pauses", "refused", "answers compared")
+SHOWN = ("aborts", "preemptions", "resets", "pauses", "refused", "held back", "answers compared")
 
 
 def test_nothing_is_lost_and_nothing_leaks():

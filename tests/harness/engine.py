@@ -516,6 +516,25 @@ def stages_in_pieces(llm) -> list[tuple[int, int]]:
     return _state(llm).model.pieces.ran
 
 
+def watch_steps(llm) -> None:
+    """From now on; see ``steps``."""
+    from harness.steps import Steps
+
+    llm.steps = Steps(_state(llm))
+
+
+def steps(llm) -> list[dict]:
+    """See ``harness.steps.Steps.done``: since the last call."""
+    return llm.steps.take()
+
+
+def interrupt(llm, requests: list[dict], how: str) -> dict:
+    """See ``harness.steps.interrupt``."""
+    from harness.steps import interrupt
+
+    return interrupt(llm, requests, how)
+
+
 def abort(llm, prompts: list[list[int]], max_tokens: int) -> dict:
     """Abort the first request right after its prefill was scheduled, the second while it decodes,
     the third while it waits; the rest finish. Tokens by request."""

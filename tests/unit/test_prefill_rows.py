@@ -18,6 +18,8 @@ class Prompt:
     done: tokens that have run in stage 0, or were found.
     taken: tokens that need not run behind stage 0, of one that goes on from a snapshot.
     shift: by stage, slots less positions behind what it took.
+    before, until: rows of each stage that ran in steps before, of one that is pruned and has come
+        to its end, and that have run after the next step.
     ran: by stage, the slots that have run, in the order in which they did.
     """
 
@@ -30,10 +32,14 @@ class Prompt:
     ran: list[list[int]] = field(default_factory=list)
     taken: int = 0
     shift: tuple[int, ...] = ()
+    before: tuple[int, ...] = ()
+    until: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.caught_up = max(self.caught_up, self.taken)
         self.shift = self.shift or (0,) * len(self.kept)
+        self.before = self.before or (0,) * len(self.kept)
+        self.until = self.until or tuple(self.kept)
 
     def must_run(self, stage: int) -> list[int]:
         if stage == 0:
@@ -84,7 +90,32 @@ def next_chunks(w: Work, data) -> tuple[list[tuple[Prompt, int]], int]:
             size = data.draw(st.integers(1, min(room, prompt.length - prompt.done)))
             chunks.append((prompt, size))
             room -= size
+            if prompt.is_pruned and prompt.done + size == prompt.length:
+                prompt.until = draw_until(w, prompt, data)
     return chunks, decodes
+
+
+def draw_until(w: Work, prompt: Prompt, data) -> tuple[int, ...]:
+    """How far a prompt gets that has come to its end: whole stages, and of the next one any rows
+    but the last, which run at once; or all."""
+    until = list(prompt.before)
+    for stage in range(1, w.stages):
+        kept = prompt.kept[stage]
+        at_once = min(kept, w.window if stage < w.stages - 1 else 1)
+        if until[stage] < kept and data.draw(st.booleans()):
+            until[stage] = data.draw(st.integers(until[stage], kept - at_once))
+            return prompt.length, *until[1:]
+        until[stage] = kept
+    return tuple(prompt.kept)
+
+
+def end_step(prompt: Prompt, size: int) -> None:
+    """A prompt of which rows are left gives its last token again."""
+    prompt.done += size
+    prompt.caught_up = max(prompt.caught_up, prompt.done)
+    if prompt.is_pruned and prompt.done == prompt.length:
+        prompt.before = prompt.until
+        prompt.done -= prompt.until != tuple(prompt.kept)
 
 
 def prefills_of(chunks: list[tuple[Prompt, int]]) -> Prefills:
@@ -99,6 +130,8 @@ def prefills_of(chunks: list[tuple[Prompt, int]]) -> Prefills:
         is_pruned=np.array([p.is_pruned for p, _ in chunks]),
         kept=ints(p.kept for p, _ in chunks).T,
         shift=ints(p.shift for p, _ in chunks).T,
+        ran=ints(p.before for p, _ in chunks).T,
+        until=ints(p.until for p, _ in chunks).T,
     )
 
 
@@ -139,12 +172,16 @@ def test_every_token_runs_once_in_each_of_its_stages(w, data):
             check_main_rows(w, chunks, plan.spans[stage], stage, decodes)
             run(chunks, plan.spans[stage], range(stage, stage + 1))
         for prompt, size in chunks:
-            prompt.done += size
-            prompt.caught_up = max(prompt.caught_up, prompt.done)
-            if prompt.is_pruned and prompt.done < prompt.length:
+            ends = prompt.done + size == prompt.length
+            end_step(prompt, size)
+            if prompt.is_pruned and not ends:
                 assert not any(prompt.ran[1:]), "its tokens are chosen when all have run stage 0"
+            if prompt.is_pruned and ends:
+                assert [len(ran) for ran in prompt.ran[1:]] == list(prompt.before[1:])
     for prompt in w.prompts:
-        for stage in range(w.stages):
+        again = prompt.ran[0].count(prompt.length - 1) - 1
+        assert prompt.ran[0] == prompt.must_run(0) + again * [prompt.length - 1]
+        for stage in range(1, w.stages):
             assert prompt.ran[stage] == prompt.must_run(stage)
 
 
@@ -170,9 +207,11 @@ def check_main_rows(
         elif prompt.done + size < prompt.length:
             assert first == end
         else:
-            kept = prompt.kept[stage]
-            assert end == kept and first <= kept - min(kept, last)
-            scoring += min(kept, last)
+            kept, before = prompt.kept[stage], prompt.before[stage]
+            assert end == prompt.until[stage] and before <= first <= end
+            if before < end == kept:
+                assert first <= kept - min(kept, last)
+                scoring += min(kept, last)
     assert decodes + span.num_rows <= w.budget + scoring
 
 
@@ -185,13 +224,15 @@ def test_the_window_scores_once_whatever_the_chunks(w, data):
         part = (x.tolist() for x in prefills_of(chunks).window_part(w.window))
         for (prompt, size), count, later, scored in zip(chunks, *part):
             mine = next(s for p, s in zip(w.prompts, scored_by) if p is prompt)
-            first, prompt.done = prompt.done, prompt.done + size
-            assert 0 <= count <= min(size, w.window)
+            first, end = prompt.done, prompt.done + size
+            is_first_time = not prompt.before[0]
+            end_step(prompt, size)
+            assert 0 <= count <= min(size, w.window) * is_first_time
             if count:
-                assert later == prompt.length - prompt.done
+                assert later == prompt.length - end
                 # Keys that tokens of the window in earlier chunks have seen: all before this one.
                 assert scored == (first if mine else 0)
-            mine += range(prompt.done - count, prompt.done)
+            mine += range(end - count, end)
     for prompt, mine in zip(w.prompts, scored_by):
         window = range(max(prompt.length - w.window, 0), prompt.length)
         assert mine == (list(window) if prompt.is_pruned else [])

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -24,6 +25,8 @@ _SETTINGS: WeakKeyDictionary[BlockPool, dict[str, RequestSetting]] = WeakKeyDict
 # What requests that ended have left, and who goes on from it.
 _SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
 _WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
+# Rows that have run in each stage, of prompts whose later stages run in several steps (``spread``).
+_RAN: WeakKeyDictionary[BlockPool, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 class PlannedManager(FullAttentionManager):
@@ -46,6 +49,7 @@ class PlannedManager(FullAttentionManager):
         self.settings = _SETTINGS.setdefault(self.block_pool, {})
         self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
         self.watchdog = _WATCHDOGS.setdefault(self.block_pool, Watchdog())
+        self.ran = _RAN.setdefault(self.block_pool, {})
         self.enough_for: dict[str, float] = {}
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
@@ -118,6 +122,7 @@ class PlannedManager(FullAttentionManager):
         self.plans.pop(request_id, None)
         self.settings.pop(request_id, None)
         self.snapshots.taken.pop(request_id, None)
+        self.ran.pop(request_id, None)
         self.enough_for.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -131,6 +136,18 @@ class PlannedManager(FullAttentionManager):
 
     def cache_blocks(self, *args, **kwargs) -> None:
         """Nothing is shared between requests: a stage's keys depend on the whole prompt."""
+
+
+_PLANNED: WeakKeyDictionary[KVCacheManager, list[PlannedManager]] = WeakKeyDictionary()
+
+
+def planned_managers(manager: KVCacheManager) -> list[PlannedManager]:
+    """Those of the groups that are private to a request; none: nothing is pruned."""
+    if (found := _PLANNED.get(manager)) is None:
+        of_groups = manager.coordinator.single_type_managers
+        found = [each for each in of_groups if isinstance(each, PlannedManager)]
+        _PLANNED[manager] = found
+    return found
 
 
 class StageManager(PlannedManager):

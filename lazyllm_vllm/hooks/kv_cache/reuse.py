@@ -3,14 +3,17 @@ blocks, and with every one that gives its blocks back."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager, PromptManager
+from lazyllm_vllm.hooks.kv_cache.managers import (
+    PlannedManager,
+    PromptManager,
+    planned_managers,
+)
 from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshot, Taken
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
@@ -24,7 +27,7 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     Args:
         lookup: vLLM's own, for this request.
     """
-    planned = _planned(manager)
+    planned = planned_managers(manager)
     if not planned:
         return lookup()
     schedule, snapshots = planned[0].kv_cache_spec.needs.schedule, planned[0].snapshots
@@ -55,7 +58,7 @@ def _go_on(
         ways: of ``Taken.adopts``, the first that there is room for.
     """
     blocks, hit, *others = found
-    planned, pool = _planned(manager)[0], manager.block_pool
+    planned, pool = planned_managers(manager)[0], manager.block_pool
     # Tokens after the snapshot's run in all stages.
     full_blocks = min(hit, snapshot.num_tokens) // planned.block_size
     hit = full_blocks * planned.block_size
@@ -88,7 +91,7 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     """
     if size == 1 or first + size < request.num_tokens:  # as in every decode step
         return size
-    planned = _planned(scheduler.kv_cache_manager)
+    planned = planned_managers(scheduler.kv_cache_manager)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
     if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
         return size
@@ -104,7 +107,7 @@ def free(release: Callable[[], None], manager: KVCacheManager, request: Request)
     Args:
         release: vLLM's own, for this request.
     """
-    planned = _planned(manager)
+    planned = planned_managers(manager)
     snapshot = _snapshot_of(planned, request) if planned else None
     release()
     if planned and request.is_finished():
@@ -148,25 +151,13 @@ def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | 
 def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> None:
     """Tell workers, in the data of requests that were just scheduled for the first time, where
     those that go on do so."""
-    planned = _planned(manager) if new_requests else ()
+    planned = planned_managers(manager) if new_requests else ()
     if not planned or not planned[0].snapshots.taken:
         return
     for data in new_requests:
         continuation = planned[0].snapshots.hand_over(data.req_id, manager.block_pool)
         if continuation is not None:
             setattr(data, CONTINUATION, continuation)
-
-
-_PLANNED: WeakKeyDictionary[KVCacheManager, list[PlannedManager]] = WeakKeyDictionary()
-
-
-def _planned(manager: KVCacheManager) -> list[PlannedManager]:
-    """Those of the groups that are private to a request; none: nothing is pruned."""
-    if (found := _PLANNED.get(manager)) is None:
-        of_groups = manager.coordinator.single_type_managers
-        found = [each for each in of_groups if isinstance(each, PlannedManager)]
-        _PLANNED[manager] = found
-    return found
 
 
 def _note_setting(planned: PlannedManager, request: Request) -> RequestSetting:
