@@ -34,6 +34,8 @@ MODES = {
     },
 }
 KV_HEADS = {"resident": 2, "strict": 1}
+# Tokens a step, such that a chunk ends within a window.
+SMALL_STEPS = {"resident": 144, "strict": 147}
 OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": 16,
@@ -50,10 +52,12 @@ class Ranks:
     Attributes:
         folder: of the model.
         config: LazyLLM's, but for the budget.
+        small_steps: tokens of steps in which a window is split.
     """
 
     def __init__(self, mode: str, folder, open_engine, ranks: int = 2, **options) -> None:
         options = OPTIONS | options
+        self.small_steps = SMALL_STEPS[mode]
         self.folder, self.config = folder, CONFIG | MODES[mode]
         budget = {"revive_budget": QUOTA * len(PROMPTS)}
         arguments = folder, self.config | budget, {"trace": True}
@@ -115,9 +119,10 @@ def test_two_ranks_are_the_reference(ranks):
 
 
 def test_small_chunks_and_shared_prefixes(ranks):
-    """The window of a prompt is spread over chunks, and scores wait in the prompt state."""
+    """The window of a prompt is spread over chunks, and scores wait in the prompt state. Where none
+    is kept by its mass, later stages are spread over steps."""
     ranks.run("reset_prefix_cache")
-    ranks.run("set_budget", tokens=147)
+    ranks.run("set_budget", tokens=ranks.small_steps)
     result = ranks.generate(PROMPTS, 3)
     window_is_split = [
         any(0 < n - end < 16 for _, end in p[-1]["chunks"])
