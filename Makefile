@@ -1,7 +1,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Tests of a file share engines, so a file is not spread over processes.
-PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+# Tests of a file share engines, so a file is not spread over processes. Files come as they are
+# collected, engines first: otherwise those with the most tests would, and the slowest last.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The newest vLLM that works, and the part of the tests that every `make test` runs on it.
 NEWEST := 0.33.0
 # Tables and plots are the same on any vLLM.
