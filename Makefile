@@ -1,14 +1,15 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-# Tests of a file share engines, so a file is not spread over processes.
-PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile
+# Tests of a file share engines, so a file is not spread over processes. Files come as they are
+# collected, engines first: otherwise those with the most tests would, and the slowest last.
+PYTEST := $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The newest vLLM that works, and the part of the tests that every `make test` runs on it.
 NEWEST := 0.33.0
-# Tables and plots are the same on any vLLM.
-ON_NEWEST := tests/unit --ignore tests/unit/test_explain_page.py --ignore-glob '*/test_quality*' \
+# Tables, plots and the slow reference are the same on any vLLM.
+ON_NEWEST := tests/engine/test_admission.py tests/engine/test_decoding.py tests/unit \
+	--ignore tests/unit/test_explain_page.py --ignore-glob '*/test_quality*' \
 	--ignore tests/unit/test_benchmarks.py --ignore tests/unit/test_shared_cases.py \
-	--ignore tests/unit/test_ranks_report.py \
-	tests/engine/test_admission.py tests/engine/test_decoding.py
+	--ignore tests/unit/test_ranks_report.py --ignore tests/unit/test_reference.py
 VLLM ?= $(NEWEST)
 
 .PHONY: env demo test test-slow fuzz check wheel check-vllm lint format

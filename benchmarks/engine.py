@@ -1,6 +1,7 @@
 """A vLLM engine in a process of its own, which runs the functions that it is asked to run: the one
 way in which benchmarks, demo and tests use engines."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 # What an engine imports first. On a CPU one process imports it for all engines, which are forked
 # from it; with CUDA a forked process could not use the GPU.
-_PRELOADED = ["vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.gpu.model_runner"]
+PRELOADED = ["vllm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.gpu.model_runner"]
 
 
 @cache
@@ -23,7 +24,7 @@ def _context():
     if torch.version.cuda is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
@@ -88,6 +89,7 @@ def _serve(pipe, start: Callable, arguments: dict, functions: str, log: Path) ->
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdin.close()
+    gc.freeze()  # vLLM collects garbage as it starts, and what was imported before is none
     try:
         llm = start(**arguments)
         module = importlib.import_module(functions)

@@ -7,11 +7,16 @@ import pytest
 
 from benchmarks import checkpoints
 from benchmarks.cpu import use_cpu_settings
+from benchmarks.engine import PRELOADED
 
 use_cpu_settings()
 # Several engines side by side, each with one thread, wherever there is a core for it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where engines are forked, they are forked from what has imported it.
+PRELOADED.append("harness.quick")
+paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def assert_as_whole(expected: dict, result: dict, which: list[int]) -> None:
     is_cold=st.booleans(),
 )
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

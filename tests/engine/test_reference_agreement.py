@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.passkey import passkey_prompt
 
-LENGTHS = (300, 480, 700, 1000, 1400, 1950)
+LENGTHS = (300, 480, 700, 1000, 1300)
 NEW_TOKENS = 24
 QUOTA = 15
 BUDGETS = {"resident": 8192, "strict": 700, "by mass": 900}  # whole prompts, and chunks

@@ -58,4 +58,4 @@ END
 fi
 export PYTHONPATH=$site
 "$python" -c "import vllm; print('check_vllm: vLLM', vllm.__version__); assert vllm.__version__ == '$version'"
-"$python" -m pytest -n 2 --dist loadfile "$@"
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

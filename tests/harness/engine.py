@@ -6,6 +6,7 @@
 import itertools
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from benchmarks.engine import Engine
 from benchmarks.speed.start import randomize
+
+ROOM = 2**29  # bytes of an engine's KV cache on a CPU, which takes a second a GiB to clear
 
 
 class EngineUnderTest:
@@ -93,13 +96,20 @@ def start(
 
     from vllm import LLM
 
+    defaults = {"dtype": "float32", "max_model_len": 2304, "enforce_eager": True, "seed": 0}
+    if torch.version.cuda is None:
+        assert "harness.quick" in sys.modules, "a slow engine: it was not forked from what has it"
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which comes before the option
+        defaults["kv_cache_memory_bytes"] = ROOM
     if torch.version.cuda is None and only_greedy:
         _sample_greedily()
 
-    if forks_workers:
-        from vllm.v1.executor import multiproc_executor
+    from vllm.v1.executor import multiproc_executor
 
+    if forks_workers:
         multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")
+    elif torch.version.cuda is None:
+        multiproc_executor.WorkerProc.worker_main = _work_quickly
 
     if torch.version.cuda is None and schedules_ahead:
         _schedule_ahead()
@@ -108,12 +118,20 @@ def start(
         from lazyllm_vllm.models import staged
 
         staged.SmallOps = lambda model: None
-    defaults = {"dtype": "float32", "max_model_len": 2304, "enforce_eager": True, "seed": 0}
     additional = {"lazyllm": lazyllm} if lazyllm is not None else {}
     llm = LLM(model, additional_config=additional, **defaults | options)
     if random_weights:
         llm.collective_rpc(randomize)
     return llm
+
+
+def _work_quickly(*args, **kwargs) -> None:
+    """In a process that vLLM started for a rank, and that has imported nothing yet."""
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    import harness.quick  # noqa: F401
+
+    WorkerProc.worker_main(*args, **kwargs)
 
 
 def _sample_greedily() -> None:

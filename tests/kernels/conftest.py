@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from harness import interpreter
 
 from lazyllm_vllm.kernels import dense_scores, rank, select_decode, select_prefill, top_k
+
+if torch.version.cuda is None:
+    interpreter.speed_up()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
