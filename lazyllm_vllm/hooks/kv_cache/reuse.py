@@ -95,7 +95,8 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
     if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
         return size
-    most = 1 + len(scheduler.running) + len(scheduler.waiting)
+    queues = scheduler.running, scheduler.waiting, scheduler.kv_holding_waiting
+    most = 1 + sum(map(len, queues))
     return size if 2 * most <= scheduler.max_num_running_reqs else size - 1
 
 
