@@ -76,20 +76,22 @@ def test_nothing_selects_in_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes, most, expected",
+    "sizes, most, has_experts, expected",
     (
-        ([1, 512], 8192, [640, 768, 896, 1024, 1280, 1536, 1792, 2048]),
-        ([1, 500], 800, [512, 640, 768]),
-        ([1, 4096], 8192, []),
+        ([1, 512], 8192, False, [640, 768, 896, 1024, 1280, 1536, 1792, 2048]),
+        ([1, 1600], 3500, True, [1792, 2048, 2560, 3072]),
+        ([1, 500], 800, False, [512, 640, 768]),
+        ([1, 4096], 8192, True, []),
     ),
 )
-def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, expected):
+def test_pieces_go_on_where_vllm_ends_and_decode_batches_do_not(sizes, most, has_experts, expected):
     """vLLM's own candidates, of sizes that it is given."""
     manager = object.__new__(LazyCudaGraphManager)
     config = SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes))
     manager.compilation_config = config
     manager.vllm_config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=most),
+        model_config=SimpleNamespace(is_moe=has_experts),
         speculative_config=None,
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
     )
