@@ -41,7 +41,7 @@ def split(
     rows, sampled, on_device = packed.split([len(rows), count, count + k])
     for table in block_tables:
         assert count + k <= len(table), "the scheduler leaves room for them"
-        table[: count + k] = table[on_device]
+        table[n : count + k] = table[on_device[n:]]
     decodes = slice(n, n + k)
     scheduled = batch.num_scheduled_tokens[members]
     scheduled[decodes] = 1
@@ -50,7 +50,7 @@ def split(
     computed[decodes] = batch.prefill_len_np[which] - 1
     is_prefilling = batch.is_prefilling_np[members]
     is_prefilling[decodes] = False
-    split = replace(
+    again = replace(
         batch,
         req_ids=[batch.req_ids[i] for i in members],
         num_reqs=count + k,
@@ -63,4 +63,4 @@ def split(
         is_prefilling_np=is_prefilling,
         positions=batch.positions[rows],
     )
-    return split, Order(rows, sampled)
+    return again, Order(rows, sampled)
