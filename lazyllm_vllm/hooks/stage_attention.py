@@ -151,18 +151,19 @@ class StageAttention(AttentionImpl[StageMetadata]):
         """Rotate and write as ``forward`` does, in a piece of a CUDA graph: a launch for each layer
         that the CPU is spared."""
         rows = attn_metadata.boundary.buffers.piece_rows
-        keys = self._keys(layer, kv_cache, attn_metadata)
+        keys, slots = self._keys(layer, kv_cache, attn_metadata), rows.slots[attn_metadata.group]
+        self._rotate_and_write(query, key, value, rows.positions, slots, keys)
+
+    def _rotate_and_write(self, query, key, value, positions, slots, keys: StageKeys) -> None:
         cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
-        slots = rows.slots[attn_metadata.group]
-        rotate_and_write(query, key, value, cos_sin, rows.positions, slots, keys)
+        rotate_and_write(query, key, value, cos_sin, positions, slots, keys)
 
     def _write(self, layer, query, key, value, keys: StageKeys, metadata: StageMetadata) -> None:
         """Rotate queries and keys, if that is left to us, and write keys and values."""
         step, stage = metadata.step, metadata.stage
         slots = step.slot_mappings(stage)[metadata.group][: len(query)]
         if self.rotary is not None:
-            cos_sin = self.rotary._match_cos_sin_cache_dtype(query)
-            rotate_and_write(query, key, value, cos_sin, step.positions(stage), slots, keys)
+            self._rotate_and_write(query, key, value, step.positions(stage), slots, keys)
         elif query.is_cuda:
             stored = keys.kv_cache.view(torch.uint8) if self.is_fp8 else keys.kv_cache
             key_cache, value_cache = stored.transpose(1, 2).chunk(2, dim=-1)
