@@ -71,6 +71,7 @@ def _begin_step_kernel(
     if index < 0:
         position = position * 0
     quota = tl.load(quota_ptr)
+    any_active = 0
     for stage in range(num_stages):
         at = stage * max_batch + batch
         prompt_keys = tl.load(prompt_keys_ptr + counts + stage)
@@ -90,12 +91,14 @@ def _begin_step_kernel(
             active = (pruned != 0) & ((marks_always != 0) | (limit > 0))
             tl.store(limit_ptr + at, limit)
             tl.store(active_ptr + at, active.to(tl.int32))
+            any_active |= active.to(tl.int32)
             # Rows set aside for revived tokens are nobody's until a token is chosen.
             for unused in range(batch, revive_rows, num_decodes):
                 row = stage * max_rows + num_decodes + unused
                 tl.store(row_request_ptr + row, -1)
                 tl.store(row_position_ptr + row, position * 0)
                 tl.store(row_source_ptr + row, -1)
+    tl.store(active_ptr + batch, any_active)
 
 
 def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, marks_always):
@@ -162,6 +165,7 @@ def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows,
     most = int(s.quota) if revive_rows else 0
     s.limit[1:, :n] = (capacity - prompt_keys)[:n, 1:].T.clamp(0, most)
     s.active[1:, :n] = (pruned[:n] & ((s.limit[1:, :n] > 0) | bool(marks_always))).int()
+    s.active[0, :n] = s.active[1:, :n].amax(0)
     for tensor, unused in ((rows.request, -1), (rows.position, 0), (rows.source, -1)):
         tensor[1:, n : n + revive_rows] = unused
 

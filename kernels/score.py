@@ -72,10 +72,12 @@ class ScoreRule:
     """Attributes:
     peak: whether the highest attention counts, that of earlier tokens a quarter; else the mean.
     accumulates: whether a score that is there already stays if it is higher.
+    carry: without ``accumulates``, whether this share of it stays if that is higher.
     """
 
     peak: bool
     accumulates: bool
+    carry: float = 0.0
 
 
 @step_jit
@@ -106,8 +108,10 @@ def _score_kernel(
     active_ptr,
     first_request,
     splits,
+    carry,
     PEAK: tl.constexpr,
     ACCUMULATES: tl.constexpr,  # the scores so far count too, by their maximum
+    CARRIES: tl.constexpr,  # a share of them does
     KV_HEADS: tl.constexpr,  # of one program, the third index
     WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -192,7 +196,10 @@ def _score_kernel(
             at = at.to(tl.pointer_type(tl.int32), bitcast=True)
             tl.atomic_max(at, score.to(tl.int32, bitcast=True), mask=in_prompt, sem="relaxed")
         else:
-            before = tl.load(at, mask=in_prompt & (position < scored), other=0.0)
+            if CARRIES:
+                before = tl.load(at, mask=in_prompt, other=0.0) * carry
+            else:
+                before = tl.load(at, mask=in_prompt & (position < scored), other=0.0)
             score = tl.maximum(score, before) if PEAK else score + before
             tl.store(at, score, mask=in_prompt)
 
@@ -226,8 +233,10 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         active,
         batch.start,
         splits,
+        rule.carry,
         PEAK=rule.peak,
         ACCUMULATES=rule.accumulates,
+        CARRIES=rule.carry > 0,
         KV_HEADS=kv_heads,
         WINDOW=window,
         NUM_HEADS=num_heads,
@@ -265,7 +274,9 @@ def score_tokens_reference(s, queries, keys, batch, active, rule):
         in_prompt = position < s.num_prompt[i]
         at = state.at(i, position[in_prompt])
         score, before = score[in_prompt], state.score[at]
-        if not rule.accumulates:
+        if rule.carry:
+            before = before * rule.carry
+        elif not rule.accumulates:
             before = before.where(position[in_prompt] < scored, 0.0)
         is_max = rule.peak or rule.accumulates
         state.score[at] = score.maximum(before) if is_max else score + before

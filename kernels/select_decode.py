@@ -192,7 +192,7 @@ def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
             state.selected[at[marked]] = stage * best[marked].int()
         if lists == 1:
             continue
-        absent = best & (state.level[at] == stage)
+        absent = best & (state.level[at] == stage) & (rank >= s.least_revived)
         revived = min(int(absent.sum()), int(s.limit[stage, i]))
         chosen = best_mask(rank.where(absent, NO_CANDIDATE), revived).nonzero()[:, 0]
         # As the kernel orders them: what lies on the higher of both lists' thresholds goes last.
@@ -200,6 +200,7 @@ def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
         higher = max(
             _least_of_best(rank[rank >= 0], int(s.counts.kept[index, stage])),
             _least_of_best(without_keys, int(s.limit[stage, i])),
+            s.least_revived,
         )
         chosen = chosen[torch.sort((rank[chosen] == higher).int(), stable=True)[1]]
         first = num_decodes + i * int(s.quota)

@@ -56,10 +56,11 @@ class Selection:
         counts: of all requests; index: ``[batch]`` int32, the batch's rows of it, -1: no request.
         num_prompt, is_pruned: ``[batch]`` int32.
         active: ``[stages, batch]`` int32, whether the boundary before the stage chooses anew among
-            the request's tokens in this step.
+            the request's tokens in this step; of decodes 0: whether any does.
         limit: ``[stages, batch]`` int32, most tokens that the request may revive into the stage.
         quota: ``[1]`` int32, most tokens that any request may revive at a boundary of this step,
             and so the rows set aside for each.
+        least_revived: the least rank with which a token is revived.
         search: scratch.
     """
 
@@ -71,6 +72,7 @@ class Selection:
     active: torch.Tensor
     limit: torch.Tensor
     quota: torch.Tensor
+    least_revived: int
     search: Search
 
     @property

@@ -8,7 +8,7 @@ histogram a digit: ``rank`` fills the first digit's, ``_refine_kernel`` the othe
 so that whoever takes the best knows how many were taken in the splits before.
 
 Two lists are searched at once: 0, all candidates, for the k best of them; 1, for decodes, those
-that have no keys in the stage yet, for the best that may be revived.
+that have no keys in the stage yet, for the best that may be revived: those that rank so high.
 """
 
 import torch
@@ -183,6 +183,7 @@ def _count_kernel(
     first_request,
     splits,
     stage,
+    least_revived,
     LISTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -208,6 +209,8 @@ def _count_kernel(
     best = threshold
     if LISTS == 2:
         threshold_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), 3, 1)
+        if threshold_1 < least_revived:  # fewer than the limit rank so high: all that do
+            threshold_1, ties_1 = least_revived, 0x7FFFFFFF
         best = tl.maximum(threshold, threshold_1)
     if split == 0:
         tl.store(thresholds_ptr + batch * 4, threshold)
@@ -245,7 +248,8 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
     first digits ``rank_tokens`` left.
 
     Args:
-        lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit``.
+        lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit`` and
+            of at least ``s.least_revived``.
     """
     pages, search = s.state.pages, s.search
     splits = num_splits(len(batch))
@@ -268,7 +272,12 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
     for step in (1, 2):
         _refine_kernel[(len(batch), splits)](*common, STEP=step, **constants)
     _count_kernel[(len(batch), splits)](
-        search.thresholds, search.split_counts, *common, MAX_SPLITS=MAX_SPLITS, **constants
+        search.thresholds,
+        search.split_counts,
+        *common,
+        s.least_revived,
+        MAX_SPLITS=MAX_SPLITS,
+        **constants,
     )
 
 

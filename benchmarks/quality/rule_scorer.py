@@ -13,7 +13,8 @@ from lazyllm_vllm.runtime.scorers import AttentionScorer
 class RuleScorer(AttentionScorer):
     """Scores prefills by a rule; decodes, which only revive by it, as LazyLLM does."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, carry: float) -> None:
+        super().__init__(carry)
         self.rule = rule
         self.every_layer = rule.layers != 1
         # By request and layer, what a window's tokens in earlier chunks made of its keys.

@@ -15,9 +15,12 @@ class RandomScorer(scorers.AttentionScorer):
     every_layer = False
 
     def score_prefills(self, s, queries, keys, batch, is_first_layer) -> None:
-        self.score_decodes(s, queries, keys, batch, s.is_pruned)
+        self._score(s, batch, s.is_pruned)
 
-    def score_decodes(self, s, queries, keys, batch, active) -> None:
+    def score_decodes(self, s, queries, keys, batch) -> None:
+        self._score(s, batch, s.active[0])
+
+    def _score(self, s, batch, active) -> None:
         for i in batch:
             if active[i]:
                 at = s.state.prompt_at(i, s.num_prompt)

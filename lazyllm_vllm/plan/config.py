@@ -72,12 +72,18 @@ class LazyLLMConfig(BaseModel):
         score_pool: ``(before, after)``: a token's score becomes the highest of its own, of so many
             tokens' before it and of so many tokens' after it, so that what is looked at keeps its
             neighbours. An odd number n stands for n tokens with it in the middle; 1 is the paper.
+        score_carry: in decoding, the share of its score after the last step that a token still has
+            in this one. The layers behind the last boundary score too then: they see what is being
+            copied, and so what is asked for next. 0: this step's attention alone, before each
+            boundary (the paper), and always with ``mean``.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from
             the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache. In a mixture of
             experts 0 unless it is set.
         revive_per_request: most of them that one request may use.
+        revive_min_score: least score with which a token is revived, its neighbours' counted as
+            ``score_pool`` says: a share of one head's attention. With ``mean`` 0 unless it is set.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
         reuse: what a request takes of what earlier ones with the same beginning left in the prefix
             cache. ``off``: nothing, if its prompt is pruned. ``exact``: stage 0, with the answer
@@ -104,9 +110,11 @@ class LazyLLMConfig(BaseModel):
     score_pool: Annotated[
         tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], BeforeValidator(_around)
     ] = (16, 4)
+    score_carry: float = Field(default=0.5, ge=0, lt=1)
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
+    revive_min_score: float = Field(default=0.15, ge=0, le=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
     reuse: Literal["off", "exact", "deep"] = "exact"
     allow_untested_model: bool = False
@@ -120,6 +128,20 @@ class LazyLLMConfig(BaseModel):
             if isinstance(last, int) and 1 <= last < cls.model_fields["score_window"].default:
                 return fields | {"score_window": last}
         return fields
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_mean(cls, fields: Any) -> Any:
+        """What goes by one head's attention is off where the mean over heads scores."""
+        if isinstance(fields, dict) and fields.get("score") == "mean":
+            return {"score_carry": 0.0, "revive_min_score": 0.0} | fields
+        return fields
+
+    @model_validator(mode="after")
+    def _check_carry(self) -> "LazyLLMConfig":
+        if self.score == "mean" and self.score_carry:
+            raise ValueError("score_carry: works with score peak alone; leave it out or set it 0")
+        return self
 
     @model_validator(mode="after")
     def _check_window(self) -> "LazyLLMConfig":

@@ -52,7 +52,7 @@ class Boundary:
         self.parts = parts
         self.trace = trace
         self.reduction: ScoreReduction | None = None
-        self.scorer = SCORERS[config.score]()
+        self.scorer = SCORERS[config.score](config.score_carry)
         later = [group for tables in stage_tables[1:] for group, _ in tables]
         self.later_groups = torch.tensor(later, dtype=torch.int64, device=buffers.device)
         self.rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
@@ -111,7 +111,8 @@ class Boundary:
 
     def scores_decodes(self, step: Step, stage: int, is_last_layer: bool) -> bool:
         """Whether a layer of the stage scores for the decodes."""
-        return is_last_layer and step.decodes_select and bool(step.decodes) and self._ends(stage)
+        scores = is_last_layer if self._ends(stage) else self.scorer.carry > 0
+        return scores and step.decodes_select and bool(step.decodes)
 
     def _ends(self, stage: int) -> bool:
         """Whether the stage ends at a boundary."""
@@ -136,7 +137,7 @@ class Boundary:
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
             queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
-            self.scorer.score_decodes(s, queries, keys, step.decodes, s.active[keys.stage + 1])
+            self.scorer.score_decodes(s, queries, keys, step.decodes)
 
     def leave(
         self, step: Step, stage: int, hidden: torch.Tensor, residual: torch.Tensor | None

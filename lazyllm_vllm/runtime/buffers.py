@@ -78,6 +78,8 @@ class StepBuffers:
         none = torch.zeros(batch, **ints)
         self.decode_window = WindowPart(torch.ones(batch, **ints), none, none)
         self.search = make_search(batch, device)
+        least = torch.tensor(schedule.config.revive_min_score, dtype=torch.float32)
+        self.least_revived = int(least.view(torch.int32))  # a rank is a score's bits
 
     def set_index(self, numbers: list[int], on_device: torch.Tensor, padded: int) -> None:
         """Who is in the batch. Most steps have the requests of the step before: nothing is written.
@@ -131,6 +133,7 @@ class StepBuffers:
             active=torch.zeros(stages, batch, **ints),
             limit=torch.zeros(stages, batch, **ints),
             quota=self.quota,
+            least_revived=self.least_revived,
             search=self.search,
         )
         self.slot_position = torch.zeros(num_slots, **ints)

@@ -19,7 +19,7 @@ MODES = {
     "resident": {"revive_budget": 0},
     "mean": {"revive_budget": 0, "score": "mean"},
     "strict": {"revive_budget": 0, "decode": "strict"},
-    "reviving": {"revive_budget": 8, "revive_per_request": 4},
+    "reviving": {"revive_budget": 8, "revive_per_request": 4, "revive_min_score": 0},
 }
 OPTIONS = {
     "skip_tokenizer_init": True,

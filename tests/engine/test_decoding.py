@@ -20,6 +20,7 @@ def noise():
 @pytest.fixture(scope="module")
 def reviving(smollm2, open_engine):
     config = {"prune": PRUNE, "min_prompt_tokens": 256, "revive_reserve": 0.02}
+    config |= {"revive_min_score": 0}
     return open_engine(smollm2, config)
 
 

@@ -16,6 +16,7 @@ CONFIG = {
     "score_window": WINDOW,
     "score_pool": 3,
     "revive_per_request": QUOTA,
+    "revive_min_score": 0,
     "reuse": "deep",
 }
 OPTIONS = {

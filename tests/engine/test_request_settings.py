@@ -11,7 +11,8 @@ from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.schedule import Schedule
 
-COMMON = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 16, "revive_per_request": 8}
+COMMON = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 16}
+COMMON |= {"revive_per_request": 8, "revive_min_score": 0}
 OWN = [{"layer": 10, "keep": 0.4}, {"layer": 20, "keep": 0.2}]
 MILD = [{"layer": 15, "keep": 0.6}]
 

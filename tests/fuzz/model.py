@@ -33,6 +33,7 @@ CONFIG = {
     "schedules": {"mild": [{"layer": 2, "keep": 0.7}]},
     "min_prompt_tokens": 60,
     "score_pool": 3,
+    "revive_min_score": 0,
 }
 # How many tokens a request may revive must not depend on who decodes beside it, or its answer does.
 ENGINES = {

@@ -49,6 +49,7 @@ LENGTHS = (512, 3, 1000, 4096, 300, 16384, 2048, 32768)
 PRUNED = {
     "prune": [{"layer": n, "keep": k} for n, k in ((4, 0.5), (8, 0.25), (12, 0.125))],
     "revive_reserve": 0.01,
+    "revive_min_score": 0,
     "min_prompt_tokens": 512,
 }
 WHOLE = {"prune": [{"layer": 4, "keep": 1}, {"layer": 8, "keep": 1}]}

@@ -56,6 +56,7 @@ class Family:
         whole = {"prune": [{"layer": layer, "keep": 1} for layer in self.boundaries]}
         cuts = [{"layer": n, "keep": keep} for n, keep in zip(self.boundaries, KEEPS)]
         pruned = {"prune": cuts, "min_prompt_tokens": 512, "revive_budget": 64}
+        pruned |= {"revive_min_score": 0}
         return {
             "stock": (None, {}),
             "keep 1": (whole, {}),

@@ -71,6 +71,7 @@ def test_the_engine_agrees_with_the_reference(folder, decode, ranks):
         "first_tokens": 4,
         "last_tokens": 32,
         "score_pool": 1,
+        "revive_min_score": 0,
     }
     if decode == "strict":
         config |= {"score": "mean", "score_window": 1}
@@ -121,6 +122,7 @@ def test_ranks_in_graphs(folder, decode, ranks):
     prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in LENGTHS]
     cuts = [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}]
     rule = {"decode": decode, "min_prompt_tokens": 256, "revive_budget": 64}
+    rule |= {"revive_min_score": 0}
     keep_all = {"prune": [cut | {"keep": 1} for cut in cuts]}
 
     def run(config: dict | None, ranks: int) -> dict:

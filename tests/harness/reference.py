@@ -126,6 +126,7 @@ class ReferenceSequence:
         level: [P] int64: number of stages in which a position has keys (invariant 1).
         aux: the Aux Cache: position -> (stage, the position's input to that stage, [hidden]).
         computed: [layers, P] bool.
+        score: [P] fp32, after the last step.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class ReferenceSequence:
         self.aux: dict[int, tuple[int, Tensor]] = {}
         self.computed = torch.zeros(num_layers, most, dtype=torch.bool)
         self.next_position = 0
+        self.score = torch.zeros(most)
         self.trace = Trace()
 
     def prompt_keys(self, stage: int) -> int:
@@ -183,6 +185,7 @@ class ReferenceSequence:
             self.trace.kept.append(kept)
             self.trace.prefill_scores.append(pooled)
             self.trace.prefill_margins.append(margin)
+            self.score = before if before is not None else self.score
         self._check_invariants()
         return self.decoder.logits(hidden[-1])
 
@@ -197,6 +200,9 @@ class ReferenceSequence:
         rows = [current]
         hidden = self.decoder.embed([token], torch.tensor(rows))
         hidden, score = self._run_stage(0, hidden, rows, 1)
+        carry = self.config.score_carry
+        if carry:
+            score = torch.maximum(score, carry * self.score)
         strict = self.config.decode == "strict"
         is_selected = torch.ones(self.num_prompt, dtype=torch.bool)  # stage 0 attends to all
         for s in range(1, self.num_stages):
@@ -210,17 +216,23 @@ class ReferenceSequence:
 
             # The ranking's always-kept head has keys everywhere, so this is in order of score.
             missing = [p for p in selected if self.level[p] == s]
+            missing = [p for p in missing if pooled[p] >= self.config.revive_min_score]
             share = min(self.config.revive_budget, self.config.revive_per_request)
             limit = min(share, self.room[s] - self.prompt_keys(s))
             revived = sorted(missing[:limit])
             hidden = self._exchange(s, hidden, rows, [*revived, current])
             rows = [*revived, current]
-            hidden, score = self._run_stage(s, hidden, rows, 1, is_selected if strict else None)
+            before = score if carry and s == self.num_stages - 1 else None  # all layers score
+            hidden, of_stage = self._run_stage(
+                s, hidden, rows, 1, is_selected if strict else None, before
+            )
+            score = torch.maximum(score, of_stage) if carry else of_stage
 
             trace.selected[-1].append(sorted(selected))
             trace.revived[-1].append(revived)
             trace.scores[-1].append(pooled)
             trace.margins[-1].append(margin)
+        self.score = score
         self._check_invariants()
         return self.decoder.logits(hidden[-1])
 

@@ -152,7 +152,7 @@ class World:
         position = self.slot_position.to(self.device)
         return StageKeys(cache, self.block_table, self.ints(lengths), position, self.stage)
 
-    def selection(self, kept: list[int], room: int) -> Selection:
+    def selection(self, kept: list[int], room: int, least_revived: int = 0) -> Selection:
         """Fresh copies, so that a kernel and its reference start alike.
 
         Args:
@@ -182,6 +182,7 @@ class World:
             active=is_pruned.repeat(stages, 1),
             limit=torch.full_like(is_pruned.repeat(stages, 1), min(self.quota, room)),
             quota=self.ints([self.quota]),
+            least_revived=least_revived,
             search=search,
         )
 

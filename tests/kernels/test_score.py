@@ -62,6 +62,24 @@ def test_score(seed, stage, window, peak, device, dtype):
         assert torch.equal(scored[at[other]], before[at[other]]), "others are passed over"
 
 
+def test_a_share_of_the_last_steps_score_stays_if_it_is_higher(device, dtype):
+    w = make_world(0, 0, device=device, dtype=dtype)
+    keys = w.keys([c + d for c, d in zip(w.prompts, w.decoded)])
+    q = w.rand(20, w.kv_heads * w.group, w.head_dim)
+    lse = torch.randn(1, 5, q.shape[1], generator=w.random).to(device) + 6
+    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5, in_one_piece(w, 1))
+    for run in (score_tokens_triton, score_tokens_reference):
+        s = w.selection(w.prompts, 0)
+        at = s.state.prompt_at(2, s.num_prompt)
+        active = w.ints([0, 0, 1, 0])
+        run(s, queries, keys, range(4), active, ScoreRule(peak=True, accumulates=False))
+        new = s.state.score[at].clone()
+        before = torch.where(torch.arange(len(at), device=device) % 2 > 0, 5 * new, new)
+        s.state.score[at] = before
+        run(s, queries, keys, range(4), active, ScoreRule(True, accumulates=False, carry=0.5))
+        close(s.state.score[at], torch.maximum(new, before / 2), dtype, atol=0)
+
+
 @pytest.mark.parametrize("stage, window, peak", ((0, 4, False), (2, 16, True)))
 def test_fp8_keys_score_as_what_they_stand_for(stage, window, peak, device, dtype):
     w = make_world(1, stage, device=device, dtype=dtype)

@@ -56,3 +56,37 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
         assert torch.equal(place, expected.int())
     if quota and seed != 1:
         assert rows.num_revived.sum() > 0
+
+
+@pytest.mark.parametrize("seed, splits, least", ((0, None, 0.5), (0, None, 0.9), (LONG, 2, 0.99)))
+@pytest.mark.parametrize("stage", (1, 2))
+def test_what_scores_too_little_stays(seed, splits, least, stage, device, few_splits):
+    if splits:
+        few_splits(splits)
+    quota = 200
+    w = make_world(seed, stage, quota=quota, device=device)
+    n = len(w.prompts)
+    rank_of = {score: int(torch.tensor(score).view(torch.int32)) for score in (0.0, least)}
+    found = {}
+    for run, rank_tokens, floor in (
+        (select_decode_triton, rank_tokens_triton, 0.0),
+        (select_decode_triton, rank_tokens_triton, least),
+        (select_decode_reference, rank_tokens_reference, least),
+    ):
+        s = w.selection(kept_share(w, 0.9), room=quota, least_revived=rank_of[floor])
+        rank_tokens(s, stage, range(n), 2, False, RULE)
+        rows = w.rows(n + n * quota)
+        rows.num_revived.zero_()
+        rows.num_keys.copy_(w.ints([len(p) + d for p, d in zip(w.present, w.decoded)]))
+        rows.slot[:n] = rows.num_keys - 1
+        rows.position[:n] = w.ints([p + d - 1 for p, d in zip(w.prompts, w.decoded)])
+        run(s, stage, n, rows, 2, False)
+        mine = [slice(n + i * quota, n + i * quota + int(rows.num_revived[i])) for i in range(n)]
+        revived = [rows.position[of].tolist() for of in mine]
+        found.setdefault(floor, []).append(revived)
+        ranks = [s.state.rank[s.state.prompt_at(i, s.num_prompt)] for i in range(n)]
+    assert found[least][0] == found[least][1]
+    (unbounded,), (bounded, _) = found[0.0], found[least]
+    high = [[p for p in of if ranks[i][p] >= rank_of[least]] for i, of in enumerate(unbounded)]
+    assert list(map(sorted, bounded)) == list(map(sorted, high)) != list(map(sorted, unbounded))
+    assert any(bounded)

@@ -100,6 +100,10 @@ def test_a_preset_makes_room_for_hidden_states_too():
         ({"keep_mass": 0.9, "prune": [{"layer": 3, "keep": 1}]}, "with keep_mass the last keep"),
         ({"revive_budget": -1}, "revive_budget"),
         ({"decode": "lazy"}, "decode"),
+        ({"score_carry": 1}, "score_carry"),
+        ({"score": "mean", "score_carry": 0.5}, "score_carry: works with score peak alone"),
+        ({"revive_min_score": -0.1}, "revive_min_score"),
+        ({"revive_min_score": 2}, "revive_min_score"),
         ("no-such-file", "neither JSON, a file, nor a preset"),
         ('{"prune": ', "not valid JSON"),
         ("[1]", "neither JSON"),
@@ -119,6 +123,13 @@ def test_the_window_fits_the_last_tokens_unless_it_was_set():
     assert parse_config({"last_tokens": 8}).score_window == 8
     assert parse_config({"last_tokens": 8, "score_window": 2}).score_window == 2
     assert parse_config({"last_tokens": 40}).score_window == parse_config({}).score_window == 16
+
+
+def test_with_the_mean_nothing_goes_by_one_heads_attention_unless_it_was_set():
+    mean = parse_config({"score": "mean"})
+    assert (mean.score_carry, mean.revive_min_score) == (0, 0)
+    assert parse_config({"score": "mean", "revive_min_score": 0.001}).revive_min_score == 0.001
+    assert parse_config({}).score_carry > 0 and parse_config({}).revive_min_score > 0
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_rules_keep_what_the_same_written_anew_keeps(name, stage):
     """Of some prompts there are fewer tokens than a window has."""
     w, window = _world(stage), WINDOWS.get(name, 16)
     prompts = Prompts(w, window)
-    s = prompts.score(SCORERS[name](), [[(0, n) for n in prompts.lengths]])
+    s = prompts.score(SCORERS[name](0.0), [[(0, n) for n in prompts.lengths]])
     config = LazyLLMConfig(**CONFIGS[name])
     rule = RankRule(*config.score_pool, config.first_tokens, config.last_tokens)
     for i, (n, position) in enumerate(zip(w.prompts, prompts.position)):
@@ -174,9 +174,9 @@ def test_rules_keep_what_the_same_written_anew_keeps(name, stage):
 @pytest.mark.parametrize("name", RULES)
 def test_a_window_in_chunks_scores_as_in_one_piece(name):
     """Chunks that end before the window, within it, and a token before its end."""
-    w, scorer = _world(0), SCORERS[name]()
+    w, scorer = _world(0), SCORERS[name](0.0)
     prompts = Prompts(w, WINDOWS.get(name, 16))
-    whole = prompts.score(SCORERS[name](), [[(0, n) for n in prompts.lengths]])
+    whole = prompts.score(SCORERS[name](0.0), [[(0, n) for n in prompts.lengths]])
     ends = [[n // 2, n - 7, n - 1, n] for n in prompts.lengths]
     steps = [
         list(zip(firsts, ends)) for firsts, ends in zip(zip(*([0] + e for e in ends)), zip(*ends))
@@ -193,7 +193,7 @@ def test_a_window_in_chunks_scores_as_in_one_piece(name):
 
 def test_others_are_passed_over():
     """Requests that are not pruned, and rows of no request."""
-    w, scorer = _world(0), SCORERS["heads summed"]()
+    w, scorer = _world(0), SCORERS["heads summed"](0.0)
     prompts = Prompts(w, 16)
     s = w.selection([n // 3 for n in w.prompts], 0)
     s.is_pruned[1] = 0

@@ -239,7 +239,15 @@ def check_run(
     assert trace.tokens == [int(row.argmax()) for row in trace.logits]
     assert len(trace.selected) == len(trace.revived) == len(trace.scores) == steps
 
+    def attention(layers: range | list[int], first: int, end: int) -> torch.Tensor:
+        """[heads of all layers that see everything, rows, positions]"""
+        seen = [layer for layer in layers if sliding_window(model, layer) == math.inf]
+        return torch.cat([dense.weights[layer][:, first:end] for layer in seen])
+
+    carry = config.score_carry
+    highest = torch.zeros(n)  # so far in this step, or left of the steps before
     for when in range(steps + 1):  # 0: prefill, i + 1: decode step i
+        highest = carry * highest
         for s in range(1, num_stages):
             candidates = {p for p in range(n) if table[s - 1][p] <= when}
             if config.decode == "strict" and when > 0 and s > 1:
@@ -247,17 +255,14 @@ def check_run(
             window = 1 if when else min(config.score_window, n)
             peak = config.score == "peak"
             scoring = range(starts[s]) if peak and not when else [starts[s] - 1]
-            queries = torch.cat(
-                [
-                    dense.weights[layer][:, n + when - window : n + when]
-                    for layer in scoring
-                    if sliding_window(model, layer) == math.inf
-                ]
-            )
+            queries = attention(scoring, n + when - window, n + when)
             if peak:
                 for row in range(window - 4):
                     queries[:, row] /= 4
-            score = (queries.amax((0, 1)) if peak else queries.mean((0, 1)))[:n].tolist()
+            score = (queries.amax((0, 1)) if peak else queries.mean((0, 1)))[:n]
+            if carry:
+                score = highest = highest.maximum(score)
+            score = score.tolist()
             pooled = trace.scores[when - 1][s - 1] if when else trace.prefill_scores[s - 1]
             torch.testing.assert_close(
                 pooled,
@@ -283,8 +288,13 @@ def check_run(
             present = sum(at < when for at in table[s][:n])
             room = max(0, counts[s] + reserve - present)
             missing = [p for p in chosen if table[s][p] >= when]
+            missing = [p for p in missing if pooled[p] >= config.revive_min_score]
             expected = missing[: min(config.revive_budget, room)]
             assert trace.revived[when - 1][s - 1] == sorted(expected)
+        behind = range(starts[-2], starts[-1])
+        if when and carry and any(sliding_window(model, layer) == math.inf for layer in behind):
+            last = attention(behind, n + when - 1, n + when)
+            highest = highest.maximum(last.amax((0, 1))[:n])
 
     check_invariants(n, config, trace, table, starts)
 
@@ -346,6 +356,8 @@ def schedules(draw) -> tuple[tuple[int, float], ...]:
     pool=st.sampled_from([1, 1, 3, (5, 1)]),
     window=st.sampled_from([1, 1, 2, 4]),
     score=st.sampled_from(["mean", "peak"]),
+    carry=st.sampled_from([0.5, 0.0, 0.9]),
+    least=st.sampled_from([0.0, 0.1, 0.3]),
     first=st.integers(0, 3),
     last=st.integers(1, 4),
     shortest=st.sampled_from([1, 1, 1, 20]),
@@ -361,6 +373,8 @@ def test_any_run_obeys_the_rules(
     pool,
     window,
     score,
+    carry,
+    least,
     first,
     last,
     shortest,
@@ -374,7 +388,9 @@ def test_any_run_obeys_the_rules(
         score_pool=pool,
         score_window=min(window, last),
         score=score,
+        score_carry=carry if score == "peak" else 0,
         decode=decode,
+        revive_min_score=least,
         revive_budget=budget,
         revive_reserve=reserve,
     )
