@@ -3,7 +3,7 @@
 from weakref import WeakKeyDictionary
 
 import torch
-from harness import shared_blocks
+from harness import block_sets
 from harness.engine import _core, _runner, _state
 
 from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager
@@ -26,11 +26,11 @@ def _managers(llm) -> tuple:
 
 
 def blocks_add_up(llm) -> None:
-    """See ``shared_blocks``."""
+    """See ``harness.block_sets``."""
     scheduler = _core(llm).scheduler
     others = [block for _, blocks in scheduler.deferred_frees for block in blocks]
     others += getattr(scheduler.kv_cache_manager.block_pool, "held_by_test", ())
-    shared_blocks.blocks_add_up(scheduler.kv_cache_manager, others)
+    block_sets.blocks_add_up(scheduler.kv_cache_manager, others)
 
 
 def shared_blocks_stay(llm) -> None:
@@ -39,7 +39,7 @@ def shared_blocks_stay(llm) -> None:
     if copier is None:  # nothing is ever pruned
         return
     known = _CONTENTS.setdefault(llm, {})
-    sets = shared_blocks.shared_sets(_core(llm).scheduler.kv_cache_manager)
+    sets = block_sets.shared_sets(_core(llm).scheduler.kv_cache_manager)
     now = {each: _content(copier, each) for each in sets}
     for each, content in now.items():
         assert content == known.get(each, content), "a shared block was written"
@@ -47,7 +47,7 @@ def shared_blocks_stay(llm) -> None:
 
 
 def _content(copier, of: BlockSet) -> int:
-    at = torch.tensor(shared_blocks.ids(of.blocks), device=copier.blocks.device)
+    at = torch.tensor(block_sets.ids(of.blocks), device=copier.blocks.device)
     parts = (each[at].cpu().numpy().tobytes() for each in (copier.blocks, copier.slot_position))
     return hash(tuple(parts))
 

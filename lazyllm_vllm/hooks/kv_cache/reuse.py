@@ -41,7 +41,9 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     found, snapshot, ways = lookup(), snapshots.own(request), (True,)
     if snapshot is None and reuse == DEEP:
         wanted = replace(setting, reuse=None)
-        snapshot, ways = snapshots.find(request, planned[0].block_size, wanted), (False, True)
+        snapshot = snapshots.find(request, planned[0].block_size, wanted)
+        # What others read now, more will want to go on from.
+        ways = (False,) if snapshot is not None and snapshot.is_read else (False, True)
     if snapshot is None:
         return found
     return _go_on(manager, request, snapshot, found, ways) or found

@@ -68,6 +68,11 @@ class Snapshot:
         """All, in the order in which they are to be handed out."""
         return self.rest, *reversed(self.full)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a request that goes on from here, or from where this one did, is running."""
+        return bool(self.full) and self.full[-1].blocks[0].ref_cnt > 0
+
     def full_of(self, group: int) -> list[KVCacheBlock]:
         return [block for each in self.full for block in each.by_group[group]]
 
