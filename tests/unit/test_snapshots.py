@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+from harness.block_sets import blocks_add_up, ids
 from harness.blocks import BLOCK, admit, go_on, grow, manager_of, needs_of, request_of, vectors
-from harness.block_sets import blocks_add_up, ids, snapshots_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,9 +93,10 @@ class World:
 
     def full_blocks(self, snapshot, group: int) -> int:
         """Those that what was kept, and what came after the prompt, fill."""
-        spec, plan = self.manager.kv_cache_config.kv_cache_groups[group].kv_cache_spec, snapshot.plan
+        spec = self.manager.kv_cache_config.kv_cache_groups[group].kv_cache_spec
         if isinstance(spec, PromptSpec):
             return 0
+        plan = snapshot.plan
         return (plan.kept[spec.stage] + snapshot.num_tokens - plan.num_prompt) // BLOCK
 
     def end(self, request: Request) -> None:
@@ -233,8 +234,10 @@ def test_who_goes_on():
         group: getattr(of.kv_cache_spec, "stage", None)
         for group, of in enumerate(world.manager.kv_cache_config.kv_cache_groups)
     }
-    for blocks, numbers in ((snapshot.full_of, {1: 3, 2: 1}), (snapshot.rest.by_group.get, {1: 1, 2: 2})):
-        assert {stages[group]: len(blocks(group)) for group in stages if stages[group]} == numbers
+    later = {group: stage for group, stage in stages.items() if stage}
+    full = {stage: len(snapshot.full_of(group)) for group, stage in later.items()}
+    rest = {stage: len(snapshot.rest.by_group[group]) for group, stage in later.items()}
+    assert (full, rest) == ({1: 3, 2: 1}, {1: 1, 2: 2})
     assert snapshot.num_tokens == 101 and snapshot.tail == [*DOCUMENTS[0][96:100], 7]
     asked = {"same": [7, 9], "longest": [7, *[9] * 99]}
     asked |= {"other": [8, 9], "nothing new": [7], "too long": [7, *[9] * 100]}
