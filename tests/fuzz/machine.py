@@ -81,6 +81,7 @@ EVENTS = st.one_of(
     _event("add_what_is_refused", which=st.integers(0, len(REFUSED) - 1)),
     _event("abort", which=INDEX),
     _event("pace", **PACE),
+    _event("wait"),
     _event("reset", running=st.booleans()),
     _event("pause", mode=st.sampled_from(("keep", "abort")), clears=st.booleans()),
 )
@@ -163,6 +164,10 @@ class Lives(RuleBasedStateMachine):
 
     def pace(self, budget, chunk):
         self.do("pace", budget=budget, chunk=chunk)
+
+    def wait(self):
+        """Nobody comes for a while, so that something ends that a conversation goes on from."""
+        self.ended += self.do("step", times=30).items()
 
     def add(self, document, length, other, more, crowd, **own):
         """So many at once, of other lengths and documents."""
