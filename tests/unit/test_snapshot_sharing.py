@@ -134,9 +134,13 @@ def snapshots_of_taken(manager: KVCacheManager, name: str):
 def test_what_more_depend_on_is_handed_out_later(manager):
     """Each snapshot goes with its rest, before a block that others have too."""
     pool, left = manager.block_pool, []
-    turns(manager)
+    longest = turns(manager)[-1]
     begin(manager, "other", question(9))
     end(manager, "other")
+    last = next(each for each in snapshots_of(manager) if 9 in each.tail)
+    in_order = [last.rest, last.full[1], longest.full[0]]
+    in_order = [block for each in in_order for block in ids(each.blocks)]
+    assert ids(pool.free_block_queue.get_all_free_blocks())[-len(in_order) :] == in_order
     while (count := len(snapshots_of(manager))) > 0:
         if not left or left[-1] != count:
             left.append(count)
