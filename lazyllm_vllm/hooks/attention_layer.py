@@ -100,5 +100,6 @@ class StagedAttention(Attention):
         )
         # Hidden states are stored like keys: in the model's dtype, or in FP8.
         vector_size = parked_width(vllm_config) * get_dtype_size(spec.dtype)
-        needs = BlockNeeds(self.schedule, spec.block_size, spec.page_size_bytes, vector_size)
-        return replace(spec, needs=needs)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        sizes = spec.block_size, spec.page_size_bytes, vector_size
+        return replace(spec, needs=BlockNeeds(self.schedule, *sizes, ranks))

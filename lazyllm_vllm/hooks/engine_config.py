@@ -62,6 +62,7 @@ def block_needs(vllm_config: VllmConfig) -> BlockNeeds:
         cache.block_size,
         cache.block_size * token,
         parked_width(vllm_config) * size,
+        vllm_config.parallel_config.tensor_parallel_size,
     )
 
 

@@ -27,12 +27,14 @@ class BlockNeeds:
     block_size: tokens a block of a stage.
     page_size: bytes of one layer's part of a block.
     vector_size: bytes of a hidden state in the Aux Cache.
+    ranks: of tensor parallelism.
     """
 
     schedule: Schedule
     block_size: int
     page_size: int
     vector_size: int
+    ranks: int = 1
 
     @cached_property
     def pages(self) -> int:
@@ -70,6 +72,14 @@ class BlockNeeds:
         """In each group of the stage, for a request of ``num_total`` tokens so far."""
         return ceil_div(num_total - plan.slots_saved[stage], self.block_size)
 
+    def full_blocks(self, plan: RequestPlan, stage: int, num_total: int) -> int:
+        """Of these, how many are surely full once so many tokens have run: slots are filled one
+        after the other, and revived tokens only add to those that are kept."""
+        kept = plan.kept[stage]
+        if self.schedule.config.keep_mass is not None:  # then it is the most
+            kept = min(kept, self.schedule.least_kept)
+        return (num_total - plan.num_prompt + kept) // self.block_size
+
     def prompt_blocks(self, plan: RequestPlan) -> int:
         """In the prompt's own group."""
         if not plan.is_pruned:
@@ -94,9 +104,9 @@ class BlockNeeds:
         return in_stages + self.prompt_blocks(plan)
 
     def most_pruned_tokens(self, num_blocks: int) -> int:
-        """At most so many tokens have all pruned prompts together that are in so many blocks: each
-        token takes its share of a slot in every group of the later stages, which nobody shares, by
-        whichever schedule its request chose."""
+        """At most so many tokens have all pruned prompts together that are in so many blocks, if
+        none goes on from another: each token takes its share of a slot in every group of the later
+        stages, by whichever schedule its request chose."""
         schedule = self.schedule
         least = [min(keeps) for keeps in zip(schedule.keeps, *dict(schedule.others).values())]
         slots = sum(

@@ -50,7 +50,8 @@ class Continuation(NamedTuple):
     Attributes:
         num_tokens: tokens that have run behind stage 0, or were dropped there.
         prompt_block: the snapshot's first block in the prompt's group, by which workers know it.
-        copies: blocks to be copied before the request's first step, ``(source, destination)``.
+        copies: of the snapshot's blocks those that may yet be written, to be copied before the
+            request's first step, ``(source, destination)``.
     """
 
     num_tokens: int

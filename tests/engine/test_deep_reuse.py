@@ -94,6 +94,27 @@ def test_questions_about_one_document_do_not_disturb_each_other(engine):
             assert result["tokens"][at] == singly[i]["tokens"][0]
 
 
+def test_what_is_shared_is_never_written(engine):
+    """Neither by those who go on from it, decode and revive, nor by those who go on from them."""
+    engine.fresh()
+    engine.generate([DOCUMENTS[0]], 1)
+    # Tokens that stages 1 to 3 keep, and their layers, each of which is a group.
+    kept, layers = (180, 90, 60), (1, 2, 2)
+    shared = engine.run("shared_blocks")
+    assert len(shared) == sum(count // BLOCK * each for count, each in zip(kept, layers))
+    contents = engine.run("block_contents", blocks=shared)
+    assert len(set(contents)) == len(shared)
+    prompts = [DOCUMENTS[0] + question for question in QUESTIONS]
+    first = engine.generate(prompts, NEW_TOKENS)
+    again = [prompt + said + QUESTIONS[1] for prompt, said in zip(prompts, first["tokens"])]
+    second = engine.generate(again, NEW_TOKENS)
+    for result in (first, second):
+        assert all(goes_on(result, i) for i in range(5))
+        assert all(sum(one["revived"]) > 0 for one in result["stats"])
+    assert engine.run("block_contents", blocks=shared) == contents
+    assert set(shared) < set(engine.run("shared_blocks"))
+
+
 def test_the_last_token_runs_beside_the_others_if_there_is_room(engine):
     """Of several requests at once, among decodes and whole prompts of all of which something is
     asked, or in a step of its own: the answers are the same."""

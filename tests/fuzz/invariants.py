@@ -1,15 +1,22 @@
 """What must hold between any two steps of an engine. Each function raises AssertionError."""
 
-from collections import Counter
+from weakref import WeakKeyDictionary
 
+import torch
+from harness import block_sets
 from harness.engine import _core, _runner, _state
 
 from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager
+from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet
+
+# What the shared blocks of each engine held when it was last checked.
+_CONTENTS: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def check(llm) -> None:
     """All of them."""
     blocks_add_up(llm)
+    shared_blocks_stay(llm)
     scheduler_forgets(llm)
     worker_forgets(llm)
 
@@ -19,27 +26,30 @@ def _managers(llm) -> tuple:
 
 
 def blocks_add_up(llm) -> None:
-    """A block is free, or as many hold it as it counts; what is private has one holder."""
+    """See ``harness.block_sets``."""
     scheduler = _core(llm).scheduler
-    pool = scheduler.kv_cache_manager.block_pool
-    holders = Counter(block.block_id for block in getattr(pool, "held_by_test", ()))
-    private = []
-    for manager in _managers(llm):
-        held = [b.block_id for of_one in manager.req_to_blocks.values() for b in of_one]
-        holders.update(held)
-        private += [] if manager.kv_cache_spec.prefix_cacheable else held
-    holders.update(b.block_id for _, blocks in scheduler.deferred_frees for b in blocks)
-    free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
-    assert len(free) == pool.get_num_free_blocks(), "the queue of free blocks miscounts"
-    for block in pool.blocks:
-        held = holders[block.block_id]
-        if block is pool.null_block:
-            assert not held and block.block_id not in free, "vLLM's null block is handed out"
-            continue
-        assert block.ref_cnt == held, f"{block} is held by {held}"
-        assert (held == 0) == (block.block_id in free), f"{block} is lost, or free and held"
-    shared = [block for block in private if holders[block] != 1]
-    assert not shared, f"blocks {shared} of a stage are not one request's own"
+    others = [block for _, blocks in scheduler.deferred_frees for block in blocks]
+    others += getattr(scheduler.kv_cache_manager.block_pool, "held_by_test", ())
+    block_sets.blocks_add_up(scheduler.kv_cache_manager, others)
+
+
+def shared_blocks_stay(llm) -> None:
+    """What is in full blocks is never written again, while anybody may read it."""
+    copier = getattr(_state(llm), "copier", None)
+    if copier is None:  # nothing is ever pruned
+        return
+    known = _CONTENTS.setdefault(llm, {})
+    sets = block_sets.shared_sets(_core(llm).scheduler.kv_cache_manager)
+    now = {each: _content(copier, each) for each in sets}
+    for each, content in now.items():
+        assert content == known.get(each, content), "a shared block was written"
+    _CONTENTS[llm] = now
+
+
+def _content(copier, of: BlockSet) -> int:
+    at = torch.tensor(block_sets.ids(of.blocks), device=copier.blocks.device)
+    parts = (each[at].cpu().numpy().tobytes() for each in (copier.blocks, copier.slot_position))
+    return hash(tuple(parts))
 
 
 def scheduler_forgets(llm) -> None:

@@ -72,14 +72,16 @@ PACE = {
     "budget": st.sampled_from((9, 33, 64, 200, LONGEST)),
     "chunk": st.sampled_from((0, 0, 7, 24, 48)),
 }
+TURN = {"more": st.sampled_from((1, 5, 30)), "crowd": st.sampled_from((1, 1, 2, 4))}
 ADD = _event("add", **BEGINNING, **MORE, **OWN)
 EVENTS = st.one_of(
     *3 * [ADD],
-    _event("next_turn", which=INDEX, more=st.sampled_from((1, 5, 30)), **OWN),
+    *2 * [_event("next_turn", which=INDEX, **TURN, **OWN)],
     _event("add_by_grammar", **BEGINNING),
     _event("add_what_is_refused", which=st.integers(0, len(REFUSED) - 1)),
     _event("abort", which=INDEX),
     _event("pace", **PACE),
+    _event("wait"),
     _event("reset", running=st.booleans()),
     _event("pause", mode=st.sampled_from(("keep", "abort")), clears=st.booleans()),
 )
@@ -163,20 +165,26 @@ class Lives(RuleBasedStateMachine):
     def pace(self, budget, chunk):
         self.do("pace", budget=budget, chunk=chunk)
 
+    def wait(self):
+        """Nobody comes for a while, so that something ends that a conversation goes on from."""
+        self.ended += self.do("step", times=30).items()
+
     def add(self, document, length, other, more, crowd, **own):
         """So many at once, of other lengths and documents."""
         for i in range(crowd):
             begins = DOCUMENTS[(document + i) % 3][: (length + 61 * i) % 300 or 1]
             self._add(begins + DOCUMENTS[other][100 : 100 + more], **own)
 
-    def next_turn(self, which, more, **own):
-        """A conversation goes on: the prompt, its answer, and some more, half of the time by the
-        same setting and in the same part of the cache."""
+    def next_turn(self, which, more, crowd, **own):
+        """A conversation goes on, in several ways at once: the prompt, its answer, and some more,
+        half of the time by the same setting and in the same part of the cache."""
         if self.ended:
             name, said = self.ended[which % len(self.ended)]
             if more % 2:
                 own |= self.asked[name]["own"]
-            self._add(self.asked[name]["prompt"] + said + DOCUMENTS[1][50 : 50 + more], **own)
+            for i in range(crowd):
+                tail = DOCUMENTS[1][50 + 40 * i :][:more]
+                self._add(self.asked[name]["prompt"] + said + tail, **own)
 
     def _add(self, prompt, max_tokens, setting, stop, n, priority, salt):
         prompt = prompt[: LONGEST - MOST_TOKENS]

@@ -463,6 +463,23 @@ def snapshots(llm) -> int:
     return len(next(m.snapshots for m in managers if hasattr(m, "snapshots")))
 
 
+def shared_blocks(llm) -> list[int]:
+    """Those that are full of what requests may go on from, and none writes."""
+    from harness.block_sets import ids, shared_sets
+
+    sets = shared_sets(_core(llm).scheduler.kv_cache_manager)
+    return sorted(block for each in sets for block in ids(each.blocks))
+
+
+def block_contents(llm, blocks: list[int]) -> list[str]:
+    """By block, a digest of its bytes and of the positions of its keys."""
+    from hashlib import sha256
+
+    copier = _state(llm).copier
+    parts = zip(copier.blocks[blocks].cpu().numpy(), copier.slot_position[blocks].cpu().numpy())
+    return [sha256(keys.tobytes() + at.tobytes()).hexdigest() for keys, at in parts]
+
+
 def metrics(llm) -> dict[str, int]:
     """vLLM's counters by name."""
     return {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}

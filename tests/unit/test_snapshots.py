@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from harness.blocks import admit, go_on, grow, manager_of, needs_of, request_of, vectors
+from harness.block_sets import blocks_add_up, ids
+from harness.blocks import BLOCK, admit, go_on, grow, manager_of, needs_of, request_of, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from lazyllm_vllm.hooks.kv_cache import reuse
+from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec
 from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.schedule import Schedule
 
@@ -50,7 +52,7 @@ class World:
         keep = self.snapshots.keep
 
         def note(snapshot, pool) -> None:
-            blocks = [block.block_id for block in snapshot.blocks_of(pool)]
+            blocks = [block for each in snapshot.sets for block in ids(each.blocks)]
             assert len(set(blocks)) == len(blocks)
             self.left[snapshot] = {block: self.handed_out[block] for block in blocks}
             keep(snapshot, pool)
@@ -76,16 +78,26 @@ class World:
         return True
 
     def check(self, request: Request, snapshot, continuation, adopts: bool) -> None:
-        """Blocks that nobody had since are in the request's table, or copied to it in order."""
+        """Blocks that nobody had since are in the request's table; those that may yet be written
+        are, or are copied to it in order."""
         assert snapshot.num_tokens < request.num_tokens <= 2 * snapshot.plan.num_prompt
-        sources = self.left[snapshot]
         held = self.manager.get_blocks(request.request_id).blocks
-        copies = dict(continuation.copies)
-        assert len(copies) == (0 if adopts else len(sources))
-        for group, blocks in snapshot.blocks.items():
-            own = [block.block_id for block in held[group]]
-            assert own[: len(blocks)] == [copies.get(block, block) for block in blocks]
-        assert all(self.handed_out[block] == count for block, count in sources.items())
+        copies, rest = dict(continuation.copies), snapshot.rest.by_group
+        assert len(copies) == (0 if adopts else sum(map(len, rest.values())))
+        for group, blocks in rest.items():
+            own = ids(held[group])
+            full, count = ids(snapshot.full_of(group)), self.full_blocks(snapshot, group)
+            assert len(full) == count and own[:count] == full
+            assert own[count:][: len(blocks)] == [copies.get(block, block) for block in ids(blocks)]
+        assert all(self.handed_out[block] == times for block, times in self.left[snapshot].items())
+
+    def full_blocks(self, snapshot, group: int) -> int:
+        """Those that what was kept, and what came after the prompt, fill."""
+        spec = self.manager.kv_cache_config.kv_cache_groups[group].kv_cache_spec
+        if isinstance(spec, PromptSpec):
+            return 0
+        plan = snapshot.plan
+        return (plan.kept[spec.stage] + snapshot.num_tokens - plan.num_prompt) // BLOCK
 
     def end(self, request: Request) -> None:
         request.status = RequestStatus.FINISHED_STOPPED
@@ -106,6 +118,7 @@ def test_lives_of_requests(vector, num_blocks, data):
     world = World(manager_of(needs, LONGEST, least + 1 + num_blocks, caches=True))
     manager, free, live, ended = world.manager, least + num_blocks, [], []
     for step in range(data.draw(st.integers(1, 40))):
+        blocks_add_up(manager)
         what = data.draw(st.sampled_from(["new", "next turn", "go on", "go on", "end", "preempt"]))
         chunk = data.draw(st.sampled_from([1, 16, 40, 300]))
         if what in ("new", "next turn") or not live:
@@ -179,7 +192,7 @@ def three_at_once(spare: int) -> list[str]:
     first = request_of("first", DOCUMENTS[0][:100])
     assert world.admit(first, 300)
     world.end(first)
-    groups = next(iter(world.left)).blocks
+    (snapshot,) = world.left
     others = pool.get_new_blocks(pool.get_num_free_blocks() - spare)
     requests = [request_of(f"r{i}", [*DOCUMENTS[0][:100], i, 0]) for i in range(3)]
     requests = [request for request in requests if admit(manager, request)]
@@ -188,10 +201,12 @@ def three_at_once(spare: int) -> list[str]:
     held = [
         block.block_id
         for request in requests
-        for group in groups
+        for group in snapshot.rest.by_group
         for block in manager.get_blocks(request.request_id).blocks[group]
+        if not (world.snapshots.taken.get(request.request_id) and block in snapshot.full_of(group))
     ]
-    assert len(held) == len(set(held)), "two have the same block"
+    assert len(held) == len(set(held)), "two have the same block that may be written"
+    blocks_add_up(manager, others)
     for request in requests:
         world.end(request)
     pool.free_blocks(others)
@@ -203,7 +218,8 @@ def test_nobody_takes_what_another_took_over():
     least = NEEDS.total(102, 102)
     seen = {tuple(three_at_once(spare)) for spare in range(least, 4 * least)}
     assert all(each.count("adopts") <= 1 for each in seen)
-    assert {("adopts",), ("copies", "adopts"), ("copies",) * 3} <= seen
+    assert {("adopts",), ("copies",), ("copies",) * 3} <= seen
+    assert all("copies" not in each for each in seen if "adopts" in each), "others read it"
 
 
 def test_who_goes_on():
@@ -218,10 +234,10 @@ def test_who_goes_on():
         group: getattr(of.kv_cache_spec, "stage", None)
         for group, of in enumerate(world.manager.kv_cache_config.kv_cache_groups)
     }
-    assert {stages[group]: len(of) for group, of in snapshot.blocks.items() if stages[group]} == {
-        1: 4,
-        2: 3,
-    }
+    later = {group: stage for group, stage in stages.items() if stage}
+    full = {stage: len(snapshot.full_of(group)) for group, stage in later.items()}
+    rest = {stage: len(snapshot.rest.by_group[group]) for group, stage in later.items()}
+    assert (full, rest) == ({1: 3, 2: 1}, {1: 1, 2: 2})
     assert snapshot.num_tokens == 101 and snapshot.tail == [*DOCUMENTS[0][96:100], 7]
     asked = {"same": [7, 9], "longest": [7, *[9] * 99]}
     asked |= {"other": [8, 9], "nothing new": [7], "too long": [7, *[9] * 100]}

@@ -35,8 +35,8 @@ class PlannedManager(FullAttentionManager):
     The plan is made when the scheduler asks whether the whole request fits, which it does before it
     first allocates anything for it (``scheduler_reserve_full_isl``): that call alone is told all of
     the tokens to be prefilled, the prompt and, after a preemption, what had been generated. A
-    request that goes on from a snapshot has the plan of the prompt that was pruned, and either the
-    snapshot's blocks or others, into which they are copied.
+    request that goes on from a snapshot has the plan of the prompt that was pruned, the snapshot's
+    full blocks, and either its other ones or new ones, into which they are copied.
 
     Attributes:
         enough_for: tokens for which the blocks that a request holds suffice. Most steps ask for no
@@ -56,6 +56,10 @@ class PlannedManager(FullAttentionManager):
         """Blocks for a request of ``num_tokens`` tokens so far."""
         raise NotImplementedError
 
+    def full_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
+        """Of these those that are never written again."""
+        return 0
+
     def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
         """For which so many blocks suffice, once a request has its first ones."""
         raise NotImplementedError
@@ -64,42 +68,43 @@ class PlannedManager(FullAttentionManager):
         held = len(self.req_to_blocks.get(request_id, ()))
         if (taken := self.snapshots.taken.get(request_id)) is not None:
             num_tokens = max(num_tokens, taken.snapshot.num_tokens)
-            if not held and taken.adopts:
-                held = len(self._sources(request_id))
+            held = held or taken.num_given(self.kv_cache_group_id)
         return max(self.required_blocks(self.plans[request_id], num_tokens) - held, 0)
-
-    def _sources(self, request_id: str) -> list[KVCacheBlock]:
-        """The snapshot's blocks that a request takes with its first own ones; none later on."""
-        taken = self.snapshots.taken.get(request_id)
-        if taken is None or self.req_to_blocks.get(request_id):
-            return []
-        return taken.snapshot.blocks_of(self.block_pool, self.kv_cache_group_id)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
     ) -> int:
         if num_tokens <= self.enough_for.get(request_id, -1):
             return 0
-        if apply_admission_cap and not self.req_to_blocks.get(request_id):
-            plan, taken = self.plans.get(request_id), self.snapshots.taken.get(request_id)
+        is_held, taken = self.req_to_blocks.get(request_id), self.snapshots.taken.get(request_id)
+        if apply_admission_cap and not is_held:
+            plan = self.plans.get(request_id)
             if taken is not None:
                 self.plans[request_id] = taken.snapshot.plan
             elif plan is None or plan.num_prompt != num_tokens:
                 schedule = self.kv_cache_spec.needs.schedule
                 setting = self.settings.get(request_id, DEFAULT)
                 self.plans[request_id] = schedule.plan(num_tokens, setting)
-        held = self._get_num_evictable_blocks(self._sources(request_id))
-        return self._missing_blocks(request_id, num_tokens) + held
+        missing = self._missing_blocks(request_id, num_tokens)
+        if taken is None or is_held:
+            return missing
+        return missing + taken.num_free(self.kv_cache_group_id)
 
     def add_local_computed_blocks(self, request_id: str, *args, **kwargs) -> None:
         """Called for all groups before blocks are allocated for any: hold what is taken."""
         super().add_local_computed_blocks(request_id, *args, **kwargs)
-        if sources := self._sources(request_id):
-            self.block_pool.touch(sources)
-            taken = self.snapshots.taken[request_id]
-            if taken.adopts:
-                self.snapshots.forget(taken.snapshot)
-                self.req_to_blocks[request_id].extend(sources)
+        if (taken := self.snapshots.taken.get(request_id)) is None:
+            return
+        snapshot, group = taken.snapshot, self.kv_cache_group_id
+        full, rest = snapshot.full_of(group), snapshot.rest.by_group[group]
+        self.block_pool.touch(full)
+        self.block_pool.touch(rest)
+        self.req_to_blocks[request_id] += full
+        if taken.adopts:
+            self.snapshots.forget(snapshot)
+            self.req_to_blocks[request_id] += rest
+        else:
+            taken.sources[group] = rest
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -108,12 +113,11 @@ class PlannedManager(FullAttentionManager):
             return []
         missing, blocks = self._missing_blocks(request_id, num_tokens), []
         if missing:
-            blocks, sources = self.block_pool.get_new_blocks(missing), self._sources(request_id)
-            if sources:
-                pairs = zip(sources, blocks)
-                copies = self.snapshots.taken[request_id].copies
-                copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
+            blocks = self.block_pool.get_new_blocks(missing)
             self.req_to_blocks[request_id].extend(blocks)
+            if (taken := self.snapshots.taken.get(request_id)) is not None:
+                pairs = zip(taken.sources.pop(self.kv_cache_group_id, ()), blocks)
+                taken.copies += [(theirs.block_id, own.block_id) for theirs, own in pairs]
         held = len(self.req_to_blocks.get(request_id, ()))
         self.enough_for[request_id] = self.most_tokens(self.plans[request_id], held)
         return blocks
@@ -126,13 +130,18 @@ class PlannedManager(FullAttentionManager):
         self.enough_for.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def give_up(self, request_id: str, num_tokens: int) -> list[int]:
-        """The blocks that hold what a request has of so many tokens, which are its own no more."""
-        blocks = self.req_to_blocks[request_id]
+    def give_up(self, request_id: str, num_tokens: int, num_shared: int) -> tuple[list, list]:
+        """The blocks that hold what a request has of so many tokens, which are its own no more:
+        behind those that it shares, the ones that are full, and the rest."""
+        blocks, plan = self.req_to_blocks[request_id], self.plans[request_id]
+        full, count = self.full_blocks(plan, num_tokens), self.required_blocks(plan, num_tokens)
+        self.drop(request_id, count)
+        return blocks[num_shared:full], blocks[full:count]
+
+    def drop(self, request_id: str, count: int) -> None:
+        """Forget that a request has its first blocks."""
         self.enough_for.pop(request_id, None)
-        count = self.required_blocks(self.plans[request_id], num_tokens)
-        self.req_to_blocks[request_id] = blocks[count:]
-        return [block.block_id for block in blocks[:count]]
+        self.req_to_blocks[request_id] = self.req_to_blocks[request_id][count:]
 
     def cache_blocks(self, *args, **kwargs) -> None:
         """Nothing is shared between requests: a stage's keys depend on the whole prompt."""
@@ -155,6 +164,9 @@ class StageManager(PlannedManager):
         num_tokens = max(num_tokens, plan.num_prompt)  # from the first chunk on
         return cdiv(num_tokens - plan.slots_saved[self.kv_cache_spec.stage], self.block_size)
 
+    def full_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
+        return self.kv_cache_spec.needs.full_blocks(plan, self.kv_cache_spec.stage, num_tokens)
+
     def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
         return num_blocks * self.block_size + plan.slots_saved[self.kv_cache_spec.stage]
 
@@ -171,6 +183,20 @@ class SharedStageManager(FullAttentionManager):
 
 
 class PromptManager(PlannedManager):
+    """Ranks of tensor parallelism put the scores of all prompts side by side, in a buffer for as
+    many as there is room for if nobody shares (``most_pruned_tokens``). Where sharing makes room
+    for more, they wait."""
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args, **kwargs) -> int:
+        missing = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+        needs, plan = self.kv_cache_spec.needs, self.plans.get(request_id)
+        if needs.ranks == 1 or self.req_to_blocks.get(request_id) or not (plan and plan.is_pruned):
+            return missing
+        prompts = [self.plans[name] for name, blocks in self.req_to_blocks.items() if blocks]
+        tokens = sum(other.num_prompt for other in (*prompts, plan))
+        all_blocks = self.block_pool.num_gpu_blocks
+        return missing if tokens <= needs.most_pruned_tokens(all_blocks) else all_blocks
+
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
         return self.kv_cache_spec.needs.prompt_blocks(plan)
 

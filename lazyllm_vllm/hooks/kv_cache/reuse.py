@@ -14,7 +14,7 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
     PromptManager,
     planned_managers,
 )
-from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshot, Taken
+from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
 CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
@@ -41,7 +41,9 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     found, snapshot, ways = lookup(), snapshots.own(request), (True,)
     if snapshot is None and reuse == DEEP:
         wanted = replace(setting, reuse=None)
-        snapshot, ways = snapshots.find(request, planned[0].block_size, wanted), (False, True)
+        snapshot = snapshots.find(request, planned[0].block_size, wanted)
+        # What others read now, more will want to go on from.
+        ways = (False,) if snapshot is not None and snapshot.is_read else (False, True)
     if snapshot is None:
         return found
     return _go_on(manager, request, snapshot, found, ways) or found
@@ -109,20 +111,36 @@ def free(release: Callable[[], None], manager: KVCacheManager, request: Request)
         release: vLLM's own, for this request.
     """
     planned = planned_managers(manager)
-    snapshot = _snapshot_of(planned, request) if planned else None
+    if not planned:
+        return release()
+    snapshots, pool, name = planned[0].snapshots, manager.block_pool, request.request_id
+    is_held, taken = planned[0].req_to_blocks.get(name), snapshots.taken.get(name)
+    shared = taken.snapshot.full if is_held and taken else ()
+    snapshot = _snapshot_of(planned, request, shared) if is_held else None
+    if snapshot is None and shared:
+        for each in planned:
+            each.drop(name, len(taken.snapshot.full_of(each.kv_cache_group_id)))
     release()
-    if planned and request.is_finished():
-        planned[0].snapshots.forget_own(request.request_id)
+    if request.is_finished():
+        snapshots.forget_own(name)
     if snapshot is not None:
-        planned[0].snapshots.keep(snapshot, manager.block_pool)
+        snapshots.keep(snapshot, pool)
+    else:
+        snapshots.release(shared[::-1], pool)
 
 
-def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | None:
+def _snapshot_of(
+    planned: list[PlannedManager], request: Request, shared: tuple[BlockSet, ...]
+) -> Snapshot | None:
     """What there is of a request behind stage 0, whose blocks are its own no more. None: nothing
-    that somebody may go on from."""
+    that somebody may go on from.
+
+    Args:
+        shared: full blocks that it took with the snapshot that it went on from.
+    """
     first, name = planned[0], request.request_id
     plan, taken = first.plans.get(name), first.snapshots.taken.get(name)
-    if plan is None or not plan.is_pruned or not first.req_to_blocks.get(name):
+    if plan is None or not plan.is_pruned:
         return None
     # Steps that were scheduled run, though nobody waits for them.
     num_tokens = request.num_computed_tokens
@@ -136,7 +154,12 @@ def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | 
         if not (shares and is_known):
             return None
         name = request.block_hashes[full_blocks - 1]
-    blocks = {m.kv_cache_group_id: m.give_up(request.request_id, num_tokens) for m in planned}
+    full, rest = BlockSet({}), BlockSet({})
+    for each in planned:
+        group = each.kv_cache_group_id
+        num_shared = sum(len(taken.by_group[group]) for taken in shared)
+        given = each.give_up(request.request_id, num_tokens, num_shared)
+        full.by_group[group], rest.by_group[group] = given
     prompt_group = next(m.kv_cache_group_id for m in planned if isinstance(m, PromptManager))
     return Snapshot(
         name=name,
@@ -144,8 +167,9 @@ def _snapshot_of(planned: list[PlannedManager], request: Request) -> Snapshot | 
         setting=replace(setting, reuse=None),
         num_tokens=num_tokens,
         tail=request.all_token_ids[full_blocks * first.block_size : num_tokens],
-        blocks=blocks,
-        prompt_block=blocks[prompt_group][0],
+        full=(*shared, full) if full.blocks else shared,
+        rest=rest,
+        prompt_block=rest.by_group[prompt_group][0].block_id,
     )
 
 

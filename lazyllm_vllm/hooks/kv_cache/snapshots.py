@@ -1,7 +1,11 @@
 """What pruned requests leave behind stage 0, in the scheduler's process: their blocks of the later
 stages and of the prompt's group, for requests that go on from there.
 
-The blocks are free to vLLM's pool, the last to be handed out; once one is, the snapshot is gone.
+Keys and values are written once, slot after slot, so that blocks that are full are shared: whoever
+goes on reads the same ones. What may yet be written is copied.
+
+Blocks that nobody holds are free to vLLM's pool, the last to be handed out; once one is, all
+snapshots that have it are gone.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +18,29 @@ from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
 from lazyllm_vllm.plan.request_setting import RequestSetting
 
 
+@dataclass(eq=False)
+class BlockSet:
+    """Blocks that are taken and let go of together.
+
+    Attributes:
+        by_group: by KV cache group, of those that are private to a pruned prompt.
+        snapshots: all that have them.
+    """
+
+    by_group: dict[int, list[KVCacheBlock]]
+    snapshots: set["Snapshot"] = field(default_factory=set)
+
+    @property
+    def blocks(self) -> list[KVCacheBlock]:
+        """Of all groups."""
+        return [block for of_group in self.by_group.values() for block in of_group]
+
+    def free_blocks(self, group: int) -> int:
+        """How many of a group's blocks are free: all or none."""
+        blocks = self.by_group[group]
+        return 0 if not blocks or blocks[0].ref_cnt else len(blocks)
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Attributes:
@@ -22,7 +49,8 @@ class Snapshot:
     plan: of the prompt that was pruned; setting: what its request had set.
     num_tokens: the prompt and what came after it.
     tail: the tokens behind the last full block.
-    blocks: by KV cache group, of those that are private to a request.
+    full: blocks that nobody writes any more, in order of their slots.
+    rest: the others, behind them.
     prompt_block: the first in the prompt's group.
     """
 
@@ -31,27 +59,47 @@ class Snapshot:
     setting: RequestSetting
     num_tokens: int
     tail: list[int]
-    blocks: dict[int, list[int]]
+    full: tuple[BlockSet, ...]
+    rest: BlockSet
     prompt_block: int
 
-    def blocks_of(self, pool: BlockPool, group: int | None = None) -> list[KVCacheBlock]:
-        """In a group; None: in all."""
-        groups = self.blocks if group is None else (group,)
-        return [pool.blocks[at] for each in groups for at in self.blocks[each]]
+    @property
+    def sets(self) -> tuple[BlockSet, ...]:
+        """All, in the order in which they are to be handed out."""
+        return self.rest, *reversed(self.full)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether a request that goes on from here, or from where this one did, is running."""
+        return bool(self.full) and self.full[-1].blocks[0].ref_cnt > 0
+
+    def full_of(self, group: int) -> list[KVCacheBlock]:
+        return [block for each in self.full for block in each.by_group[group]]
 
 
 @dataclass
 class Taken:
-    """A snapshot that a request goes on from.
+    """A snapshot that a request goes on from. Its full blocks are shared.
 
     Attributes:
-        adopts: whether the request takes over the snapshot's blocks; else it gets copies.
+        adopts: whether the request takes over the rest of the blocks; else it gets copies.
+        sources: by group, blocks that are yet to be copied.
         copies: as in ``Continuation``.
     """
 
     snapshot: Snapshot
     adopts: bool
+    sources: dict[int, list[KVCacheBlock]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
+
+    def num_given(self, group: int) -> int:
+        """Blocks of the snapshot's that the request has in its table."""
+        given = (*self.snapshot.full, self.snapshot.rest) if self.adopts else self.snapshot.full
+        return sum(len(each.by_group[group]) for each in given)
+
+    def num_free(self, group: int) -> int:
+        """Blocks that are free until the request holds them."""
+        return sum(each.free_blocks(group) for each in self.snapshot.sets)
 
 
 class Snapshots:
@@ -75,12 +123,23 @@ class Snapshots:
                 self.forget(before)
                 break
         self._by_name.setdefault(snapshot.name, []).append(snapshot)
-        self.release(snapshot, pool)
+        for each in snapshot.sets:
+            each.snapshots.add(snapshot)
+        self.release(snapshot.sets, pool)
 
-    def release(self, snapshot: Snapshot, pool: BlockPool) -> None:
-        """Let go of a snapshot's blocks, held once more than before: they are free, the last to be
-        handed out, and the snapshot goes with the first of them."""
-        pool.unpin_blocks(snapshot.blocks_of(pool), lambda _: self.forget(snapshot))
+    def release(self, sets: tuple[BlockSet, ...], pool: BlockPool) -> None:
+        """Let go of blocks that were held once. Those that nobody else holds are free: if a
+        snapshot has them the last to be handed out, in this order, and the snapshot goes with the
+        first of them."""
+        for each in sets:
+            if each.snapshots:
+                pool.unpin_blocks(each.blocks, lambda _, lost=each: self._lose(lost))
+            else:
+                pool.free_blocks(each.blocks)
+
+    def _lose(self, lost: BlockSet) -> None:
+        for snapshot in tuple(lost.snapshots):
+            self.forget(snapshot)
 
     def forget(self, snapshot: Snapshot) -> None:
         alike = self._by_name.get(snapshot.name, [])
@@ -88,6 +147,8 @@ class Snapshots:
             alike.remove(snapshot)
         if not alike:
             self._by_name.pop(snapshot.name, None)
+        for each in snapshot.sets:
+            each.snapshots.discard(snapshot)
 
     def forget_own(self, request_id: str) -> None:
         """A request has left. Another one may come by its id, and must not go on from what it left
@@ -130,5 +191,5 @@ class Snapshots:
             return None
         snapshot = taken.snapshot
         if not taken.adopts:
-            self.release(snapshot, pool)
+            self.release((snapshot.rest,), pool)
         return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies)
