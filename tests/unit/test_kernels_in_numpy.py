@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from harness import block_tables, step_kernels
+from harness import block_tables, sampling, step_kernels
 
 from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
 from vllm.v1.worker.gpu import block_table, buffer_utils, input_batch
 from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.sample import logprob, sampler
 
 BLOCK_SIZES, WIDTHS, MAX_TOKENS = [16, 32, 16], [12, 7, 20], 200
 HAS_WINDOWS = "sliding_window_reach" in inspect.signature(BlockTables).parameters
@@ -57,15 +58,17 @@ def _run(seed: int) -> list[torch.Tensor]:
 
 @pytest.fixture
 def install(monkeypatch):
-    """Installs both; afterwards vLLM's own are back."""
+    """Installs all; afterwards vLLM's own are back."""
     monkeypatch.setattr(buffer_utils, "UvaBuffer", UvaBuffer)
-    for module in (block_table, buffer_utils, input_batch):
+    monkeypatch.setattr(sampler, "gumbel_sample", sampler.gumbel_sample)
+    for module in (block_table, buffer_utils, input_batch, logprob):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, getattr(module, name))
 
     def install() -> None:
         block_tables.install()
         step_kernels.install()
+        sampling.install()
 
     return install
 
@@ -143,3 +146,26 @@ def test_steps(seed, install):
     install()
     for mine, theirs in zip(_step(seed), expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_sampling(install):
+    """A vocabulary of more than one of the kernels' blocks, in rows with something between; in fp32,
+    since Triton's interpreter compares the bits of bf16."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 1500, generator=generator)[:, :1300]
+    tokens = torch.randint(1300, (5,), generator=generator)
+    mapping = torch.tensor([2, 0, 1, 4, 3])
+
+    def run(temperatures: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = logprob.compute_topk_scores(logits, 3, tokens)
+        given = logits, mapping, temperatures, torch.arange(5), torch.arange(5)
+        sampled = sampler.gumbel_sample(*given, apply_temperature=True, is_drafting=False)
+        return scores.logprob_token_ids, scores.selected_token_ranks, sampled, scores.logprobs
+
+    temperatures = torch.zeros(5), torch.tensor([0, 0, 1.5, 0, 3])
+    expected = [run(each) for each in temperatures]
+    install()
+    for each, theirs in zip(temperatures, expected):
+        *mine, logprobs = run(each)
+        assert all(torch.equal(*pair) for pair in zip(mine, theirs))
+        torch.testing.assert_close(logprobs, theirs[-1], rtol=1e-5, atol=1e-5)
