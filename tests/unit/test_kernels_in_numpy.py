@@ -149,8 +149,7 @@ def test_steps(seed, install):
 
 
 def test_sampling(install):
-    """A vocabulary of more than one of the kernels' blocks, in rows with something between; in fp32,
-    since Triton's interpreter compares the bits of bf16."""
+    """A vocabulary of more than one of the kernels' blocks, in rows with something between."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 1500, generator=generator)[:, :1300]
     tokens = torch.randint(1300, (5,), generator=generator)
