@@ -29,7 +29,12 @@ FLOOR = 0.9  # of the full model's score
 
 @pytest.fixture(scope="module")
 def model(smollm2):
-    options = {"dtype": "float32", "max_model_len": 1280, "max_num_seqs": 16, "enforce_eager": True}
+    options = {
+        "dtype": "bfloat16",
+        "max_model_len": 1280,
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+    }
     return Model(smollm2, AutoTokenizer.from_pretrained(smollm2), options)
 
 

@@ -46,12 +46,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder, open_engine):
-    return open_engine(folder, CONFIG, {"trace": True, "only_greedy": False}, **OPTIONS)
+    return open_engine(folder, CONFIG, {"trace": True}, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def stock(folder, open_engine):
-    return open_engine(folder, None, {"only_greedy": False}, **OPTIONS)
+    return open_engine(folder, **OPTIONS)
 
 
 def alone(engine, prompt: list[int], params: dict) -> dict:
@@ -359,7 +359,7 @@ def test_structured_output_obeys(smollm2, open_engine):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prune = [{"layer": 10, "keep": 0.5}, {"layer": 20, "keep": 0.25}]
     config = {"prune": prune, "min_prompt_tokens": 256, "revive_budget": 0, "score_pool": 13}
-    engine = open_engine(smollm2, config, {"only_greedy": False, "trace": True})
+    engine = open_engine(smollm2, config, {"trace": True})
     engine.run("set_budget", tokens=150)
     asked = [passkey_prompt(tokenizer, n, seed=n, depth=0.4) for n in (400, 300, 350, 120)]
     grammars = [{"choice": ["Lisbon", "Oslo"]}, {"regex": r"[A-Z]{3}-[0-9]{4}"}, None, None]

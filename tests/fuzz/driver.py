@@ -32,7 +32,7 @@ def start(**arguments):
     too."""
     from vllm.v1.worker.gpu.sample import sampler
 
-    llm = harness.start(only_greedy=False, **arguments)
+    llm = harness.start(**arguments)
     sampler.gumbel_sample = lambda logits, *args, **kwargs: logits.argmax(-1)
     llm.driver = Driver(llm)
     return llm

@@ -2,36 +2,18 @@
 engine's time, if it has a table for each stage."""
 
 import ctypes
-import inspect
 
 import numpy as np
 
 from vllm.v1.worker.gpu import block_table
 
-
-class InNumpy:
-    """Is launched as the kernel that it stands for, ``kernel[grid](...)``.
-
-    Args:
-        kernel: vLLM's.
-        function: called with the grid and the kernel's arguments by name.
-    """
-
-    def __init__(self, kernel, function) -> None:
-        self.function, self.signature = function, inspect.signature(kernel.fn)
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args, **kwargs) -> None:
-            self.function(grid, **self.signature.bind(*args, **kwargs).arguments)
-
-        return launch
+from harness.in_numpy import replace
 
 
 def install() -> None:
     """From now on, in this process and those forked from it."""
     kernels = {"_gather_block_tables_kernel": gather, "_compute_slot_mappings_kernel": map_slots}
-    for name, function in kernels.items():
-        setattr(block_table, name, InNumpy(getattr(block_table, name), function))
+    replace(block_table, kernels)
 
 
 def _rows(pointer, num_rows: int, width: int) -> np.ndarray:

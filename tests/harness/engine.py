@@ -76,7 +76,6 @@ def start(
     trace: bool = False,
     random_weights: bool = False,
     compiled_ops: bool = True,
-    only_greedy: bool = True,
     forks_workers: bool = False,
     schedules_ahead: bool = False,
 ):
@@ -86,7 +85,6 @@ def start(
         trace: record what every boundary decides.
         random_weights: fill the model with ``benchmarks.weights``.
         compiled_ops: whether small ops may be compiled for CUDA graphs, which rounds otherwise.
-        only_greedy: on a CPU, sample greedily alone; see ``_sample_greedily``.
         forks_workers: on a CPU, fork the processes of tensor parallelism, which spares them vLLM's
             import.
         schedules_ahead: on a CPU, schedule a step while the one before runs, as on a GPU.
@@ -101,8 +99,6 @@ def start(
         assert "harness.quick" in sys.modules, "a slow engine: it was not forked from what has it"
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # which comes before the option
         defaults["kv_cache_memory_bytes"] = ROOM
-    if torch.version.cuda is None and only_greedy:
-        _sample_greedily()
 
     from vllm.v1.executor import multiproc_executor
 
@@ -132,18 +128,6 @@ def _work_quickly(*args, **kwargs) -> None:
     import harness.quick  # noqa: F401
 
     WorkerProc.worker_main(*args, **kwargs)
-
-
-def _sample_greedily() -> None:
-    """In Triton's interpreter vLLM's sampling kernel takes two thirds of an engine's time; all our
-    tests need of it is the likeliest token. ``test_serve`` and the demo use vLLM's own."""
-    from vllm.v1.worker.gpu.sample import sampler
-
-    def greedy(logits, expanded_idx_mapping, temperature, *args, **kwargs):
-        assert (temperature[expanded_idx_mapping] == 0).all()
-        return logits.argmax(-1)
-
-    sampler.gumbel_sample = greedy
 
 
 def _schedule_ahead() -> None:

@@ -1,4 +1,4 @@
-"""``vllm serve`` as a user runs it."""
+"""``vllm serve``, as ``harness.quick_vllm`` runs it."""
 
 import os
 import socket
@@ -29,7 +29,8 @@ def serve(model: Path, log: Path, *flags: str, **environment: str) -> Iterator:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [VLLM, "serve", str(model), "--served-model-name", NAME, "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "harness.quick_vllm", "serve", str(model)]
+    command += ["--served-model-name", NAME, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *flags]
     with log.open("w") as output:
         process = subprocess.Popen(
