@@ -46,7 +46,8 @@ class StagedAttention(Attention):
         is_full = full is None or index + 1 in full
         check_attention(layer, is_full)
         scores_first = index == (full[0] - 1 if full else 0)
-        layer.impl = StageAttention(layer, rotary, vllm_config, scores_first)
+        scores_behind = index in schedule.scoring_behind(full)
+        layer.impl = StageAttention(layer, rotary, vllm_config, scores_first, scores_behind)
         layer.__class__ = cls
         layer.schedule = schedule
         layer.stage = schedule.stage_of(index)

@@ -32,6 +32,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
     form: scale, sliding window and sinks.
     rotary: the layer's rotary embedding, left to its attention; None: done before.
     scores_first: whether this is the first of the model's layers that score.
+    scores_behind: whether this is one of ``Schedule.scoring_behind``.
     is_fp8: whether keys and values are stored in FP8 (e4m3).
     graph_splits: programs that FlashAttention may share a decode's keys among in a CUDA graph.
     prefill: the attention of prefill rows; most_copied: bytes that it takes at once.
@@ -45,6 +46,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         rotary: RotaryEmbedding | None,
         vllm_config: VllmConfig,
         scores_first: bool,
+        scores_behind: bool,
     ) -> None:
         """``layer``: as its model built it."""
         self.num_heads = layer.num_heads
@@ -54,6 +56,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         self.form = LayerForm(float(layer.impl.scale), layer.sliding_window, sinks)
         self.rotary = rotary
         self.scores_first = scores_first
+        self.scores_behind = scores_behind
         self.is_fp8 = layer.kv_cache_dtype.startswith("fp8")
         self.max_model_len = vllm_config.model_config.max_model_len
         config = vllm_config.attention_config
@@ -101,7 +104,9 @@ class StageAttention(AttentionImpl[StageMetadata]):
         is_last_layer = attn_metadata.last_layer == layer.layer_name
         is_full = self.form.window is None
         prefills_score = is_full and boundary.scores_prefills(step, stage, is_last_layer)
-        decodes_score = is_full and boundary.scores_decodes(step, stage, is_last_layer)
+        decodes_score = is_full and boundary.scores_decodes(
+            step, stage, is_last_layer, self.scores_behind
+        )
         keys = self._keys(layer, kv_cache, attn_metadata)
         rows = step.num_rows(stage)
         if len(query) > rows:  # padded for a CUDA graph

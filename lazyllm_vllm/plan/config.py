@@ -73,9 +73,9 @@ class LazyLLMConfig(BaseModel):
             tokens' before it and of so many tokens' after it, so that what is looked at keeps its
             neighbours. An odd number n stands for n tokens with it in the middle; 1 is the paper.
         score_carry: in decoding, the share of its score after the last step that a token still has
-            in this one. The layers behind the last boundary score too then: they see what is being
-            copied, and so what is asked for next. 0: this step's attention alone, before each
-            boundary (the paper), and always with ``mean``.
+            in this one. Every third layer behind the last boundary scores too then: these see what
+            is being copied, and so what is asked for next. 0: this step's attention alone, before
+            each boundary (the paper), and always with ``mean``.
         decode: ``resident`` attends to every token with keys in a stage, ``strict`` to this step's
             selection alone (the paper).
         revive_budget: rows that one engine step may spend, in each stage, on tokens revived from

@@ -134,6 +134,17 @@ class Schedule:
     def stage_layers(self, stage: int) -> range:
         return range(self.starts[stage], self.starts[stage + 1])
 
+    def scoring_behind(self, full_layers: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Layers (0-based) behind the last boundary that score in decoding, for the next step: of
+        those that attend to all tokens every third, from the first on. Each costs a decode step a
+        kernel.
+
+        Args:
+            full_layers: as in ``LazyLLMConfig.boundaries``.
+        """
+        behind = self.stage_layers(self.num_stages - 1)
+        return tuple(n for n in behind if full_layers is None or n + 1 in full_layers)[::3]
+
     def stage_of(self, layer: int) -> int:
         """The stage that decoder layer ``layer`` (0-based) belongs to."""
         return next(s for s in range(self.num_stages) if layer < self.starts[s + 1])

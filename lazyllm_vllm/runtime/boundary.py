@@ -109,9 +109,12 @@ class Boundary:
         scores = is_last_layer or self.scorer.every_layer
         return scores and self._ends(stage) and bool(step.prefills) and step.prefills_score(stage)
 
-    def scores_decodes(self, step: Step, stage: int, is_last_layer: bool) -> bool:
-        """Whether a layer of the stage scores for the decodes."""
-        scores = is_last_layer if self._ends(stage) else self.scorer.carry > 0
+    def scores_decodes(
+        self, step: Step, stage: int, is_last_layer: bool, scores_behind: bool
+    ) -> bool:
+        """Whether a layer of the stage scores for the decodes: the last one, or behind the last
+        boundary one of ``Schedule.scoring_behind``."""
+        scores = is_last_layer if self._ends(stage) else scores_behind and self.scorer.carry > 0
         return scores and step.decodes_select and bool(step.decodes)
 
     def _ends(self, stage: int) -> bool:

@@ -222,9 +222,9 @@ class ReferenceSequence:
             revived = sorted(missing[:limit])
             hidden = self._exchange(s, hidden, rows, [*revived, current])
             rows = [*revived, current]
-            before = score if carry and s == self.num_stages - 1 else None  # all layers score
+            before = score if carry and s == self.num_stages - 1 else None
             hidden, of_stage = self._run_stage(
-                s, hidden, rows, 1, is_selected if strict else None, before
+                s, hidden, rows, 1, is_selected if strict else None, before, every=3
             )
             score = torch.maximum(score, of_stage) if carry else of_stage
 
@@ -313,6 +313,7 @@ class ReferenceSequence:
         window: int,
         is_selected: Tensor | None = None,
         before: Tensor | None = None,
+        every: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """Run rows through stage s. Each attends to what has keys there, at or before its position
         and, in a layer with a sliding window, within the window, which counts positions.
@@ -325,6 +326,7 @@ class ReferenceSequence:
             before: [P] fp32, scores of earlier stages; those of this one are the highest of them
                 and of every layer here. None: the last layer's alone. Only layers that see all
                 positions score: those with a sliding window cannot tell what matters.
+            every: of these layers only one of so many scores, from the first on.
 
         Returns:
             The stage's output, [len(rows), hidden], and the score of every position, [P] fp32, 0
@@ -338,9 +340,12 @@ class ReferenceSequence:
             visible[: self.num_prompt] &= is_selected
         attended = visible.nonzero()[:, 0]
         score = before
-        for layer in range(self.starts[s], self.starts[s + 1]):
+        layers = range(self.starts[s], self.starts[s + 1])
+        scoring = [layer for layer in layers if self.decoder.sees_all(layer)]
+        scoring = scoring[::every] if before is not None else scoring
+        for layer in layers:
             hidden, weights = self._run_layer(layer, hidden, positions, attended)
-            if self.decoder.sees_all(layer):
+            if layer in scoring:
                 score = self._score(weights[:, -window:], attended)
                 if before is not None:
                     before = score = torch.maximum(before, score)

@@ -190,3 +190,12 @@ def test_what_is_decided_before_a_step_needs_neither_torch_nor_vllm():
     code = "import lazyllm_vllm.plan.blocks, sys; print({'torch', 'vllm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_every_third_layer_behind_the_last_boundary_scores_for_the_next_step():
+    config = LazyLLMConfig(prune=[{"layer": 2, "keep": 0.5}, {"layer": 5, "keep": 0.2}])
+    schedule = Schedule.build(config, 12)
+    assert schedule.scoring_behind(None) == (5, 8, 11)
+    # Layers are counted from 1 where their attention is told.
+    assert schedule.scoring_behind((2, 5, 6, 8, 9, 11, 12)) == (5, 10)
+    assert schedule.scoring_behind((2, 5)) == ()
