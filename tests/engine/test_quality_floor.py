@@ -16,7 +16,7 @@ from benchmarks.quality.tasks import TASKS
 
 TOKENS, SAMPLES = 1060, 4
 HIDDEN = "one needle of four"  # a number among others, in real prose
-# Left out: what SmolLM2 itself cannot do, and copies of 36 characters, which every preset loses.
+# Left out: what SmolLM2 itself cannot do, and copies of 36 characters, of which it loses some.
 NAMES = (
     HIDDEN,
     "niah single 1",

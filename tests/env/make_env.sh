@@ -20,7 +20,7 @@ step() {
 
 pip() { "$venv/bin/python" -m pip --quiet "$@"; }
 
-# Compiled is what is imported, when it is: a third of all that there is.
+# What is imported is compiled then; most of it never is.
 install() { pip install --progress-bar off --no-compile "$@"; }
 
 models() {
