@@ -40,6 +40,11 @@ class RankRule:
     last_tokens: int
 
 
+def rank_of(score: float) -> int:
+    """The rank of a score, 0 or more, as the kernel makes it."""
+    return int(torch.tensor(score, dtype=torch.float32).view(torch.int32))
+
+
 @triton.jit
 def _is_candidate(
     level_ptr, selected_ptr, at, mask, stage, FIRST: tl.constexpr, STRICT: tl.constexpr

@@ -6,6 +6,7 @@ import torch
 
 from lazyllm_vllm.kernels.parked import ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
+from lazyllm_vllm.kernels.rank import rank_of
 from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
@@ -78,8 +79,7 @@ class StepBuffers:
         none = torch.zeros(batch, **ints)
         self.decode_window = WindowPart(torch.ones(batch, **ints), none, none)
         self.search = make_search(batch, device)
-        least = torch.tensor(schedule.config.revive_min_score, dtype=torch.float32)
-        self.least_revived = int(least.view(torch.int32))  # a rank is a score's bits
+        self.least_revived = rank_of(schedule.config.revive_min_score)
 
     def set_index(self, numbers: list[int], on_device: torch.Tensor, padded: int) -> None:
         """Who is in the batch. Most steps have the requests of the step before: nothing is written.

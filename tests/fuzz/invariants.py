@@ -2,12 +2,10 @@
 
 from weakref import WeakKeyDictionary
 
-import torch
 from harness import block_sets
-from harness.engine import _core, _runner, _state
+from harness.engine import _core, _runner, _state, block_contents
 
 from lazyllm_vllm.hooks.kv_cache.managers import PlannedManager
-from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet
 
 # What the shared blocks of each engine held when it was last checked.
 _CONTENTS: WeakKeyDictionary = WeakKeyDictionary()
@@ -35,21 +33,14 @@ def blocks_add_up(llm) -> None:
 
 def shared_blocks_stay(llm) -> None:
     """What is in full blocks is never written again, while anybody may read it."""
-    copier = getattr(_state(llm), "copier", None)
-    if copier is None:  # nothing is ever pruned
+    if getattr(_state(llm), "copier", None) is None:  # nothing is ever pruned
         return
     known = _CONTENTS.setdefault(llm, {})
     sets = block_sets.shared_sets(_core(llm).scheduler.kv_cache_manager)
-    now = {each: _content(copier, each) for each in sets}
+    now = {each: block_contents(llm, block_sets.ids(each.blocks)) for each in sets}
     for each, content in now.items():
         assert content == known.get(each, content), "a shared block was written"
     _CONTENTS[llm] = now
-
-
-def _content(copier, of: BlockSet) -> int:
-    at = torch.tensor(block_sets.ids(of.blocks), device=copier.blocks.device)
-    parts = (each[at].cpu().numpy().tobytes() for each in (copier.blocks, copier.slot_position))
-    return hash(tuple(parts))
 
 
 def scheduler_forgets(llm) -> None:

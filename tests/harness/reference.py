@@ -222,10 +222,11 @@ class ReferenceSequence:
             revived = sorted(missing[:limit])
             hidden = self._exchange(s, hidden, rows, [*revived, current])
             rows = [*revived, current]
-            before = score if carry and s == self.num_stages - 1 else None
-            hidden, of_stage = self._run_stage(
-                s, hidden, rows, 1, is_selected if strict else None, before, every=3
-            )
+            seen = is_selected if strict else None
+            if carry and s == self.num_stages - 1:
+                hidden, of_stage = self._run_stage(s, hidden, rows, 1, seen, score, every=3)
+            else:
+                hidden, of_stage = self._run_stage(s, hidden, rows, 1, seen)
             score = torch.maximum(score, of_stage) if carry else of_stage
 
             trace.selected[-1].append(sorted(selected))
@@ -341,8 +342,7 @@ class ReferenceSequence:
         attended = visible.nonzero()[:, 0]
         score = before
         layers = range(self.starts[s], self.starts[s + 1])
-        scoring = [layer for layer in layers if self.decoder.sees_all(layer)]
-        scoring = scoring[::every] if before is not None else scoring
+        scoring = [layer for layer in layers if self.decoder.sees_all(layer)][::every]
         for layer in layers:
             hidden, weights = self._run_layer(layer, hidden, positions, attended)
             if layer in scoring:

@@ -2,12 +2,29 @@
 
 import pytest
 import torch
-from harness.world import LONG, kept_share, make_world, same
+from harness.world import LONG, World, kept_share, make_world, same
 
-from lazyllm_vllm.kernels.rank import RankRule, rank_tokens_reference, rank_tokens_triton
+from lazyllm_vllm.kernels.rank import (
+    RankRule,
+    rank_of,
+    rank_tokens_reference,
+    rank_tokens_triton,
+)
 from lazyllm_vllm.kernels.select_decode import select_decode_reference, select_decode_triton
+from lazyllm_vllm.kernels.selection import Rows
 
 RULE = RankRule(1, 1, first_tokens=1, last_tokens=2)
+
+
+def decode_rows(w: World) -> Rows:
+    """The current rows of decodes, and room for what they revive."""
+    n = len(w.prompts)
+    rows = w.rows(n + n * w.quota)
+    rows.num_revived.zero_()
+    rows.num_keys.copy_(w.ints([len(p) + d for p, d in zip(w.present, w.decoded)]))
+    rows.slot[:n] = rows.num_keys - 1
+    rows.position[:n] = w.ints([p + d - 1 for p, d in zip(w.prompts, w.decoded)])
+    return rows
 
 
 @pytest.mark.parametrize("seed, splits", ((0, None), (1, None), (LONG, 2)))
@@ -31,11 +48,7 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
         if not strict:
             s.active[:] *= s.limit > 0
         rank_tokens(s, stage, range(n), 2, strict, RULE)
-        rows = w.rows(n + n * quota)
-        rows.num_revived.zero_()
-        rows.num_keys.copy_(w.ints([len(p) + d for p, d in zip(w.present, w.decoded)]))
-        rows.slot[:n] = rows.num_keys - 1
-        rows.position[:n] = w.ints([p + d - 1 for p, d in zip(w.prompts, w.decoded)])
+        rows = decode_rows(w)
         run(s, stage, n, rows, 2, strict)
         s.search.thresholds.zero_()
         s.search.split_counts.zero_()
@@ -66,20 +79,15 @@ def test_what_scores_too_little_stays(seed, splits, least, stage, device, few_sp
     quota = 200
     w = make_world(seed, stage, quota=quota, device=device)
     n = len(w.prompts)
-    rank_of = {score: int(torch.tensor(score).view(torch.int32)) for score in (0.0, least)}
     found = {}
     for run, rank_tokens, floor in (
         (select_decode_triton, rank_tokens_triton, 0.0),
         (select_decode_triton, rank_tokens_triton, least),
         (select_decode_reference, rank_tokens_reference, least),
     ):
-        s = w.selection(kept_share(w, 0.9), room=quota, least_revived=rank_of[floor])
+        s = w.selection(kept_share(w, 0.9), room=quota, least_revived=rank_of(floor))
         rank_tokens(s, stage, range(n), 2, False, RULE)
-        rows = w.rows(n + n * quota)
-        rows.num_revived.zero_()
-        rows.num_keys.copy_(w.ints([len(p) + d for p, d in zip(w.present, w.decoded)]))
-        rows.slot[:n] = rows.num_keys - 1
-        rows.position[:n] = w.ints([p + d - 1 for p, d in zip(w.prompts, w.decoded)])
+        rows = decode_rows(w)
         run(s, stage, n, rows, 2, False)
         mine = [slice(n + i * quota, n + i * quota + int(rows.num_revived[i])) for i in range(n)]
         revived = [rows.position[of].tolist() for of in mine]
@@ -87,6 +95,6 @@ def test_what_scores_too_little_stays(seed, splits, least, stage, device, few_sp
         ranks = [s.state.rank[s.state.prompt_at(i, s.num_prompt)] for i in range(n)]
     assert found[least][0] == found[least][1]
     (unbounded,), (bounded, _) = found[0.0], found[least]
-    high = [[p for p in of if ranks[i][p] >= rank_of[least]] for i, of in enumerate(unbounded)]
+    high = [[p for p in of if ranks[i][p] >= rank_of(least)] for i, of in enumerate(unbounded)]
     assert list(map(sorted, bounded)) == list(map(sorted, high)) != list(map(sorted, unbounded))
     assert any(bounded)

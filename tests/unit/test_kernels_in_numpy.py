@@ -2,6 +2,7 @@
 
 import inspect
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -73,12 +74,18 @@ def install(monkeypatch):
     return install
 
 
+def _same_with(install: Callable, run: Callable, seed: int) -> list[torch.Tensor]:
+    """What it runs is with ours as with vLLM's, which is returned."""
+    expected = run(seed)
+    install()
+    for mine, theirs in zip(run(seed), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    return expected
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_block_tables(seed, install):
-    expected = _run(seed)
-    install()
-    for mine, theirs in zip(_run(seed), expected, strict=True):
-        assert torch.equal(mine, theirs)
+    expected = _same_with(install, _run, seed)
     assert (expected[-1] == -1).any() and (expected[0] == 0).any()
 
 
@@ -142,10 +149,7 @@ def _step(seed: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_steps(seed, install):
-    expected = _step(seed)
-    install()
-    for mine, theirs in zip(_step(seed), expected, strict=True):
-        assert torch.equal(mine, theirs)
+    _same_with(install, _step, seed)
 
 
 def test_sampling(install):
