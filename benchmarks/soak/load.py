@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
@@ -51,8 +52,7 @@ class Load:
         """Whether all is good. Ends early, with what there is, on SIGTERM and SIGINT, or when the
         server ends."""
         self._stop, self._cut = asyncio.Event(), ""
-        for name in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(name, self._end, "it was told to stop")
+        self._on_signal(self._end, "it was told to stop")
         async with Client(self.server.address) as self.client:
             before = await self._warm_up()
             self._log_begins = self.server.log.stat().st_size
@@ -68,6 +68,8 @@ class Load:
             except TimeoutError:
                 pass
             minutes = (monotonic() - self._began) / 60
+            if not self._cut:  # all was run: who stops it now waits for the last answers
+                self._on_signal(lambda: None)
             *arriving, watching = tasks
             for task in arriving:
                 task.cancel()
@@ -79,6 +81,11 @@ class Load:
         report.draw()
         report.show(findings)
         return verdict.is_good(findings)
+
+    @staticmethod
+    def _on_signal(do: Callable, *arguments) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(name, do, *arguments)
 
     def _end(self, why: str) -> None:
         self._cut = self._cut or why

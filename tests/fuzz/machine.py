@@ -105,18 +105,20 @@ class Fuzzed:
 
     def do(self, what: str, **arguments):
         """See ``driver.do``. Raises RuntimeError if something is not as it must be."""
-        if self._engine is None:
-            given = {"model": str(self.folder), "lazyllm": CONFIG | ENGINES[self.name]}
-            given |= {"options": OPTIONS, "trace": not ON_GPU}  # a trace needs eager steps
-            log = Path(self._files.name) / "log"
-            module = driver.__name__
-            self._engine = benchmarks.engine.Engine(driver.start, given, module, log)
-            self._engine.ready()
         try:
+            if self._engine is None:
+                self._start()
             return self._engine.run("do", what=what, **arguments)
         except (RuntimeError, OSError):
             self.broke()
             raise
+
+    def _start(self) -> None:
+        given = {"model": str(self.folder), "lazyllm": CONFIG | ENGINES[self.name]}
+        given |= {"options": OPTIONS, "trace": not ON_GPU}  # a trace needs eager steps
+        log = Path(self._files.name) / "log"
+        self._engine = benchmarks.engine.Engine(driver.start, given, driver.__name__, log)
+        self._engine.ready()
 
     def broke(self) -> None:
         """What state it is in is not to be trusted."""

@@ -1,5 +1,8 @@
 """A few random lives of requests; ``make fuzz`` makes up others."""
 
+import pytest
+
+import benchmarks.engine
 from fuzz.machine import DOCUMENTS, Fuzzed, run
 
 SHOWN = ("aborts", "preemptions", "resets", "pauses", "refused", "held back", "answers compared")
@@ -34,3 +37,20 @@ def test_who_revives_nothing_says_the_same_beside_one_that_does():
         assert said["one"][0]["tokens"] == alone
     finally:
         fuzzed.close()
+
+
+def test_an_engine_that_did_not_start_is_asked_nothing(monkeypatch):
+    """Its own error is what is seen, also by who tries it again."""
+
+    class Failing:
+        def __init__(self, *arguments): ...
+        def close(self): ...
+        def ready(self):
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(benchmarks.engine, "Engine", Failing)
+    fuzzed = Fuzzed("reviving")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            fuzzed.do("take_counts")
+    fuzzed.close()
