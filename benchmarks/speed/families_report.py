@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.results import read, replace_section, table
 from benchmarks.speed.families import DECODED, FILE, LONG, PLANS, SHORT
-from benchmarks.speed.report import MISSING, measured, pick, stock_row
+from benchmarks.speed.report import MISSING, measured, pick, places, stock_row
 from benchmarks.speed.results import Row
 
 
@@ -33,22 +33,6 @@ def section(rows: list[Row]) -> str:
             f"{DECODED:,} tokens, LazyLLM / stock. Requests of {LONG:,} tokens that fit in the KV "
             "cache at once, LazyLLM / stock. Medians.",
             table(tuple(head), [_line(rows, shape) for shape in shapes]),
-        )
-    )
-
-
-def places(rows: list[Row], count: str = "One ") -> str:
-    """Where and when rows were measured, each place once.
-
-    Args:
-        count: of GPUs, in words; empty: the rows' names tell.
-    """
-    places = [row.environment for row in rows]
-    return " ".join(
-        dict.fromkeys(
-            f"{count}{place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
-            f"{place['triton']}; {place['date']}, commit {place['commit']}."
-            for place in places
         )
     )
 

@@ -34,24 +34,39 @@ def measured(rows: list[Row]) -> str:
     return MEASURED.name if MEASURED.name in engines else next(iter(engines))
 
 
+def places(rows: list[Row], count: str = "One ") -> str:
+    """Where and when rows were measured, each place once.
+
+    Args:
+        count: of GPUs, in words; empty: the rows' names tell.
+    """
+    places = [row.environment for row in rows]
+    return " ".join(
+        dict.fromkeys(
+            f"{count}{place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
+            f"{place['triton']}; {place['date']}, commit {place['commit']}."
+            for place in places
+        )
+    )
+
+
 def section(rows: list[Row]) -> str:
     """Markdown: what was measured, where and when, then a table a benchmark."""
-    place = rows[0].environment
+    decoded = pick(rows, "decode")
+    place, elsewhere = places([r for r in rows if r.benchmark != "decode"]), places(decoded)
     shapes = dict.fromkeys(row.shape for row in pick(rows, "ttft"))
     parts = [
-        f"One {place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
-        f"{place['triton']}; {place['date']}, commit {place['commit']}. bf16, random weights of "
-        "the shapes named. Stock vLLM is at its defaults: prefix caching, chunked prefill, "
-        f"FlashAttention and CUDA graphs. Both have at most {BUDGET:,} tokens a step, the default "
-        "of `vllm serve`. No prompt was asked twice. Medians; times per output token with the "
-        "fastest and slowest run, where there were several.",
+        f"{place} bf16, random weights of the shapes named. Stock vLLM is at its defaults: prefix "
+        f"caching, chunked prefill, FlashAttention and CUDA graphs. Both have at most {BUDGET:,} "
+        "tokens a step, the default of `vllm serve`. No prompt was asked twice. Medians; times per "
+        "output token with the fastest and slowest run, where there were several.",
         "![Time to first token](../benchmarks/speed/results/ttft.svg)",
         "Time to first token of one request, and how many times sooner it comes than in stock "
         "vLLM. The bound is how many times fewer floating-point operations the schedule takes. "
         "Shorter prompts than `min_prompt_tokens` are not pruned.",
         *(_first_tokens(rows, shape) for shape in shapes),
         "Time per output token, with revival. A prompt too short to be pruned, and a schedule that "
-        "keeps every token, run as in stock vLLM.",
+        "keeps every token, run as in stock vLLM." + f" {elsewhere}" * (elsewhere != place),
         table(
             (
                 "configuration",
@@ -72,8 +87,8 @@ def section(rows: list[Row]) -> str:
                     f"{1 / r.ratio:.3f}",
                     f"{r.details.get('revived', 0):.1f}",
                 )
-                for r in rows
-                if r.benchmark == "decode" and r.engine != "stock"
+                for r in decoded
+                if r.engine != "stock"
             ],
         ),
     ]

@@ -191,6 +191,18 @@ def test_older_results_name_their_engine(tmp_path):
     assert "The preset `aggressive` beside" in families_report.section(old)
 
 
+def test_what_was_measured_elsewhere_is_said():
+    rows = _rows()
+    here = "One G, vLLM v, torch t, Triton 3; d, commit c."
+    assert report.section(rows).count(here) == 1
+    for row in rows:
+        if row.benchmark == "decode":
+            row.environment = row.environment | {"gpu": "another", "commit": "e"}
+    text = report.section(rows)
+    assert text.startswith(here + " bf16")
+    assert "as in stock vLLM. One another, vLLM v, torch t, Triton 3; d, commit e.\n" in text
+
+
 def test_first_tokens_by_length(tmp_path):
     """A prompt that is not pruned, a preset that was measured on one length only, two shapes."""
     rows = [row for row in _rows() if row.benchmark == "ttft"]
