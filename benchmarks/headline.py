@@ -33,8 +33,10 @@ def main(
 def section(rows: list, answers: list) -> str:
     """Markdown: a column a preset."""
     scores = _scores(answers)
-    stock = speed.pick(rows, "ttft", engine="stock", tokens=_LENGTH)[0]
-    place = stock.environment
+    stock = speed.pick(rows, "ttft", engine="stock", tokens=_LENGTH)
+    stock += speed.pick(rows, "memory", engine="stock", tokens=_ROOM_LENGTH)
+    form = "one {gpu}, stock vLLM {vllm} at its defaults ({date})"
+    places = dict.fromkeys(form.format(**row.environment) for row in stock)
     names = (f"`{p.name}`" + ", the default" * (p.name == DEFAULT) for p in _PRESETS)
     return "\n\n".join(
         (
@@ -55,8 +57,8 @@ def section(rows: list, answers: list) -> str:
                     *(line for lines, _ in scores for line in lines),
                 ],
             ),
-            f"Speed and room: {_SHAPE} shape on one {place['gpu']}, stock vLLM {place['vllm']} at "
-            f"its defaults ({place['date']}). Answers: {'; '.join(told for _, told in scores)}.",
+            f"Speed and room: {_SHAPE} shape on {', the room on '.join(places)}. "
+            f"Answers: {'; '.join(told for _, told in scores)}.",
         )
     )
 

@@ -24,6 +24,16 @@ def _commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
+def places(rows: list, count: str = "One ") -> str:
+    """Where and when rows were measured, each place once.
+
+    Args:
+        count: of GPUs, in words; empty: the rows' names tell.
+    """
+    form = count + "{gpu}, vLLM {vllm}, torch {torch}, Triton {triton}; {date}, commit {commit}."
+    return " ".join(dict.fromkeys(form.format(**row.environment) for row in rows))
+
+
 def write(path: Path, rows: list) -> None:
     """Rows are dataclasses. If it fails the file is as before."""
     path.parent.mkdir(parents=True, exist_ok=True)

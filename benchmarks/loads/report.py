@@ -4,8 +4,7 @@ from pathlib import Path
 
 from benchmarks.loads.cases import LARGE
 from benchmarks.loads.results import FILE, Row
-from benchmarks.results import panels, read, replace_section, table
-from benchmarks.speed.families_report import places
+from benchmarks.results import panels, places, read, replace_section, table
 
 _COLORS = ("#888888", "#0a6ebd", "#d1495b")
 _HEAD = (

@@ -68,8 +68,7 @@ class Load:
             except TimeoutError:
                 pass
             minutes = (monotonic() - self._began) / 60
-            if not self._cut:  # all was run: who stops it now waits for the last answers
-                self._on_signal(lambda: None)
+            self._on_signal(lambda: None)  # who stops it now waits for the last answers
             *arriving, watching = tasks
             for task in arriving:
                 task.cancel()

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.results import read, replace_section, table
+from benchmarks.results import places, read, replace_section, table
 from benchmarks.speed.families import DECODED, FILE, LONG, PLANS, SHORT
-from benchmarks.speed.report import MISSING, measured, pick, places, stock_row
+from benchmarks.speed.report import MISSING, measured, pick, stock_row
 from benchmarks.speed.results import Row
 
 

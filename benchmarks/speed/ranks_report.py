@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.results import read, replace_section, table
+from benchmarks.results import places, read, replace_section, table
 from benchmarks.speed.ranks import COLLECTIVES, DECODED, FILE, LENGTHS, PLANS, ROOM
-from benchmarks.speed.report import MISSING, pick, places, stock_row
+from benchmarks.speed.report import MISSING, pick, stock_row
 from benchmarks.speed.results import Row
 
 

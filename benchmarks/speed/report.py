@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.results import figure, read, replace_section, table
+from benchmarks.results import figure, places, read, replace_section, table
 from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.results import FILE, Row
 from benchmarks.speed.shapes import MEASURED
@@ -32,22 +32,6 @@ def measured(rows: list[Row]) -> str:
     """The engine that every case is measured with; in older results it has another name."""
     engines = dict.fromkeys(row.engine for row in rows if row.engine != "stock")
     return MEASURED.name if MEASURED.name in engines else next(iter(engines))
-
-
-def places(rows: list[Row], count: str = "One ") -> str:
-    """Where and when rows were measured, each place once.
-
-    Args:
-        count: of GPUs, in words; empty: the rows' names tell.
-    """
-    places = [row.environment for row in rows]
-    return " ".join(
-        dict.fromkeys(
-            f"{count}{place['gpu']}, vLLM {place['vllm']}, torch {place['torch']}, Triton "
-            f"{place['triton']}; {place['date']}, commit {place['commit']}."
-            for place in places
-        )
-    )
 
 
 def section(rows: list[Row]) -> str:

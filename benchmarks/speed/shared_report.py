@@ -3,9 +3,9 @@ file alone."""
 
 from pathlib import Path
 
-from benchmarks.results import figure, read, replace_section, table
+from benchmarks.results import figure, places, read, replace_section, table
 from benchmarks.speed.cases import BUDGET
-from benchmarks.speed.report import pick, places
+from benchmarks.speed.report import pick
 from benchmarks.speed.results import Row
 from benchmarks.speed.shapes import DEEP
 from benchmarks.speed.shared import (

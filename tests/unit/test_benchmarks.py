@@ -7,6 +7,7 @@ import pytest
 import torch
 from harness.tiny import TINY_SHAPE
 
+from benchmarks import headline
 from benchmarks.results import read, write
 from benchmarks.speed import cases, families, families_report, report, run_families
 from benchmarks.speed.results import Row
@@ -201,6 +202,17 @@ def test_what_was_measured_elsewhere_is_said():
     text = report.section(rows)
     assert text.startswith(here + " bf16")
     assert "as in stock vLLM. One another, vLLM v, torch t, Triton 3; d, commit e.\n" in text
+
+
+def test_the_readme_names_the_place_of_speed_and_of_room():
+    rows = _rows()
+    here = "shape on one G, stock vLLM v at its defaults (d). Answers"
+    assert here in headline.section(rows, [])
+    for row in rows:
+        if row.benchmark == "memory":
+            row.environment = row.environment | {"gpu": "another"}
+    text = headline.section(rows, [])
+    assert "on one G, stock vLLM v at its defaults (d), the room on one another, stock" in text
 
 
 def test_first_tokens_by_length(tmp_path):

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +53,7 @@ class Loaded(Load):
 def test_only_a_signal_that_cuts_the_load_counts(tmp_path, seconds, after, bad):
     log = tmp_path / "log"
     log.touch()
-    server = SimpleNamespace(address="http://nobody", log=Path(log), stop=lambda: 0)
+    server = SimpleNamespace(address="http://nobody", log=log, stop=lambda: 0)
     load = Loaded(server, Jobs(0, SMALL, [({}, 1.0)], 1000, 0), Pace(seconds, 0.001, 1, 60), None)
     load.after, report = after, Report()
     assert asyncio.run(load.run(report)) == (not bad)
