@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.speed.cases import Case, Plan, decode, ttft
-from benchmarks.speed.shapes import MEASURED
+from benchmarks.speed.shapes import BALANCED, CONSERVATIVE
 
 FILE = Path(__file__).parent / "results" / "ranks.jsonl"
 LENGTHS = (4096, 8192, 32768, 131000)  # tokens; the last where the context is that long
@@ -27,7 +27,7 @@ def _plan(shape: str, ranks: int, max_len: int = 131072) -> Plan:
     cases = tuple(c for c in _CASES if c.arguments["tokens"] < max_len)
     options = _SIZES | {"tensor_parallel_size": ranks}
     name, functions = f"{shape}, {ranks} GPUs", "benchmarks.speed.measure_ranks"
-    return Plan(shape, (MEASURED,), max_len, cases, name, options, functions)
+    return Plan(shape, (CONSERVATIVE, BALANCED), max_len, cases, name, options, functions)
 
 
 _ALL = (
