@@ -100,6 +100,7 @@ def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
                 "100%",
                 *(tables.percent(full.share(run.rows, half)) if run else _NOT for run in of),
             ),
+            ("Its worst task", "100%", *(_worst(full, run, half) for run in of)),
             (f"Tasks under {FLOOR:.0%}", "", *(_under(full, run, half) for run in of)),
         ]
         lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in counted}))
@@ -107,6 +108,11 @@ def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
         samples = f"{min(r.samples for r in counted)} of each task"
         found.append((lines, f"{model}, {samples}, prompts of {lengths} tokens ({date})"))
     return found
+
+
+def _worst(full: Full, run: Run | None, half: str) -> str:
+    found = worst(full, run.rows, half) if run else None
+    return f"{found.task}, {tables.percent((found.share, found.error))}" if found else _NOT
 
 
 def _under(full: Full, run: Run | None, half: str) -> str:

@@ -74,7 +74,8 @@ BALANCED, CONSERVATIVE, AGGRESSIVE = (
     Pruning(preset, {"preset": preset}) for preset in ("balanced", "conservative", "aggressive")
 )
 MEASURED = CONSERVATIVE  # of the presets, the one that every case is measured with
-DEEP = Pruning(f"{MEASURED.name}, deep", MEASURED.config | {"reuse": "deep"})
+DEEP_ENDS = ", deep"  # the name of an engine that reuses deeply
+DEEP = Pruning(f"{MEASURED.name}{DEEP_ENDS}", MEASURED.config | {"reuse": "deep"})
 
 
 def parked_pages(shape: dict) -> int:

@@ -7,7 +7,7 @@ from benchmarks.results import figure, places, read, replace_section, table
 from benchmarks.speed.cases import BUDGET
 from benchmarks.speed.report import pick
 from benchmarks.speed.results import Row
-from benchmarks.speed.shapes import DEEP
+from benchmarks.speed.shapes import DEEP_ENDS
 from benchmarks.speed.shared import (
     ABOUT,
     ARRIVAL,
@@ -113,10 +113,11 @@ def section(rows: list[Row]) -> str:
 
 
 def _of_deep(engines: list[str]) -> str:
-    if DEEP.name not in engines:
+    deep = [engine for engine in engines if engine.endswith(DEEP_ENDS)]
+    if not deep:
         return ""
     return (
-        f" With `{DEEP.name}` a prompt goes on from what an earlier one kept, if it begins with "
+        f" With `{deep[0]}` a prompt goes on from what an earlier one kept, if it begins with "
         "all of it: then the bound is its new tokens in all layers. A question that came with "
         "its document leaves nothing that another question begins with."
     )

@@ -8,7 +8,7 @@ from functools import cache
 from lazyllm_vllm.plan.grouping import layers_per_group
 
 # Of the schedules measured, the one whose worst task keeps most, the fastest with the fewest tasks
-# under 97% of the full model's score among those that cut earlier, and the fastest (docs/quality.md).
+# under 97% of the full model's score, and the fastest with a mean of 95% (docs/quality.md).
 PRESETS: dict[str, tuple[tuple[float, float], ...]] = {
     "conservative": ((1 / 2, 0.5), (2 / 3, 0.2)),
     "balanced": ((1 / 3, 0.5), (2 / 3, 0.2)),

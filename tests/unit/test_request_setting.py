@@ -9,7 +9,10 @@ from lazyllm_vllm.plan.schedule import Schedule
 
 CONFIG = {
     "prune": [{"layer": 4, "keep": 0.5}, {"layer": 8, "keep": 0.2}],
-    "schedules": {"mild": [{"layer": 6, "keep": 0.6}], "fast": "balanced"},
+    "schedules": {
+        "mild": [{"layer": 6, "keep": 0.6}],
+        "fast": [{"layer": 4, "keep": 0.3}, {"layer": 8, "keep": 0.1}],
+    },
     "min_prompt_tokens": 100,
 }
 
@@ -74,12 +77,18 @@ def test_reuse_is_the_servers_unless_a_request_wants_less():
 
 
 def test_the_stages_are_those_of_all_schedules(schedule):
-    """``balanced`` cuts at a third and two thirds of twelve layers."""
     assert schedule.starts == (0, 4, 6, 8, 12)
     assert schedule.keeps == (1, 0.5, 0.5, 0.2)
     assert dict(schedule.others) == {"mild": (1, 1, 0.6, 0.6), "fast": (1, 0.3, 0.3, 0.1)}
     assert schedule.names == ("mild", "fast")
     assert Schedule.build(parse_config("balanced"), 12).names == ("balanced",)
+
+
+def test_a_schedule_may_be_a_preset():
+    """``balanced`` cuts at a third and two thirds of twelve layers."""
+    schedule = Schedule.build(parse_config(CONFIG | {"schedules": {"fast": "balanced"}}), 12)
+    assert schedule.starts == (0, 4, 8, 12)
+    assert dict(schedule.others) == {"fast": (1, 0.5, 0.2)}
 
 
 def test_what_a_request_keeps(schedule):

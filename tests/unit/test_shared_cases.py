@@ -114,7 +114,7 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     assert line in text and "sharing 6,144" in text
     shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
     exact, deep = flops(shape, cuts, 16704, 16448), extension_flops(shape, cuts, 16448, 256)
-    assert deep < exact / 10
+    assert deep < exact / 8
     for engine, operations, took in ((MEASURED, exact, 50.0), (DEEP, deep, 25.0)):
         turn = next(r for r in rows if r.benchmark == TURN and r.engine == engine.name)
         bound = 200 * operations / flops(shape, cuts, 16384)
