@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.quality import frontier, tables
 from benchmarks.quality.choice import FLOORS, HALVES, candidates, choose
-from benchmarks.quality.results import FILE, Row
+from benchmarks.quality.results import FILE, LONGER, Row
 from benchmarks.quality.schedules import COMPARED
 from benchmarks.quality.shares import LEAST, Full, is_task, told_half
 from benchmarks.quality.worst import FLOOR, Run, preset_runs, runs, worst
@@ -164,6 +164,11 @@ def _of_model(model: str, parts: dict[str, list[Row]], full: Full, plots: str | 
             ]
     if kept := tables.kept([run for part in parts.values() for run in runs(part)]):
         sections += ["What share of each prompt was computed:", kept]
+    if longer := parts.get(LONGER):
+        sections += [
+            f"Longer prompts, on the samples for reporting ({tables.samples(longer)}):",
+            tables.longer(longer),
+        ]
     if abilities := [r for r in parts.get("abilities", []) if r.half == "reporting"]:
         sections += [
             "What the full model can do, by prompt length, on the samples for reporting "

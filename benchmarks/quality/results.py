@@ -5,6 +5,7 @@ from pathlib import Path
 
 FILE = Path(__file__).parent / "results" / "quality.jsonl"
 REUSE_FILE = FILE.with_name("reuse.jsonl")
+LONGER = "longer"  # a part that has the full model's rows, too
 SMOLLM2 = "SmolLM2-135M-Instruct"
 # Of the checkpoints that ``checkpoints`` makes: folders without the package's version.
 _MODELS = {"smollm2-135m-instruct": SMOLLM2, "gemma-3-270m": "Gemma 3 270M"}

@@ -19,7 +19,7 @@ from benchmarks.quality.methods import (
     SCORES,
     Method,
 )
-from benchmarks.quality.results import FILE, REUSE_FILE
+from benchmarks.quality.results import FILE, LONGER, REUSE_FILE
 from benchmarks.quality.rivals import LIKE, rivals
 from benchmarks.quality.sample import Task
 from benchmarks.quality.schedules import COMPARED, CURVE, MOST, SWEEP, Schedule
@@ -86,6 +86,13 @@ def _presets(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     return [Job("presets", Method(name, {"preset": name})) for name in PRESETS]
 
 
+def _longer(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
+    """The presets' schedules beside the full model, on prompts of other lengths than the rest."""
+    at = schedules or [Schedule(cuts) for cuts in PRESETS.values()]
+    lazy = [Job(LONGER, LAZYLLM, each, agreement=False) for each in at]
+    return [Job(LONGER, FULL, agreement=False), *lazy]
+
+
 def _reuse(schedules: list[Schedule], args: argparse.Namespace) -> list[Job]:
     """The default preset on what comes after others, with tasks and a results file of its own."""
     return [
@@ -106,13 +113,15 @@ PARTS = {
     "scores": _scores,
     "mass": _mass,
     "rivals": _rivals,
+    LONGER: _longer,
     REUSE: _reuse,
 }
+_IF_ASKED = (LONGER, REUSE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "parts", nargs="*", metavar="|".join(PARTS), help=f"all but {REUSE} if none"
+        "parts", nargs="*", metavar="|".join(PARTS), help=f"all but {', '.join(_IF_ASKED)} if none"
     )
     parser.add_argument("--model", type=Path, help="a checkpoint's folder; SmolLM2-135M if none")
     parser.add_argument(
@@ -182,7 +191,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     if REUSE in args.parts and not _is_reuse(args):
         raise SystemExit(f"{REUSE} has tasks of its own: ask for it alone")
     schedules = [SWEEP[index] for index in args.schedules]
-    parts = args.parts or [part for part in PARTS if part != REUSE]
+    parts = args.parts or [part for part in PARTS if part not in _IF_ASKED]
     asked = [job for part in parts for job in PARTS[part](schedules, args)]
     if args.methods:
         names = list(dict.fromkeys(job.method.name for job in asked))

@@ -2,16 +2,18 @@
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import compress
 
 from benchmarks.quality.choice import HALVES
 from benchmarks.quality.evaluate import AGREEMENT
 from benchmarks.quality.jobs import COMPUTED
-from benchmarks.quality.methods import LAZYLLM
+from benchmarks.quality.methods import FULL, LAZYLLM
 from benchmarks.quality.results import Row
 from benchmarks.quality.shares import Full, is_task, mean_of, same_samples
-from benchmarks.quality.worst import FLOOR, Run, worst
+from benchmarks.quality.worst import FLOOR, Run, preset_schedule, runs, worst
 from benchmarks.results import table
+from lazyllm_vllm.plan.presets import PRESETS
 
 _AGREEMENT = {"top 1": "next token equal", "KL": "KL, nats", "continuation": "continuation equal"}
 NONE = "–"
@@ -81,6 +83,31 @@ def by_length(run: Run, full: Full, half: str) -> str:
         for task in dict.fromkeys(r.task for r in rows)
     ]
     return table(("", *(f"{n:,}" for n in lengths)), lines)
+
+
+def longer(rows: list[Row]) -> str:
+    """A line for each preset at each length: of the part that has the full model's rows, too."""
+    of_full = [r for r in rows if r.method == FULL.name]
+    full = Full([replace(r, part="full") for r in of_full])
+    by_schedule = {run.schedule: run for run in runs(rows) if run.method != FULL.name}
+    lines = []
+    for tokens in sorted({r.tokens for r in of_full}):
+        for preset in PRESETS:
+            run = by_schedule.get(preset_schedule(preset))
+            at = [r for r in run.rows if r.tokens == tokens] if run else []
+            if found := worst(full, at, "reporting"):
+                lines.append(
+                    (
+                        f"{tokens:,}",
+                        f"`{preset}`",
+                        found.task,
+                        percent((found.share, found.error)),
+                        f"{len(found.under)} of {found.counted}",
+                        percent(full.share(at, "reporting")),
+                    )
+                )
+    head = ("tokens", "preset", "worst task", "its share", f"under {FLOOR:.0%}", "mean")
+    return table(head, lines)
 
 
 def by_method(

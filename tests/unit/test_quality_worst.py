@@ -12,10 +12,10 @@ from benchmarks.quality import frontier, report, run, tables
 from benchmarks.quality.choice import candidates, choose
 from benchmarks.quality.jobs import COMPUTED
 from benchmarks.quality.methods import FULL, LAZYLLM
-from benchmarks.quality.results import Row
+from benchmarks.quality.results import LONGER, Row
 from benchmarks.quality.shares import Full
 from benchmarks.quality.worst import preset_runs, preset_schedule, runs, worst
-from lazyllm_vllm.plan.presets import PRESETS
+from lazyllm_vllm.plan.presets import DEFAULT, PRESETS
 
 SMALL, OTHER = "Small 1B", "Other 2B"
 SAMPLES = 100
@@ -223,6 +223,25 @@ def test_a_report_of_two_models_tells_of_each(tmp_path):
     for model, parts in report.by_model(rows).items():
         frontier.draw(runs(parts["sweep"]), preset_runs(parts), Full(rows), tmp_path, model)
     assert "<svg" in (tmp_path / "worst-other-2b.svg").read_text()
+
+
+def test_longer_prompts_are_told_by_length_beside_their_own_full_model():
+    """At 8,000 the full model gets too little of ``b`` for it to count."""
+    at = {"part": LONGER, "half": "reporting"}
+    rows = [row("a", 80, method=FULL.name, tokens=4000, **at)]
+    rows += [row("b", 60, method=FULL.name, tokens=4000, **at)]
+    rows += [row("a", 60, method=FULL.name, tokens=8000, **at)]
+    rows += [row("b", 40, method=FULL.name, tokens=8000, **at)]
+    schedule = preset_schedule(DEFAULT)
+    for task, right, tokens in (("a", 72, 4000), ("b", 60, 4000), ("a", 60, 8000), ("b", 0, 8000)):
+        rows.append(row(task, right, schedule, tokens=tokens, **at))
+    lines = [re.split(r" *\| *", line)[1:-1] for line in tables.longer(rows).splitlines()[2:]]
+    told = [[cell.split(" ± ")[0] for cell in line] for line in lines]
+    assert told == [
+        ["4,000", f"`{DEFAULT}`", "a", "90.0%", "1 of 2", "94.3%"],
+        ["8,000", f"`{DEFAULT}`", "a", "100.0%", "0 of 1", "100.0%"],
+    ]
+    assert tables.longer(rows) in report.section(rows, Full(rows))
 
 
 def test_the_documented_check_of_a_model_runs_its_presets():
