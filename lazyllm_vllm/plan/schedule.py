@@ -167,6 +167,14 @@ class Schedule:
         capacity = tuple(k + ceil_share(reserve, num_prompt - k) for k in kept)
         return RequestPlan(num_prompt, kept, capacity)
 
+    def goes_on_sooner(self, num_run: int, plan: RequestPlan) -> bool:
+        """Whether a prompt of which ``num_run`` tokens have run in all stages takes fewer
+        (token, layer) pairs if the others do so too than if it is pruned anew, as in ``plan``.
+        Stage 0 runs the others alone either way."""
+        behind = self.stage_sizes[1:]
+        anew = sum(kept * layers for kept, layers in zip(plan.kept[1:], behind))
+        return (plan.num_prompt - num_run) * sum(behind) < anew
+
     def revive_quota(self, num_decodes: int) -> int:
         """Most tokens that each of ``num_decodes`` requests may revive at a boundary of a step."""
         config = self.config

@@ -105,6 +105,16 @@ def test_what_a_request_keeps(schedule):
     assert schedule.plan(99, RequestSetting("fast")).kept == (99,) * 4, "too short"
 
 
+@pytest.mark.parametrize("name, most", (("conservative", 599), ("off", 1999)))
+def test_how_many_tokens_may_go_on(name, most):
+    """Of 2,000 tokens the default preset keeps 1,000 in two of twelve layers and 400 in four: 3,600
+    pairs, as many as 600 tokens make in those six layers. Where nothing is dropped any go on."""
+    schedule = Schedule.build(parse_config("conservative"), 12)
+    plan = schedule.plan(2000, RequestSetting(name))
+    fits = [more for more in range(1, 2000) if schedule.goes_on_sooner(2000 - more, plan)]
+    assert fits == list(range(1, most + 1))
+
+
 def test_who_only_prunes_if_asked():
     """Hits leave the window wherever a request may have it score."""
     config = parse_config(CONFIG | {"prune": []})

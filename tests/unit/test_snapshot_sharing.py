@@ -210,7 +210,7 @@ def test_a_document_that_stays_forgets_the_questions_that_went(manager):
     """Whatever is asked of it, its blocks know the snapshots that there are, and no others."""
     (document,) = snapshots_of(manager)
     for i in range(60):
-        begin(manager, f"r{i}", question(i, 100))
+        begin(manager, f"r{i}", question(i, 90))
         end(manager, f"r{i}")
     there = snapshots_of(manager)
     assert document in there and len(there) < 40
