@@ -37,10 +37,10 @@ def section(rows: list[Row]) -> str:
             means = (tables.percent(full.share(measured[name], half)) for name in names)
             if any(shares.values()):
                 lines.append(("all", half, "", *means))
-        place = by_part["reuse"][0].environment
+        form = "{gpu} ({date}, commit {commit})"
+        places = dict.fromkeys(form.format(**r.environment) for r in by_part["reuse"])
         parts += [
-            f"{model} on {place['gpu']} ({place['date']}, commit {place['commit']}), "
-            f"{tables.samples(by_part['reuse'])}:",
+            f"{model} on {' and '.join(places)}, {tables.samples(by_part['reuse'])}:",
             table(("", "samples for", "full model", *(f"`{name}`" for name in names)), lines),
         ]
     return "\n\n".join(

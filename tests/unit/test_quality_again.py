@@ -149,6 +149,7 @@ def test_the_report_by_hand(tmp_path):
     assert page.read_text() == "before\n", "no results yet"
     off, exact, deep = REUSES
     rows = [_row(FULL, [1, 1, 1, 0]), _row(off, [1, 1, 1, 0]), _row(deep, [1, 1, 0, 0])]
+    rows[-1].environment = rows[-1].environment | {"gpu": "H"}
     write(file, rows)
     for _ in range(2):  # the second finds the section there
         reuse_report.main(page, file)
@@ -159,3 +160,4 @@ def test_the_report_by_hand(tmp_path):
     assert "|  | samples for | full model | `reuse off` | `reuse deep` |" in text
     assert f"| numbers, after others | reporting | 0.75 | {cells} |" in text
     assert f"| all | reporting |  | {cells} |" in text and "choosing |" not in text
+    assert " on G (d, commit c) and H (d, commit c), " in text
