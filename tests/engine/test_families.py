@@ -3,6 +3,7 @@
 Keeping every token is stock vLLM; with pruning, the engine's sets and tokens are the reference's.
 """
 
+import math
 import random
 
 import pytest
@@ -89,4 +90,5 @@ def test_gemma_finds_a_pass_key(gemma3, open_engine):
             assert key in tokenizer.decode(tokens).replace(" ", "")
     # Less than a block of what may be found is not.
     assert all(len(p) - 16 - hit < 128 for p, hit in zip(prompts, result["cached"], strict=True))
-    assert [stats["kept"][-1] < 300 for stats in result["stats"]] == [True, True]
+    fifths = [math.ceil(len(prompt) / 5) for prompt in prompts]
+    assert [stats["kept"][-1] for stats in result["stats"]] == fifths
