@@ -226,7 +226,8 @@ def test_serve(server, smollm2, tmp_path, monkeypatch, capsys):
         timeout=300,
         json=body | {"stream": True, "max_tokens": 400, "ignore_eos": True},
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # httpx goes away with it
+        next(lines)
         blocks = _aux_blocks(len(body["prompt"]), address)
         held = _scrape_until(address, lambda found: found["aux_cache_blocks", None] > 0)
         assert held["aux_cache_blocks", None] == blocks > 0
