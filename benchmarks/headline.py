@@ -36,7 +36,7 @@ def section(rows: list, answers: list) -> str:
     stock = speed.pick(rows, "ttft", engine="stock", tokens=_LENGTH)
     stock += speed.pick(rows, "memory", engine="stock", tokens=_ROOM_LENGTH)
     form = "one {gpu}, stock vLLM {vllm} at its defaults ({date})"
-    places = dict.fromkeys(form.format(**row.environment) for row in stock)
+    places = results.places(stock, form, ", the room on ")
     names = (f"`{p.name}`" + ", the default" * (p.name == DEFAULT) for p in _PRESETS)
     return "\n\n".join(
         (
@@ -57,7 +57,7 @@ def section(rows: list, answers: list) -> str:
                     *(line for lines, _ in scores for line in lines),
                 ],
             ),
-            f"Speed and room: {_SHAPE} shape on {', the room on '.join(places)}. "
+            f"Speed and room: {_SHAPE} shape on {places}. "
             f"Answers: {'; '.join(told for _, told in scores)}.",
         )
     )
@@ -93,6 +93,7 @@ def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
         if not counted:
             continue
         of = [measured.get(p.name) for p in _PRESETS]
+        worst_tasks, under = zip(*(_worst(full, run, half) for run in of))
         count = len({r.task for r in counted})
         lines = [
             (
@@ -100,8 +101,8 @@ def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
                 "100%",
                 *(tables.percent(full.share(run.rows, half)) if run else _NOT for run in of),
             ),
-            ("Its worst task", "100%", *(_worst(full, run, half) for run in of)),
-            (f"Tasks under {FLOOR:.0%}", "", *(_under(full, run, half) for run in of)),
+            ("Its worst task", "100%", *worst_tasks),
+            (f"Tasks under {FLOOR:.0%}", "", *under),
         ]
         lengths = " and ".join(f"{n:,}" for n in sorted({r.tokens for r in counted}))
         date = max(r.environment["date"] for r in counted)
@@ -110,11 +111,10 @@ def _scores(answers: list) -> list[tuple[list[tuple[str, ...]], str]]:
     return found
 
 
-def _worst(full: Full, run: Run | None, half: str) -> str:
+def _worst(full: Full, run: Run | None, half: str) -> tuple[str, str]:
+    """A preset's worst task, and how many fall."""
     found = worst(full, run.rows, half) if run else None
-    return f"{found.task}, {tables.percent((found.share, found.error))}" if found else _NOT
-
-
-def _under(full: Full, run: Run | None, half: str) -> str:
-    found = worst(full, run.rows, half) if run else None
-    return f"{len(found.under)} of {found.counted}" if found else _NOT
+    if not found:
+        return _NOT, _NOT
+    share = tables.percent((found.share, found.error))
+    return f"{found.task}, {share}", f"{len(found.under)} of {found.counted}"

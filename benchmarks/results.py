@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lazyllm_vllm.cli.whole_file import write_whole
 
+PLACE = "{gpu}, vLLM {vllm}, torch {torch}, Triton {triton}; {date}, commit {commit}."
+
 
 def environment(versions: dict, commit: str | None) -> dict:
     """Versions, date and commit, for every row of a run."""
@@ -24,14 +26,13 @@ def _commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
-def places(rows: list, count: str = "One ") -> str:
+def places(rows: list, form: str = f"One {PLACE}", between: str = " ") -> str:
     """Where and when rows were measured, each place once.
 
     Args:
-        count: of GPUs, in words; empty: the rows' names tell.
+        form: of a place, with names of a row's environment.
     """
-    form = count + "{gpu}, vLLM {vllm}, torch {torch}, Triton {triton}; {date}, commit {commit}."
-    return " ".join(dict.fromkeys(form.format(**row.environment) for row in rows))
+    return between.join(dict.fromkeys(form.format(**row.environment) for row in rows))
 
 
 def write(path: Path, rows: list) -> None:

@@ -8,7 +8,7 @@ from benchmarks.quality.report import by_model
 from benchmarks.quality.results import REUSE_FILE, Row
 from benchmarks.quality.shares import Full, mean_of
 from benchmarks.quality.worst import runs
-from benchmarks.results import read, replace_section, table
+from benchmarks.results import places, read, replace_section, table
 
 _HALVES = ("choosing", "reporting")
 
@@ -37,10 +37,9 @@ def section(rows: list[Row]) -> str:
             means = (tables.percent(full.share(measured[name], half)) for name in names)
             if any(shares.values()):
                 lines.append(("all", half, "", *means))
-        form = "{gpu} ({date}, commit {commit})"
-        places = dict.fromkeys(form.format(**r.environment) for r in by_part["reuse"])
+        place = places(by_part["reuse"], "{gpu} ({date}, commit {commit})", " and ")
         parts += [
-            f"{model} on {' and '.join(places)}, {tables.samples(by_part['reuse'])}:",
+            f"{model} on {place}, {tables.samples(by_part['reuse'])}:",
             table(("", "samples for", "full model", *(f"`{name}`" for name in names)), lines),
         ]
     return "\n\n".join(

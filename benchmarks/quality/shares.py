@@ -21,11 +21,12 @@ class Full:
 
     Args:
         least: what the full model must score in a cell that counts.
+        part: where its rows are.
     """
 
-    def __init__(self, rows: list[Row], least: float = LEAST) -> None:
+    def __init__(self, rows: list[Row], least: float = LEAST, part: str = "full") -> None:
         scores = defaultdict(list)
-        mine = [r for r in rows if r.part == "full" and r.method == FULL.name and is_task(r)]
+        mine = [r for r in rows if r.part == part and r.method == FULL.name and is_task(r)]
         for row in mine:
             scores[row.model, row.task, row.tokens].append(row.mean)
         self._rows = {

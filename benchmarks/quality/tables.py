@@ -8,12 +8,11 @@ from itertools import compress
 from benchmarks.quality.choice import HALVES
 from benchmarks.quality.evaluate import AGREEMENT
 from benchmarks.quality.jobs import COMPUTED
-from benchmarks.quality.methods import FULL, LAZYLLM
-from benchmarks.quality.results import Row
+from benchmarks.quality.methods import LAZYLLM
+from benchmarks.quality.results import LONGER, Row
 from benchmarks.quality.shares import Full, is_task, mean_of, same_samples
-from benchmarks.quality.worst import FLOOR, Run, preset_schedule, runs, worst
+from benchmarks.quality.worst import FLOOR, Run, preset_runs, worst
 from benchmarks.results import table
-from lazyllm_vllm.plan.presets import PRESETS
 
 _AGREEMENT = {"top 1": "next token equal", "KL": "KL, nats", "continuation": "continuation equal"}
 NONE = "–"
@@ -87,25 +86,14 @@ def by_length(run: Run, full: Full, half: str) -> str:
 
 def longer(rows: list[Row]) -> str:
     """A line for each preset at each length: of the part that has the full model's rows, too."""
-    of_full = [r for r in rows if r.method == FULL.name]
-    full = Full([replace(r, part="full") for r in of_full])
-    by_schedule = {run.schedule: run for run in runs(rows) if run.method != FULL.name}
-    lines = []
-    for tokens in sorted({r.tokens for r in of_full}):
-        for preset in PRESETS:
-            run = by_schedule.get(preset_schedule(preset))
-            at = [r for r in run.rows if r.tokens == tokens] if run else []
-            if found := worst(full, at, "reporting"):
-                lines.append(
-                    (
-                        f"{tokens:,}",
-                        f"`{preset}`",
-                        found.task,
-                        percent((found.share, found.error)),
-                        f"{len(found.under)} of {found.counted}",
-                        percent(full.share(at, "reporting")),
-                    )
-                )
+    full, lines = Full(rows, part=LONGER), []
+    for tokens in sorted({r.tokens for r in rows if is_task(r)}):
+        for preset, run in preset_runs({"sweep": rows}).items():
+            at = replace(run, rows=[r for r in run.rows if r.tokens == tokens])
+            mean = full.share(at.rows, "reporting")
+            if not math.isnan(mean[0]):
+                told = _worst(full, at, "reporting")
+                lines.append((f"{tokens:,}", f"`{preset}`", *told, percent(mean)))
     head = ("tokens", "preset", "worst task", "its share", f"under {FLOOR:.0%}", "mean")
     return table(head, lines)
 

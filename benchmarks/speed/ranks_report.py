@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.results import places, read, replace_section, table
+from benchmarks.results import PLACE, places, read, replace_section, table
 from benchmarks.speed.ranks import COLLECTIVES, DECODED, FILE, LENGTHS, PLANS, ROOM
 from benchmarks.speed.report import MISSING, pick, stock_row
 from benchmarks.speed.results import Row
@@ -26,7 +26,7 @@ def section(rows: list[Row]) -> str:
     costs = ["model", "preset", "prefill", "of it scores", "decode step", "of it scores"]
     return "\n\n".join(
         (
-            f"{places(rows, count='')} Tensor parallelism over GPUs of one host. Random weights of "
+            f"{places(rows, PLACE)} Tensor parallelism over GPUs of one host. Random weights of "
             "the shapes named, in bf16. Stock vLLM → LazyLLM, medians; in brackets how many times "
             "sooner the first token comes, and the share of the bound (operations saved) that "
             "this is.",

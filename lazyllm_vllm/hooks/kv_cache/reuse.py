@@ -42,12 +42,12 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     if snapshot is None and reuse == DEEP:
         wanted = replace(setting, reuse=None)
         snapshot = snapshots.find(request, planned[0].block_size, wanted)
-        if snapshot is not None:
-            anew = schedule.plan(request.num_tokens, setting)
-            if not schedule.goes_on_sooner(snapshot.num_tokens, anew):
-                return found
+        if snapshot is None or not schedule.goes_on_sooner(
+            snapshot.num_tokens, schedule.plan(request.num_tokens, setting)
+        ):
+            return found
         # What others read now, more will want to go on from.
-        ways = (False,) if snapshot is not None and snapshot.is_read else (False, True)
+        ways = (False,) if snapshot.is_read else (False, True)
     if snapshot is None:
         return found
     return _go_on(manager, request, snapshot, found, ways) or found
