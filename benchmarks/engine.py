@@ -8,9 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # What an engine imports first. On a CPU one process imports it for all engines, which are forked
 # from it; with CUDA a forked process could not use the GPU.
@@ -77,10 +80,24 @@ class Engine:
         return result
 
     def close(self) -> None:
+        """End it, and its workers with it: one that outlives its engine keeps the GPU's memory from
+        the next."""
+        workers = _children(self._process.pid)
         self._pipe.close()
         self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
+        self._process.kill()
+        _, left = psutil.wait_procs(workers, timeout=10)
+        for worker in left:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+        psutil.wait_procs(left, timeout=10)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _serve(pipe, start: Callable, arguments: dict, functions: str, log: Path) -> None:

@@ -67,7 +67,7 @@ def _attention_kernel(
     slot_position_ptr,  # [physical slots]
     num_revived_ptr,  # [batch]
     row_position_ptr,  # [rows]
-    quota_ptr,  # [1] rows set aside for each request's revived tokens
+    first_row_ptr,  # [batch] the first of each request's revived tokens
     num_prompt_ptr,  # [batch]
     is_pruned_ptr,  # [batch]
     selected_ptr,  # a plane of the prompt state
@@ -75,7 +75,6 @@ def _attention_kernel(
     state_table_stride,
     page_stride,
     block_stride,
-    num_decodes,
     scale,
     stage,
     num_splits,
@@ -111,7 +110,7 @@ def _attention_kernel(
     nth = m // GROUP  # 0: the current row, then the revived ones
     head = kv_head * GROUP + m % GROUP
     m_valid = nth < num_rows
-    row = tl.where(nth == 0, batch, num_decodes + batch * tl.load(quota_ptr) + nth - 1)
+    row = tl.where(nth == 0, batch, tl.load(first_row_ptr + batch) + nth - 1)
     row_position = tl.load(row_position_ptr + row, mask=m_valid, other=0)
 
     d = tl.arange(0, HEAD_PAD)
@@ -214,12 +213,11 @@ def paged_attention_triton(out, lse, q, keys, decodes, form, s):
         *keys.kernel_args,
         rows.num_revived,
         rows.position,
-        s.quota,
+        s.first_row,
         s.num_prompt,
         s.is_pruned,
         s.state.selected,
         *s.state.pages.kernel_args,
-        n,
         form.scale * keys.k_scale,
         keys.stage,
         splits,
@@ -247,7 +245,7 @@ def paged_attention_reference(out, lse, q, keys, decodes, form, s):
             continue
         mine = [i]
         if keys.stage > 0:
-            first = n + i * int(s.quota)
+            first = int(s.first_row[i])
             mine += range(first, first + int(rows.num_revived[i]))
         position = keys.positions(i)
         seen = form.sees(rows.position[mine], position)
@@ -276,7 +274,7 @@ def paged_attention(
         lse: ``[batch, heads]`` fp32, written: log of the softmax's denominator, sinks included, of
             the current rows.
         q: ``[rows, heads, head_dim]``.
-        s: of which ``quota`` is read and, when strict, this step's selection.
+        s: of which ``first_row`` is read and, when strict, this step's selection.
     """
     run = paged_attention_triton if q.is_cuda else paged_attention_reference
     run(out, lse, q, keys, decodes, form, s)

@@ -14,6 +14,7 @@ def _begin_step_kernel(
     is_pruned_ptr,
     active_ptr,  # [stages, max batch]
     limit_ptr,  # [stages, max batch]
+    turn_limit_ptr,  # [stages, max batch]
     index_ptr,
     prompts_ptr,  # the columns of PromptCounts
     kept_ptr,
@@ -22,6 +23,7 @@ def _begin_step_kernel(
     counts_stride,
     positions_ptr,  # [rows of stage 0] int64
     quota_ptr,
+    first_row_ptr,
     num_keys_ptr,  # [stages, max batch]
     num_revived_ptr,  # [stages, max batch]
     row_position_ptr,  # [stages, max rows] int64
@@ -33,6 +35,8 @@ def _begin_step_kernel(
     max_batch,
     max_rows,
     num_decodes,
+    num_turns,
+    turn_quota,
     revive_rows,
     marks_always,
     num_stages,
@@ -71,11 +75,15 @@ def _begin_step_kernel(
     if index < 0:
         position = position * 0
     quota = tl.load(quota_ptr)
+    more = tl.minimum(batch, num_turns) * (turn_quota - quota)
+    tl.store(first_row_ptr + batch, num_decodes + batch * quota + more)
     any_active = 0
     for stage in range(num_stages):
         at = stage * max_batch + batch
         prompt_keys = tl.load(prompt_keys_ptr + counts + stage)
         slot = prompt_keys + position.to(tl.int32) - num_prompt
+        turn_limit = tl.load(turn_limit_ptr + at, mask=batch < num_turns, other=0)
+        slot += turn_limit  # what a turn revives stands before its tokens
         tl.store(num_keys_ptr + at, tl.where(index < 0, 0, slot + 1))
         tl.store(num_revived_ptr + at, 0)
         row = stage * max_rows + batch
@@ -88,6 +96,7 @@ def _begin_step_kernel(
             limit = 0
             if revive_rows > 0:
                 limit = tl.minimum(quota, tl.maximum(left, 0))
+                limit = tl.where(batch < num_turns, turn_limit, limit)
             active = (pruned != 0) & ((marks_always != 0) | (limit > 0))
             tl.store(limit_ptr + at, limit)
             tl.store(active_ptr + at, active.to(tl.int32))
@@ -101,7 +110,10 @@ def _begin_step_kernel(
     tl.store(active_ptr + batch, any_active)
 
 
-def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, marks_always):
+def begin_step_triton(
+    s, rows, positions, segments, num_decodes, turns, revive_rows, marks_always
+):
+    num_turns, turn_quota = turns
     block, splits = 1024, 1
     if segments.count:
         splits = max(1, min(64, triton.cdiv(len(positions), block * segments.count)))
@@ -111,6 +123,7 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, ma
         s.is_pruned,
         s.active,
         s.limit,
+        s.turn_limit,
         s.index,
         counts.num_prompt,
         counts.kept,
@@ -119,6 +132,7 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, ma
         counts.stride,
         positions,
         s.quota,
+        s.first_row,
         rows.num_keys,
         rows.num_revived,
         rows.position,
@@ -130,6 +144,8 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, ma
         s.active.shape[1],
         rows.position.shape[1],
         num_decodes,
+        num_turns,
+        turn_quota,
         revive_rows,
         int(marks_always),
         s.num_stages,
@@ -138,7 +154,10 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, revive_rows, ma
     )
 
 
-def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows, marks_always):
+def begin_step_reference(
+    s, rows, positions, segments, num_decodes, turns, revive_rows, marks_always
+):
+    num_turns, turn_quota = turns
     n, batch = num_decodes, num_decodes + segments.count
     real = s.index[:batch] >= 0
     index = s.index[:batch].clamp(min=0).long()
@@ -156,6 +175,7 @@ def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows,
         return
     position = positions[:n] * real[:n]
     slot = (prompt_keys[:n].T + position - s.num_prompt[:n]).int()
+    slot[:, :num_turns] += s.turn_limit[:, :num_turns]
     rows.num_keys[:, :n] = (slot + 1) * real[:n]
     rows.num_revived[:, :n] = 0
     rows.position[:, :n] = position
@@ -164,6 +184,11 @@ def begin_step_reference(s, rows, positions, segments, num_decodes, revive_rows,
     rows.source[:, :n] = torch.arange(n, device=real.device).int()
     most = int(s.quota) if revive_rows else 0
     s.limit[1:, :n] = (capacity - prompt_keys)[:n, 1:].T.clamp(0, most)
+    if revive_rows:
+        s.limit[1:, :num_turns] = s.turn_limit[1:, :num_turns]
+    before = torch.arange(n, device=real.device)
+    more = before.clamp(max=num_turns) * (turn_quota - s.quota)
+    s.first_row[:n] = n + before * s.quota + more
     s.active[1:, :n] = (pruned[:n] & ((s.limit[1:, :n] > 0) | bool(marks_always))).int()
     s.active[0, :n] = s.active[1:, :n].amax(0)
     for tensor, unused in ((rows.request, -1), (rows.position, 0), (rows.source, -1)):
@@ -176,6 +201,7 @@ def begin_step(
     positions: torch.Tensor,
     segments: Segments,
     num_decodes: int,
+    turns: tuple[int, int],
     revive_rows: int,
     marks_always: bool,
 ) -> None:
@@ -183,13 +209,19 @@ def begin_step(
     decodes ``active`` and ``limit`` too; the decodes' rows in every stage; the prefills' position
     and request in stage 0.
 
+    A turn goes on from what an earlier request left. Its last token is a decode that revives as
+    many tokens as ``s.turn_limit`` says, the best of those without keys. They have the slots before
+    those of the turn's last ``s.turn_tokens`` tokens, all of which see them.
+
     Args:
         rows: of all stages; revived rows are left to nobody.
         positions: ``[rows]`` int64, of stage 0.
         segments: the prefills' rows in stage 0.
         num_decodes: requests with one row, first in the batch.
+        turns: how many of these are the last tokens of turns, the first of all, and the rows set
+            aside for what each revives.
         revive_rows: rows set aside for revived tokens; 0: nothing is revived in this step.
         marks_always: decodes select at every boundary, though nothing may be revived.
     """
     run = begin_step_triton if positions.is_cuda else begin_step_reference
-    run(s, rows, positions, segments, num_decodes, revive_rows, marks_always)
+    run(s, rows, positions, segments, num_decodes, turns, revive_rows, marks_always)

@@ -41,8 +41,7 @@ def _combine_kernel(
     sinks_ptr,  # [heads]
     v_scale,
     num_keys_ptr,
-    num_revived_ptr,
-    quota_ptr,
+    row_request_ptr,
     num_decodes,
     num_splits,
     NUM_HEADS: tl.constexpr,
@@ -63,12 +62,7 @@ def _combine_kernel(
     else:
         valid = False
         if not IDENTITY:
-            quota = tl.load(quota_ptr)
-            nth = row - num_decodes
-            batch = nth // tl.maximum(quota, 1)
-            if (quota > 0) & (batch < num_decodes):
-                revived = tl.load(num_revived_ptr + batch)
-                valid = (nth % tl.maximum(quota, 1)) < revived
+            valid = tl.load(row_request_ptr + row) >= 0
     if not valid:
         tl.store(out_at, tl.zeros([HEAD_PAD], out_ptr.dtype.element_ty), mask=d_valid)
         return
@@ -119,8 +113,7 @@ def combine_splits(
         form.sinks if has_sinks else lse,  # an address that is never read
         keys.v_scale,
         keys.length,
-        decodes.rows.num_revived,
-        s.quota,
+        decodes.rows.request,
         decodes.num_decodes,
         splits,
         NUM_HEADS=num_heads,

@@ -15,10 +15,12 @@ _CHANGING = (
     "num_pairs",
     "num_rows",
     "num_splits",
+    "num_turns",
     "prefill_base",
     "revive_rows",
     "splits",
     "stage",
+    "turn_quota",
 )
 
 # And for addresses that are multiples of 16: these are of rows in a table whose width changes.

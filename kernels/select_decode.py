@@ -46,13 +46,15 @@ def _select_decode_kernel(
     prompt_keys_ptr,  # [requests, stages]
     counts_stride,
     index_ptr,
-    quota_ptr,
+    first_row_ptr,
+    limit_ptr,
+    turn_tokens_ptr,
     num_keys_ptr,
     num_revived_ptr,
     row_position_ptr,
     row_request_ptr,
     row_slot_ptr,
-    num_decodes,
+    num_turns,
     splits,
     stage,
     FIRST: tl.constexpr,
@@ -81,17 +83,21 @@ def _select_decode_kernel(
     best = threshold
     if LISTS == 2:
         threshold_1 = tl.load(thresholds_ptr + batch * 4 + 2)
-        best = tl.maximum(threshold, threshold_1)
+        is_turn = batch < num_turns
+        best = tl.where(is_turn, threshold_1, tl.maximum(threshold, threshold_1))
         # On a threshold, a list takes its first ties; below its own, all.
-        ties_0 = tl.where(threshold == best, ties, 0x7FFFFFFF)
+        ties_0 = tl.where((threshold == best) & (is_turn == 0), ties, 0x7FFFFFFF)
         ties_1 = tl.where(threshold_1 == best, tl.load(thresholds_ptr + batch * 4 + 3), 0x7FFFFFFF)
         above, all_above = counts_before(counts, split, splits, 0, MAX_SPLITS)
         on, all_on = counts_before(counts, split, splits, 2, MAX_SPLITS)
-        first_row = num_decodes + batch * tl.load(quota_ptr)
-        first_slot = tl.load(row_slot_ptr + batch) + 1  # after the current token's
+        first_row = tl.load(first_row_ptr + batch)
+        next_slot = tl.load(row_slot_ptr + batch) + 1  # after the current token's
+        left_out = tl.where(is_turn, tl.load(limit_ptr + batch), 0)  # slots that wait for them
+        seeing = tl.load(turn_tokens_ptr + batch, mask=is_turn, other=0)
+        first_slot = next_slot - left_out - seeing
         # Prompt tokens with keys in the stage so far: slots less the tokens after the prompt.
         after_prompt = tl.load(row_position_ptr + batch).to(tl.int32) + 1 - num_prompt
-        first_place = first_slot - after_prompt
+        first_place = next_slot - left_out - after_prompt
         revived = 0
     table = block_table_ptr + batch * block_table_stride
     for p0 in range(start, end, BLOCK):
@@ -132,12 +138,13 @@ def _select_decode_kernel(
         if revived > 0:
             keys_at = prompt_keys_ptr + tl.load(index_ptr + batch) * counts_stride + stage
             tl.atomic_add(keys_at, revived, sem="relaxed")
-            tl.atomic_add(num_keys_ptr + batch, revived, sem="relaxed")
+            if batch >= num_turns:  # the slots left for a turn's are counted
+                tl.atomic_add(num_keys_ptr + batch, revived, sem="relaxed")
             tl.atomic_add(num_revived_ptr + batch, revived, sem="relaxed")
 
 
-def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
-    find_best(s, stage, range(num_decodes), lists)
+def select_decode_triton(s, stage, num_decodes, num_turns, rows, lists, marks):
+    find_best(s, stage, range(num_decodes), lists, num_turns)
     splits = num_splits(num_decodes)
     state, search = s.state, s.search
     _select_decode_kernel[(num_decodes, splits)](
@@ -154,13 +161,15 @@ def select_decode_triton(s, stage, num_decodes, rows, lists, marks):
         s.counts.prompt_keys,
         s.counts.stride,
         s.index,
-        s.quota,
+        s.first_row,
+        s.limit[stage],
+        s.turn_tokens,
         rows.num_keys,
         rows.num_revived,
         rows.position,
         rows.request,
         rows.slot,
-        num_decodes,
+        num_turns,
         splits,
         stage,
         FIRST=stage == 1,
@@ -178,7 +187,7 @@ def _least_of_best(rank: torch.Tensor, k: int) -> int:
     return int(best[-1]) if len(best) else NO_CANDIDATE
 
 
-def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
+def select_decode_reference(s, stage, num_decodes, num_turns, rows, lists, marks):
     state = s.state
     for i in range(num_decodes):
         if not s.active[stage, i]:
@@ -192,35 +201,47 @@ def select_decode_reference(s, stage, num_decodes, rows, lists, marks):
             state.selected[at[marked]] = stage * best[marked].int()
         if lists == 1:
             continue
-        absent = best & (state.level[at] == stage) & (rank >= s.least_revived)
-        revived = min(int(absent.sum()), int(s.limit[stage, i]))
+        absent, limit = (rank >= 0) & (state.level[at] == stage), int(s.limit[stage, i])
+        is_turn = i < num_turns
+        if not is_turn:
+            absent &= best & (rank >= s.least_revived)
+        revived = min(int(absent.sum()), limit)
         chosen = best_mask(rank.where(absent, NO_CANDIDATE), revived).nonzero()[:, 0]
         # As the kernel orders them: what lies on the higher of both lists' thresholds goes last.
         without_keys = rank[(rank >= 0) & (state.level[at] == stage)]
-        higher = max(
-            _least_of_best(rank[rank >= 0], int(s.counts.kept[index, stage])),
-            _least_of_best(without_keys, int(s.limit[stage, i])),
-            s.least_revived,
-        )
+        higher = _least_of_best(without_keys, limit)
+        if not is_turn:
+            of_all = _least_of_best(rank[rank >= 0], int(s.counts.kept[index, stage]))
+            higher = max(higher, of_all, s.least_revived)
         chosen = chosen[torch.sort((rank[chosen] == higher).int(), stable=True)[1]]
-        first = num_decodes + i * int(s.quota)
+        first = int(s.first_row[i])
         mine = slice(first, first + revived)
         rows.position[mine] = chosen
         rows.request[mine] = i
-        rows.slot[mine] = rows.slot[i] + 1 + torch.arange(revived, device=rank.device).int()
+        before = limit + int(s.turn_tokens[i]) if is_turn else 0
+        first_slot = rows.slot[i] + 1 - before
+        rows.slot[mine] = first_slot + torch.arange(revived, device=rank.device).int()
         state.level[at[chosen]] = stage + 1
         if stage == 1:
             had = int(s.counts.prompt_keys[index, stage])
             state.place[at[chosen]] = had + torch.arange(revived, device=rank.device).int()
         s.counts.prompt_keys[index, stage] += revived
         rows.num_revived[i] += revived
-        rows.num_keys[i] += revived
+        if not is_turn:
+            rows.num_keys[i] += revived
 
 
 def select_decode(
-    s: Selection, stage: int, num_decodes: int, rows: Rows, lists: int, marks: bool
+    s: Selection,
+    stage: int,
+    num_decodes: int,
+    num_turns: int,
+    rows: Rows,
+    lists: int,
+    marks: bool,
 ) -> None:
-    """Choose the tokens that the active decodes revive into ``stage``.
+    """Choose the tokens that the active decodes revive into ``stage``: of the first ``num_turns``
+    (see ``begin_step``) as many as their limit, which must not be more than there are.
 
     Fills the revived part of ``rows`` (set up by ``begin_step``), adds to ``num_keys`` and
     ``num_revived``, and updates ``level``, ``place``, ``selected`` and the requests'
@@ -231,4 +252,4 @@ def select_decode(
         marks: write ``selected``.
     """
     run = select_decode_triton if s.index.is_cuda else select_decode_reference
-    run(s, stage, num_decodes, rows, lists, marks)
+    run(s, stage, num_decodes, num_turns, rows, lists, marks)

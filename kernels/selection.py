@@ -58,9 +58,13 @@ class Selection:
         active: ``[stages, batch]`` int32, whether the boundary before the stage chooses anew among
             the request's tokens in this step; of decodes 0: whether any does.
         limit: ``[stages, batch]`` int32, most tokens that the request may revive into the stage.
-        quota: ``[1]`` int32, most tokens that any request may revive at a boundary of this step,
-            and so the rows set aside for each.
+        quota: ``[1]`` int32, most tokens that a decode, but for turns, may revive at a boundary of
+            this step, and so the rows set aside for each.
+        first_row: ``[batch]`` int32, of decodes: the first of the rows set aside.
         least_revived: the least rank with which a token is revived.
+        turn_tokens: ``[batch]`` int32, of a turn's last token (see ``begin_step``) how many tokens
+            of the turn see what it revives, itself included.
+        turn_limit: ``[stages, batch]`` int32, how many it revives, no fewer.
         search: scratch.
     """
 
@@ -72,7 +76,10 @@ class Selection:
     active: torch.Tensor
     limit: torch.Tensor
     quota: torch.Tensor
+    first_row: torch.Tensor
     least_revived: int
+    turn_tokens: torch.Tensor
+    turn_limit: torch.Tensor
     search: Search
 
     @property
@@ -124,12 +131,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Rows ``0 .. num_decodes - 1`` are the current ones; request i's revived rows start at
-    ``num_decodes + i * quota``.
+    """Rows ``0 .. num_decodes - 1`` are the current ones; those revived start at
+    ``Selection.first_row``.
 
     Attributes:
         rows: of the stage.
-        max_revived: most that a request may have, whatever the quota.
+        max_revived: most that a request may have.
         strict: prompt tokens are attended to only if this step selected them for the stage.
     """
 

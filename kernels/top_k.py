@@ -184,6 +184,7 @@ def _count_kernel(
     splits,
     stage,
     least_revived,
+    num_turns,
     LISTS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -209,9 +210,12 @@ def _count_kernel(
     best = threshold
     if LISTS == 2:
         threshold_1, ties_1 = prefix_of(row, tl.load(limit_ptr + batch), 3, 1)
-        if threshold_1 < least_revived:  # fewer than the limit rank so high: all that do
-            threshold_1, ties_1 = least_revived, 0x7FFFFFFF
-        best = tl.maximum(threshold, threshold_1)
+        if batch < num_turns:
+            best = threshold_1
+        else:
+            if threshold_1 < least_revived:  # fewer than the limit rank so high: all that do
+                threshold_1, ties_1 = least_revived, 0x7FFFFFFF
+            best = tl.maximum(threshold, threshold_1)
     if split == 0:
         tl.store(thresholds_ptr + batch * 4, threshold)
         tl.store(thresholds_ptr + batch * 4 + 1, ties)
@@ -243,13 +247,14 @@ def _count_kernel(
     tl.store(counts + 2 * MAX_SPLITS, num_third)
 
 
-def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
+def find_best(s: Selection, stage: int, batch: range, lists: int, num_turns: int = 0) -> None:
     """Fill the thresholds and split counts of the active requests of ``batch``, whose ranks and
     first digits ``rank_tokens`` left.
 
     Args:
         lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit`` and
             of at least ``s.least_revived``.
+        num_turns: of so many requests, the first of the batch, as many, whatever their rank.
     """
     pages, search = s.state.pages, s.search
     splits = num_splits(len(batch))
@@ -276,6 +281,7 @@ def find_best(s: Selection, stage: int, batch: range, lists: int) -> None:
         search.split_counts,
         *common,
         s.least_revived,
+        num_turns,
         MAX_SPLITS=MAX_SPLITS,
         **constants,
     )

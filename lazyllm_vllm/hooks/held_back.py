@@ -22,11 +22,11 @@ class HeldBack:
     def begin_step(self, step: Step, seq_lens: torch.Tensor) -> None:
         """``seq_lens``: ``[requests or more]`` int32, which vLLM reads when it samples, and writes
         in every step."""
-        which, order = np.flatnonzero(step.batch.prefills.is_held_back), step.batch.order
+        which, turns = np.flatnonzero(step.batch.prefills.is_held_back), step.batch.turns
         if len(which):
             which += step.num_decodes
-            if order is not None:  # in which requests before these come twice
-                which -= step.num_requests - len(order.sampled)
+            if turns is not None:
+                which = turns.requests[which]
             self._which = async_tensor_h2d(which, device=seq_lens.device)
             seq_lens[self._which] -= 1
 

@@ -104,9 +104,9 @@ class StageAttention(AttentionImpl[StageMetadata]):
         is_last_layer = attn_metadata.last_layer == layer.layer_name
         is_full = self.form.window is None
         prefills_score = is_full and boundary.scores_prefills(step, stage, is_last_layer)
-        decodes_score = is_full and boundary.scores_decodes(
-            step, stage, is_last_layer, self.scores_behind
-        )
+        decodes = range(0)
+        if is_full and step.num_decodes:
+            decodes = boundary.scoring_decodes(step, stage, is_last_layer, self.scores_behind)
         keys = self._keys(layer, kv_cache, attn_metadata)
         rows = step.num_rows(stage)
         if len(query) > rows:  # padded for a CUDA graph
@@ -115,19 +115,19 @@ class StageAttention(AttentionImpl[StageMetadata]):
             self._write(layer, query, key, value, keys, attn_metadata)
         if step.num_decodes:
             if query.is_cuda and self._attends_whole(step, stage):
-                self._decode_whole(query, output, keys, attn_metadata, decodes_score)
+                self._decode_whole(query, output, keys, attn_metadata, bool(decodes))
             else:
                 self._decode(query, output, keys, attn_metadata)
         if step.num_prefills:
             self.prefill.run(query, key, value, output, keys, attn_metadata, prefills_score)
-        if prefills_score or decodes_score:
+        if prefills_score or decodes:
             boundary.score(
                 step,
                 query,
                 keys,
                 self.form.scale,
                 prefills=prefills_score,
-                decodes=decodes_score,
+                decodes=decodes,
                 is_first_layer=self.scores_first,
             )
         return output

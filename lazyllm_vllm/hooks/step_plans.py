@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.step import Batch, Order, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Step, StepKind, Turns
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
@@ -68,13 +68,13 @@ def planned_step(
     batch: InputBatch,
     num_decodes: int,
     slot_mappings: torch.Tensor,
-    order: Order | None,
+    turns: Turns | None,
 ) -> Step:
     """The plan of any other step that does not only replay a graph."""
     req_ids = batch.req_ids
     prefilled, pruned_tokens = req_ids[num_decodes:], None
     if kind is StepKind.RUN:
-        prefills = _prefills(state, batch, num_decodes)
+        prefills = _prefills(state, batch, num_decodes, turns)
         selects = not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
         caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
@@ -97,7 +97,7 @@ def planned_step(
         slot_mappings=slot_mappings,
         wants_all_rows=not state.wants_prompt.isdisjoint(req_ids),
         pruned_tokens=pruned_tokens,
-        order=order,
+        turns=turns,
     )
     step = Step(kind, of_step, state.schedule, state.buffers, selects)
     if kind is StepKind.RUN:
@@ -105,7 +105,9 @@ def planned_step(
     return step
 
 
-def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> Prefills:
+def _prefills(
+    state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: Turns | None
+) -> Prefills:
     req_ids = batch.req_ids[num_decodes:]
     plans = [state.plans[req_id] for req_id in req_ids]
 
@@ -120,14 +122,22 @@ def _prefills(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> P
         return ints(values).reshape(-1, state.schedule.num_stages).T
 
     goes_on = np.array([req_id in state.continuations for req_id in req_ids], bool)
+    caught_up = ints(state.caught_up[req_id] for req_id in req_ids)
+    shift = state.continuations.shift(req_ids)
+    sees_revived = np.zeros_like(goes_on) if turns is None else turns.sees
+    if turns is not None:
+        shift = shift + turns.seen  # which stand before them
+        # The turn's tokens before them are a prefill of this step.
+        caught_up = np.where(sees_revived, np.maximum(caught_up, first), caught_up)
     return Prefills(
         num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
         first=first,
         end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
-        caught_up=ints(state.caught_up[req_id] for req_id in req_ids),
+        caught_up=caught_up,
         is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
+        sees_revived=sees_revived,
         kept=by_stage(plan.kept for plan in plans),
-        shift=state.continuations.shift(req_ids),
+        shift=shift,
         ran=by_stage(leg.ran for leg in legs),
         until=by_stage(leg.until for leg in legs),
     )

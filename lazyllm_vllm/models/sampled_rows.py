@@ -20,8 +20,8 @@ def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
         return slice(0, step.num_rows(last))
     if not step.num_prefills:
         return slice(0, step.num_decodes)
-    order = step.batch.order
-    return step.query_row(last)[slice(0, step.num_requests) if order is None else order.sampled]
+    turns = step.batch.turns
+    return step.query_row(last)[slice(0, step.num_requests) if turns is None else turns.sampled]
 
 
 def to_token_layout(
@@ -51,6 +51,6 @@ def to_token_layout(
     is_here = place >= 0
     rows = segments.base + segments.start[prefill] + place
     out[rows[is_here]] = hidden[first:][is_here]
-    if step.batch.order is not None:
-        out[step.batch.order.rows] = out.clone()
+    if step.batch.turns is not None:
+        out[step.batch.turns.rows] = out.clone()
     return out

@@ -103,12 +103,12 @@ class StagedDecoder:
         _begin()
         rows = slice(0, metadata.step.num_rows(0))
         self.input_ids = input_ids
-        order = metadata.step.batch.order
-        if order is not None:  # pieces read tokens where vLLM puts them
+        turns = metadata.step.batch.turns
+        if turns is not None:  # pieces read tokens where vLLM puts them
             given, positions = input_ids.clone(), metadata.step.batch.positions
-            input_ids[rows] = given[order.rows]
+            input_ids[rows] = given[turns.rows]
         hidden = super().forward(input_ids[rows], positions[rows])
-        if order is not None:
+        if turns is not None:
             input_ids.copy_(given)
         if self.output is not None:
             return to_token_layout(self.output, metadata.step, metadata.boundary, len(input_ids))

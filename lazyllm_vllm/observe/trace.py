@@ -48,15 +48,20 @@ class Trace:
             if i < step.num_decodes:
                 self.decodes[req_id].append({})
             else:
-                self._chunk(req_id, step.batch.prefills, i - step.num_decodes)
+                # A turn's last tokens are a prefill of their own; see ``hooks.turns``.
+                is_rest = step.batch.req_ids[i - 1] == req_id and i > step.num_decodes
+                self._chunk(req_id, step.batch.prefills, i - step.num_decodes, is_rest)
 
-    def _chunk(self, req_id: str, prefills, at: int) -> None:
+    def _chunk(self, req_id: str, prefills, at: int, is_rest: bool) -> None:
         p, seen = prefills, self.prefills[req_id]
         if p.ran[0, at]:  # its last token comes again, with more rows of the later stages
             return
         num_prompt, first, end, caught_up = (
             int(x[at]) for x in (p.num_prompt, p.first, p.end, p.caught_up)
         )
+        if is_rest:
+            seen[-1]["chunks"][-1] = (seen[-1]["chunks"][-1][0], end)
+            return
         goes_on = seen and seen[-1]["chunks"][-1][1] == first <= caught_up  # not after preemption
         if not (goes_on and first < seen[-1]["num_prompt"]):
             seen.append({"num_prompt": num_prompt, "chunks": []})

@@ -82,6 +82,9 @@ class LazyLLMConfig(BaseModel):
             the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache. In a mixture of
             experts 0 unless it is set.
         revive_per_request: most of them that one request may use.
+        revive_per_turn: of the same, how many the last token of a request that goes on from what an
+            earlier one left (``reuse: deep``) brings back, for itself and for the tokens before it.
+            Beside it other requests revive nothing.
         revive_min_score: least score with which a token is revived, its neighbours' counted as
             ``score_pool`` says: a share of one head's attention. With ``mean`` 0 unless it is set.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.
@@ -114,6 +117,7 @@ class LazyLLMConfig(BaseModel):
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
+    revive_per_turn: int = Field(default=64, ge=1)
     revive_min_score: float = Field(default=0.15, ge=0, le=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
     reuse: Literal["off", "exact", "deep"] = "exact"

@@ -188,6 +188,12 @@ class Schedule:
         """
         return self.revive_quota(num_decodes // 2 + 1)
 
+    def turn_quota(self, num_turns: int) -> int:
+        """Most tokens that each of the last tokens of ``num_turns`` turns may revive at a boundary
+        of a step."""
+        config = self.config
+        return min(config.revive_budget // num_turns, config.revive_per_turn)
+
     def revive_rows(self, num_decodes: int) -> int:
         """Rows that hold every revived token of a step with at most ``num_decodes`` decodes."""
         config = self.config

@@ -74,6 +74,7 @@ class Boundary:
             step.batch.positions,
             step.segments[0],
             step.num_decodes,
+            (step.num_turns, step.turn_quota),
             step.revive_rows,
             step.decodes_select and self._marks,
         )
@@ -109,13 +110,18 @@ class Boundary:
         scores = is_last_layer or self.scorer.every_layer
         return scores and self._ends(stage) and bool(step.prefills) and step.prefills_score(stage)
 
-    def scores_decodes(
+    def scoring_decodes(
         self, step: Step, stage: int, is_last_layer: bool, scores_behind: bool
-    ) -> bool:
-        """Whether a layer of the stage scores for the decodes: the last one, or behind the last
-        boundary one of ``Schedule.scoring_behind``."""
-        scores = is_last_layer if self._ends(stage) else scores_behind and self.scorer.carry > 0
-        return scores and step.decodes_select and bool(step.decodes)
+    ) -> range:
+        """For which decodes a layer of the stage scores: for all the last one, or behind the last
+        boundary those of ``Schedule.scoring_behind``; for the last tokens of turns all that score
+        prompts."""
+        ends = self._ends(stage)
+        if not step.decodes_select:
+            return range(0)
+        if is_last_layer if ends else scores_behind and self.scorer.carry > 0:
+            return step.decodes
+        return step.turns if ends and self.scorer.every_layer else range(0)
 
     def _ends(self, stage: int) -> bool:
         """Whether the stage ends at a boundary."""
@@ -129,10 +135,14 @@ class Boundary:
         scale: float,
         *,
         prefills: bool,
-        decodes: bool,
+        decodes: range,
         is_first_layer: bool,
     ) -> None:
-        """Score tokens by a layer's attention, whose log-denominators are in ``buffers.lse``."""
+        """Score tokens by a layer's attention, whose log-denominators are in ``buffers.lse``.
+
+        Args:
+            decodes: of ``scoring_decodes``.
+        """
         b, s = self.buffers, self.buffers.selection
         row = step.query_row(keys.stage)
         if prefills:
@@ -140,7 +150,10 @@ class Boundary:
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
             queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
-            self.scorer.score_decodes(s, queries, keys, step.decodes)
+            if step.turns:  # after the tokens before
+                self.scorer.score_turns(s, queries, keys, step.turns)
+            if others := decodes[len(step.turns) :]:
+                self.scorer.score_decodes(s, queries, keys, others)
 
     def leave(
         self, step: Step, stage: int, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -240,7 +253,8 @@ class Boundary:
             main.searched.add(stage)
             select_prefill(s, stage, step.prefills, before, after, searches)
         if step.num_decodes and step.decodes_select:
-            select_decode(s, stage, step.num_decodes, rows, step.lists, self._marks)
+            counts = step.num_decodes, step.num_turns
+            select_decode(s, stage, *counts, rows, step.lists, self._marks)
 
     def place(self, step: Step, stage: int) -> None:
         """Where the stage's layers write the rows' keys and values."""

@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
+
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from lazyllm_vllm.kernels.parked import ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
@@ -53,12 +56,15 @@ class StepBuffers:
         self.device = device
         stages, batch = schedule.num_stages, len(counts.num_prompt)
         self.budget = max_num_tokens
-        self.max_rows = max_num_tokens + schedule.config.revive_budget
+        self.max_rows = max_num_tokens + 2 * schedule.config.revive_budget  # of turns, and others
         self.max_rows += batch * schedule.config.score_window
         ints = {"dtype": torch.int32, "device": device}
         self.index = torch.full((batch,), -1, **ints)
         self.num_prompt = torch.zeros(batch, **ints)
         self.quota = torch.zeros(1, **ints)
+        self.first_row = torch.zeros(batch, **ints)
+        self.turn_tokens = torch.zeros(batch, **ints)
+        self.turn_limit = torch.zeros(stages, batch, **ints)
         self._shown: tuple[list[int], int] | None = None
         self._quota = 0
         self.query_rows = torch.zeros(stages, batch, **ints)
@@ -100,6 +106,16 @@ class StepBuffers:
         self._shown = None
         self.index[:padded] = -1
 
+    def set_turns(self, tokens: np.ndarray, revived: np.ndarray) -> None:
+        """The turns of a step; see ``Selection``.
+
+        Args:
+            tokens: ``[turns]`` int32; revived: ``[stages, turns]`` int32.
+        """
+        packed = async_tensor_h2d(np.vstack([tokens, revived]), device=self.device)
+        self.turn_tokens[: len(tokens)] = packed[0]
+        self.turn_limit[:, : len(tokens)] = packed[1:]
+
     def set_quota(self, quota: int) -> None:
         if quota != self._quota:
             self._quota = quota
@@ -133,7 +149,10 @@ class StepBuffers:
             active=torch.zeros(stages, batch, **ints),
             limit=torch.zeros(stages, batch, **ints),
             quota=self.quota,
+            first_row=self.first_row,
             least_revived=self.least_revived,
+            turn_tokens=self.turn_tokens,
+            turn_limit=self.turn_limit,
             search=self.search,
         )
         self.slot_position = torch.zeros(num_slots, **ints)

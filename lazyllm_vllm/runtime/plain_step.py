@@ -45,7 +45,7 @@ class PlainStep(Step):
         self.num_prefills = len(lengths)
         self.num_requests = n + self.num_prefills
         self.decodes_select = self.prefills_select = self.revives = False
-        self.revive_rows = self.max_revived = 0
+        self.revive_rows = self.max_revived = self.num_turns = self.turn_quota = 0
         self.lists = 1
         self.decode_schedules = {}
         stages = schedule.num_stages

@@ -27,6 +27,8 @@ class Prefills:
         caught_up: tokens that need not run in the later stages any more, of prompts that are not
             pruned now.
         is_pruned: bool, whether the prompt is pruned in this prefill.
+        sees_revived: bool, whether the rows are the last ones of a turn but for its last token, and
+            see and score what that revives; see ``kernels.begin_step``.
         kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
         shift: ``[stages, prefills]``, the slot of a token less its position; 0 but behind stage 0
             of a prompt that goes on.
@@ -39,6 +41,7 @@ class Prefills:
     end: np.ndarray
     caught_up: np.ndarray
     is_pruned: np.ndarray
+    sees_revived: np.ndarray
     kept: np.ndarray
     shift: np.ndarray
     ran: np.ndarray
@@ -50,7 +53,8 @@ class Prefills:
         n = np.array(lengths, np.int32)
         none = np.zeros_like(n)
         kept, zeros = (np.tile(x, (num_stages, 1)) for x in (n, none))
-        return cls(n, none, n, none, none.astype(bool), kept, zeros, zeros, kept)
+        never = none.astype(bool)
+        return cls(n, none, n, none, never, never, kept, zeros, zeros, kept)
 
     @property
     def is_last_chunk(self) -> np.ndarray:
@@ -82,11 +86,11 @@ class Prefills:
         return not self.is_pruned.any() and bool((self.caught_up == self.first).all())
 
     def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``kernels.score.WindowPart`` in stage 0, of prompts that are pruned."""
+        """``kernels.score.WindowPart`` in stage 0, of prompts that are pruned and of turns."""
         window_first = np.maximum(self.num_prompt - window, 0)
         count = np.maximum(self.end - np.maximum(self.first, window_first), 0)
-        count *= self.is_pruned & (self.ran[0] == 0)
-        scored = self.first * (self.first > window_first)
+        count *= self.sees_revived | (self.is_pruned & (self.ran[0] == 0))
+        scored = self.first * (self.first > window_first) * self.is_pruned
         return count, self.num_prompt - self.end, scored
 
 

@@ -41,6 +41,11 @@ class AttentionScorer:
         rule = ScoreRule(self.peak, accumulates=self.every_layer and not is_first_layer)
         score_tokens(s, queries, keys, batch, s.is_pruned, rule)
 
+    def score_turns(self, s: Selection, queries: Queries, keys: StageKeys, batch: range) -> None:
+        """The same for the last tokens of turns, beside what the tokens before them attended to."""
+        rule = ScoreRule(self.peak, accumulates=self.every_layer)
+        score_tokens(s, queries, keys, batch, s.active[0], rule)
+
     def score_decodes(self, s: Selection, queries: Queries, keys: StageKeys, batch: range) -> None:
         """The same for the decodes of ``batch`` that are active (``s.active``): in a stage's last
         layer, and with ``carry`` in those behind the last boundary."""

@@ -9,7 +9,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from lazyllm_vllm.kernels.copy_blocks import copy_blocks
-from lazyllm_vllm.plan.request_plan import Continuation
+from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
 from lazyllm_vllm.runtime.request_table import RequestRow, RowCopy
 
 
@@ -81,6 +81,15 @@ class Continuations:
     def reused(self, req_id: str) -> int:
         """Tokens that a request had when it began; 0: it does not go on."""
         return self._num_tokens.get(req_id, 0)
+
+    def revivable(self, req_id: str, plan: RequestPlan, most: int) -> list[int]:
+        """By stage, how many tokens a request's turn revives: ``most``, but for what it has room
+        for and what was dropped."""
+        keys, counts = (self._shifts[req_id] + plan.num_prompt).tolist(), [0]
+        for stage in range(1, len(keys)):
+            dropped = keys[stage - 1] + counts[-1] - keys[stage]
+            counts.append(max(min(most, plan.capacity[stage] - keys[stage], dropped), 0))
+        return counts
 
     def shift(self, req_ids: list[str]) -> np.ndarray:
         """``[stages, requests]`` int32: slot less position of tokens that run behind what a request

@@ -46,14 +46,26 @@ class StepKind(Enum):
         return self in (StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.DUMMY)
 
 
-class Order(NamedTuple):
-    """How a batch's rows and requests differ from vLLM's; see ``hooks.last_tokens``.
+class Turns(NamedTuple):
+    """Requests that go on from what others left, and whose prompt ends in this step; see
+    ``hooks.turns``.
 
     Attributes:
-        rows: ``[rows]`` int64, which of vLLM's each row is.
+        tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
+        revived: ``[stages, turns]`` int32, tokens that it revives.
+        sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
+        seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
+        requests: ``[requests of the batch]`` int64, which of vLLM's each is: some come twice or
+            three times.
+        rows: ``[rows]`` int64, which of vLLM's each row of the batch is.
         sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.
     """
 
+    tokens: np.ndarray
+    revived: np.ndarray
+    sees: np.ndarray
+    seen: np.ndarray
+    requests: np.ndarray
     rows: torch.Tensor
     sampled: torch.Tensor
 
@@ -72,7 +84,7 @@ class Batch:
         wants_all_rows: whether the caller reads the hidden state of every prompt token.
         pruned_tokens: tokens of the requests' prompts that are pruned; None: not known, or there is
             one rank alone, which does not ask.
-        order: None: rows and requests are in vLLM's.
+        turns: whose last tokens are the first decodes; None: rows and requests are as vLLM's.
     """
 
     req_ids: list[str]
@@ -83,7 +95,7 @@ class Batch:
     slot_mappings: torch.Tensor
     wants_all_rows: bool = False
     pruned_tokens: int | None = None
-    order: Order | None = None
+    turns: Turns | None = None
 
 
 class Step:
@@ -93,6 +105,8 @@ class Step:
     rows: what the kernels are told of the rows of each stage.
     is_part: whether this is a part of a step: no decodes, and nothing is sampled.
     searched: the stages for which the prefills' best tokens have been found.
+    num_turns: of the decodes those that are the last tokens of turns, the first ones; turn_quota:
+        rows set aside for what each revives.
     first_prefill: batch index of the first prefill.
     decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
     revives: whether decodes may revive, and rows are set aside for it.
@@ -117,12 +131,19 @@ class Step:
         self.is_part = False
         self.searched: set[int] = set()
         self.num_decodes = n = batch.num_decodes
+        self.num_turns = len(batch.turns.tokens) if batch.turns else 0
         self.first_prefill = n
         self.decodes_select = selects
         self.prefills_select = kind is StepKind.WARM_UP or bool(batch.prefills.prunes.any())
         self.revives = selects and schedule.has_aux
-        self.revive_rows = schedule.revive_rows(n) if self.revives else 0
-        self.max_revived = schedule.largest_quota(n) if self.revives else 0
+        self.turn_quota = self.revive_rows = self.max_revived = 0
+        if self.revives and self.num_turns:
+            self.turn_quota = schedule.turn_quota(self.num_turns)
+            self.revive_rows = self.num_turns * self.turn_quota
+        if self.revives and n > self.num_turns:
+            self.revive_rows += schedule.revive_rows(n - self.num_turns)
+            self.max_revived = schedule.largest_quota(n - self.num_turns)
+        self.max_revived = max(self.max_revived, self.turn_quota)
         self.lists = 2 if self.revives else 1
         self._place_prefills(self.plan.spans)
         self.window_part = buffers.window_parts
@@ -149,7 +170,7 @@ class Step:
         part = copy(self)
         part.is_part = True
         part.rows = self.buffers.part_rows
-        part.num_decodes = part.revive_rows = part.max_revived = 0
+        part.num_decodes = part.num_turns = part.turn_quota = part.revive_rows = part.max_revived = 0
         part.revives = part.decodes_select = False
         part._place_prefills([span] * self.schedule.num_stages)
         return part
@@ -211,13 +232,14 @@ class Step:
         b, p, stages = self.buffers, self.batch.prefills, self.schedule.num_stages
         window = self.schedule.config.score_window
         mine = slice(self.first_prefill, self.num_requests)
-        if not (self.num_prefills and p.is_pruned.any()):
+        if not (self.num_prefills and (p.is_pruned.any() or p.sees_revived.any())):
             if self.num_prefills:
                 b.selection.active[1:, mine] = 0
             return [False] * stages
         packed = np.zeros((4, stages, self.num_prefills), np.int32)
         packed[:3, 0] = p.window_part(window)
         packed[0, 1:] = np.minimum(p.num_prompt, window) * p.completes[1:]
+        packed[:2, 1:] += packed[:2, :1] * p.sees_revived
         packed[3] = p.crosses
         on_device = async_tensor_h2d(packed, device=b.device)
         b.window[:, :, mine] = on_device[:3]
@@ -233,6 +255,11 @@ class Step:
     def decodes(self) -> range:
         """Batch indices."""
         return range(self.num_decodes)
+
+    @property
+    def turns(self) -> range:
+        """Batch indices of those decodes that are the last tokens of turns."""
+        return range(self.num_turns)
 
     @property
     def prefills(self) -> range:

@@ -82,8 +82,8 @@ def generate_turns(
     turns: list[list[int]],
     stop_token: int | None = None,
 ) -> list[Trace]:
-    """The same, and then further turns that go on from it: the tokens of a turn run like decoded
-    ones, but only the last one selects and revives, and so many more are generated.
+    """The same, and then further turns that go on from it: see ``ReferenceSequence.go_on``. After
+    each so many more are generated.
 
     Args:
         turns: the tokens of each, after the last one that was generated.
@@ -192,16 +192,23 @@ class ReferenceSequence:
     @torch.inference_mode()
     def decode(self, token: int) -> Tensor:
         """One decode step for ``token``; return the logits of the token after it, [vocab]."""
-        trace = self.trace
+        return self._select_and_run([token], is_turn=False)
+
+    def _select_and_run(self, tokens: list[int], is_turn: bool) -> Tensor:
+        """Run tokens through all stages, of which the last one, or in a turn each, says what is
+        revived for all. Of a turn as much is as there is room for, whatever its score."""
+        trace, config = self.trace, self.config
         for record in (trace.selected, trace.revived, trace.scores, trace.margins):
             record.append([])
-        current = self.next_position
-        self.next_position += 1
-        rows = [current]
-        hidden = self.decoder.embed([token], torch.tensor(rows))
-        hidden, score = self._run_stage(0, hidden, rows, 1)
-        carry = self.config.score_carry
-        if carry:
+        current = list(range(self.next_position, self.next_position + len(tokens)))
+        self.next_position += len(tokens)
+        rows, carry = current, config.score_carry
+        hidden = self.decoder.embed(tokens, torch.tensor(rows))
+        is_peak = config.score == "peak"
+        before = torch.zeros(len(self.level)) if is_turn and is_peak else None
+        window = len(tokens) if is_peak else 1
+        hidden, score = self._run_stage(0, hidden, rows, window, before=before)
+        if carry and not is_turn:
             score = torch.maximum(score, carry * self.score)
         strict = self.config.decode == "strict"
         is_selected = torch.ones(self.num_prompt, dtype=torch.bool)  # stage 0 attends to all
@@ -215,16 +222,21 @@ class ReferenceSequence:
             is_selected[selected] = True
 
             # The ranking's always-kept head has keys everywhere, so this is in order of score.
-            missing = [p for p in selected if self.level[p] == s]
-            missing = [p for p in missing if pooled[p] >= self.config.revive_min_score]
-            share = min(self.config.revive_budget, self.config.revive_per_request)
-            limit = min(share, self.room[s] - self.prompt_keys(s))
+            missing = [p for p in (ranking if is_turn else selected) if self.level[p] == s]
+            most = config.revive_per_turn
+            if not is_turn:
+                missing = [p for p in missing if pooled[p] >= config.revive_min_score]
+                most = config.revive_per_request
+            most = min(config.revive_budget, most)
+            limit = min(most, self.room[s] - self.prompt_keys(s))
             revived = sorted(missing[:limit])
-            hidden = self._exchange(s, hidden, rows, [*revived, current])
-            rows = [*revived, current]
+            hidden = self._exchange(s, hidden, rows, [*revived, *current])
+            rows = [*revived, *current]
             seen = is_selected if strict else None
             if carry and s == self.num_stages - 1:
                 hidden, of_stage = self._run_stage(s, hidden, rows, 1, seen, score, every=3)
+            elif is_turn and is_peak:
+                hidden, of_stage = self._run_stage(s, hidden, rows, window, seen, score)
             else:
                 hidden, of_stage = self._run_stage(s, hidden, rows, 1, seen)
             score = torch.maximum(score, of_stage) if carry else of_stage
@@ -240,18 +252,19 @@ class ReferenceSequence:
     @torch.inference_mode()
     def go_on(self, tokens: list[int]) -> Tensor:
         """Begin another turn: run these tokens through all stages, one by one, each attending to
-        what has keys there, and the last as any decoded one. Return the logits of the token after
-        them, [vocab]."""
+        what has keys there, but the last ``score_window`` of them together: they say what is
+        revived and see it. Return the logits of the token after them, [vocab]."""
         in_prompt = self.level[: self.num_prompt]
         stages = range(self.num_stages)
         self.trace = Trace(resident=[(in_prompt > s).nonzero()[:, 0].tolist() for s in stages])
-        for token in tokens[:-1]:
+        window = min(self.config.score_window, len(tokens))
+        for token in tokens[:-window]:
             rows = [self.next_position]
             self.next_position += 1
             hidden = self.decoder.embed([token], torch.tensor(rows))
             for s in stages:
                 hidden, _ = self._run_stage(s, hidden, rows, 1)
-        return self.decode(tokens[-1])
+        return self._select_and_run(tokens[-window:], is_turn=window > 1)
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position

@@ -182,7 +182,10 @@ class World:
             active=is_pruned.repeat(stages, 1),
             limit=torch.full_like(is_pruned.repeat(stages, 1), min(self.quota, room)),
             quota=self.ints([self.quota]),
+            first_row=self.ints([n + i * self.quota for i in range(n)]),
             least_revived=least_revived,
+            turn_tokens=torch.zeros_like(is_pruned),
+            turn_limit=torch.zeros_like(is_pruned.repeat(stages, 1)),
             search=search,
         )
 

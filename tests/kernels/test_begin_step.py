@@ -38,7 +38,7 @@ def test_begin_step(quota, always, num_decodes, device):
         rows = Rows.make(stages, len(positions) + revive_rows, n, device)
         for name in Rows.__dataclass_fields__:
             getattr(rows, name).fill_(POISON)
-        run(s, rows, positions, segments, num_decodes, revive_rows, always)
+        run(s, rows, positions, segments, num_decodes, (0, 0), revive_rows, always)
         rows.slot[:, 1] = 0  # padding has none
         results.append((s, rows))
     (s, rows), theirs = results

@@ -49,7 +49,7 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
             s.active[:] *= s.limit > 0
         rank_tokens(s, stage, range(n), 2, strict, RULE)
         rows = decode_rows(w)
-        run(s, stage, n, rows, 2, strict)
+        run(s, stage, n, 0, rows, 2, strict)
         s.search.thresholds.zero_()
         s.search.split_counts.zero_()
         results.append((s, rows))
@@ -88,7 +88,7 @@ def test_what_scores_too_little_stays(seed, splits, least, stage, device, few_sp
         s = w.selection(kept_share(w, 0.9), room=quota, least_revived=rank_of(floor))
         rank_tokens(s, stage, range(n), 2, False, RULE)
         rows = decode_rows(w)
-        run(s, stage, n, rows, 2, False)
+        run(s, stage, n, 0, rows, 2, False)
         mine = [slice(n + i * quota, n + i * quota + int(rows.num_revived[i])) for i in range(n)]
         revived = [rows.position[of].tolist() for of in mine]
         found.setdefault(floor, []).append(revived)

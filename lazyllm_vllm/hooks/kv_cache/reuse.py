@@ -15,6 +15,7 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
     planned_managers,
 )
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
+from lazyllm_vllm.hooks.turns import PLACES
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
 CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
@@ -89,21 +90,37 @@ def _go_on(
 
 
 def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) -> int:
-    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``.
+    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``. 0: it
+    waits for the next step, in which it comes before others.
 
-    The last token of a request that goes on, if it is to select, takes a second place in the batch
-    (``hooks.last_tokens``). Where there might not be enough of them it is left to a step of its
-    own.
+    A request that goes on, if its last token is to select, takes up to three places in the batch
+    (``hooks.turns``). Where not even one such request finds them, that token is left to a step of
+    its own. The tokens that see what it revives come with it: a chunk before leaves them all.
     """
-    if size == 1 or first + size < request.num_tokens:  # as in every decode step
+    if size == 1:  # as in every decode step
         return size
     planned = planned_managers(scheduler.kv_cache_manager)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
     if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
         return size
+    snapshots, window = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule.config
+    window = window.score_window
+    if left := request.num_tokens - first - size:
+        cut = size - max(window - left, 0)
+        return cut if cut > 0 else _later(scheduler, window, size)
     queues = scheduler.running, scheduler.waiting, scheduler.kv_holding_waiting
-    most = 1 + sum(map(len, queues))
-    return size if 2 * most <= scheduler.max_num_running_reqs else size - 1
+    room = scheduler.max_num_running_reqs - 1 - sum(map(len, queues))
+    if (PLACES - 1) * (snapshots.turns + 1) <= room:
+        snapshots.turns += 1
+        return size
+    return _later(scheduler, window, size - 1) if snapshots.turns else size - 1
+
+
+def _later(scheduler: Scheduler, window: int, size: int) -> int:
+    """0, unless no step may ever give a chunk so many tokens as ``window``: then ``size``."""
+    chunk = scheduler.scheduler_config.long_prefill_token_threshold
+    most = scheduler.max_num_scheduled_tokens - scheduler.max_num_running_reqs
+    return size if most < window or 0 < chunk < window else 0
 
 
 def free(release: Callable[[], None], manager: KVCacheManager, request: Request) -> None:
@@ -180,8 +197,11 @@ def _snapshot_of(
 def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> None:
     """Tell workers, in the data of requests that were just scheduled for the first time, where
     those that go on do so."""
-    planned = planned_managers(manager) if new_requests else ()
-    if not planned or not planned[0].snapshots.taken:
+    planned = planned_managers(manager)
+    if not planned:
+        return
+    planned[0].snapshots.turns = 0
+    if not planned[0].snapshots.taken:
         return
     for data in new_requests:
         continuation = planned[0].snapshots.hand_over(data.req_id, manager.block_pool)

@@ -107,9 +107,11 @@ class Snapshots:
 
     Attributes:
         taken: what requests go on from, by request, until they leave.
+        turns: of them those whose prompt ends in the step that is being scheduled.
     """
 
     def __init__(self) -> None:
+        self.turns = 0
         self._by_name: dict[BlockHash | str, list[Snapshot]] = {}
         self.taken: dict[str, Taken] = {}
 
