@@ -5,6 +5,7 @@ from itertools import zip_longest
 from vllm import LLM, SamplingParams
 
 _ROOM = 8  # prompts' worth of KV cache for each that comes after others, which must last till then
+_PLACES = 4  # in a batch, for each of them: as if it were alone, one that goes on may need three
 
 
 def answers(
@@ -35,8 +36,9 @@ def answers(
 
 def _at_once(llm: LLM, prompts: list[list[int]]) -> int:
     """How many prompts that come after others are asked together."""
-    cache = llm.llm_engine.engine_core.engine_core.vllm_config.cache_config
-    return max(cache.kv_cache_size_tokens // (_ROOM * max(map(len, prompts))), 1)
+    config = llm.llm_engine.engine_core.engine_core.vllm_config
+    room = config.cache_config.kv_cache_size_tokens // (_ROOM * max(map(len, prompts)))
+    return max(min(room, config.scheduler_config.max_num_seqs // _PLACES), 1)
 
 
 def _greedy(max_tokens: int) -> SamplingParams:

@@ -149,9 +149,12 @@ def as_if_alone(config: dict, options: dict) -> tuple[dict, dict]:
     """LazyLLM's configuration and vLLM's options with which each request of a batch may revive as
     much as it could alone, for which fewer run at once if need be."""
     fields = LazyLLMConfig(**config)
-    alone = min(fields.revive_budget, fields.revive_per_request, options["max_model_len"])
-    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(alone, 1)))
-    config = config | {"revive_budget": alone * at_once, "revive_per_request": max(alone, 1)}
+    of_turn = fields.revive_per_turn if fields.reuse == DEEP else 0
+    most = [min(fields.revive_budget, n) for n in (fields.revive_per_request, of_turn)]
+    alone, of_turn = (min(n, options["max_model_len"]) for n in most)
+    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(alone, of_turn, 1)))
+    config = config | {"revive_budget": max(alone, of_turn) * at_once}
+    config |= {"revive_per_request": max(alone, 1)}
     return config, options | {"max_num_seqs": at_once}
 
 

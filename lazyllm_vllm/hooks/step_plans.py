@@ -86,6 +86,8 @@ def planned_step(
         lengths = batch.num_scheduled_tokens[num_decodes:]
         prefills = Prefills.whole([int(n) for n in lengths], state.schedule.num_stages)
         selects = kind in (StepKind.CAPTURE_SELECTING, StepKind.WARM_UP)
+        if kind is StepKind.WARM_UP and num_decodes > 1:
+            turns = Turns.made_up(state.schedule.num_stages, batch)
     if kind.is_in_full_graph:
         num_decodes = batch.num_reqs_after_padding
     of_step = Batch(

@@ -5,8 +5,9 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
-# Requests and tokens of each step: a prompt alone, and one that joins a decode.
-_STEPS = ((1, 64), (2, 3))
+# Requests and tokens of each step: a prompt alone, one that joins a decode, and one that joins a
+# decode and a turn's last token.
+_STEPS = ((1, 64), (2, 3), (3, 4))
 
 
 @torch.inference_mode()

@@ -69,6 +69,16 @@ class Turns(NamedTuple):
     rows: torch.Tensor
     sampled: torch.Tensor
 
+    @classmethod
+    def made_up(cls, num_stages: int, batch) -> "Turns":
+        """One, the first of vLLM's ``InputBatch``, which revives nothing and which no prefill
+        sees."""
+        count, device = batch.num_reqs, batch.positions.device
+        tokens, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
+        no_prefills = np.zeros(0, bool), np.zeros((num_stages, 0), np.int32)
+        rows = torch.arange(batch.num_tokens, device=device)
+        return cls(tokens, revived, *no_prefills, np.arange(count), rows, rows[:count])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -170,7 +180,8 @@ class Step:
         part = copy(self)
         part.is_part = True
         part.rows = self.buffers.part_rows
-        part.num_decodes = part.num_turns = part.turn_quota = part.revive_rows = part.max_revived = 0
+        part.num_decodes = part.num_turns = 0
+        part.turn_quota = part.revive_rows = part.max_revived = 0
         part.revives = part.decodes_select = False
         part._place_prefills([span] * self.schedule.num_stages)
         return part

@@ -28,6 +28,7 @@ def inputs(w: World, strict: bool):
         rows.position[i] = w.prompts[i] + w.decoded[i] - 1
         for nth in range(revived[i] if w.stage else 0):
             rows.position[n + i * w.quota + nth] = w.present[i][nth]
+            rows.request[n + i * w.quota + nth] = i
             w.selected[i][w.present[i][nth]] = w.stage  # as a revived token always is
     q = w.rand(len(rows.position), w.kv_heads * w.group, w.head_dim)
     decodes = DecodeRows(rows, n, w.quota if w.stage else 0, strict)

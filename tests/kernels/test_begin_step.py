@@ -10,12 +10,14 @@ from lazyllm_vllm.kernels.selection import Rows
 
 @pytest.mark.parametrize("quota", (0, 1, 5))
 @pytest.mark.parametrize("always", (False, True))
-@pytest.mark.parametrize("num_decodes", (0, 4))
-def test_begin_step(quota, always, num_decodes, device):
-    """Requests that decode, one of them padding, then requests that are prefilled."""
+@pytest.mark.parametrize("num_decodes, num_turns", ((0, 0), (4, 0), (4, 1)))
+def test_begin_step(quota, always, num_decodes, num_turns, device):
+    """Requests that decode, one of them padding, or the last token of a turn, and requests that
+    are prefilled."""
     w = make_world(0, 1, quota=quota, device=device)
     n, stages = len(w.prompts), w.num_stages
-    revive_rows = num_decodes * quota + 1 if quota else 0
+    turns = num_turns, 7 * num_turns
+    revive_rows = num_decodes * quota + 1 + 7 * num_turns if quota else 0
     if num_decodes:
         positions = torch.tensor([p + d for p, d in zip(w.prompts, w.decoded)], device=device)
         segments = w.segments([], 0)
@@ -33,16 +35,17 @@ def test_begin_step(quota, always, num_decodes, device):
         counts.kept[index[3]] = w.prompts[3]  # kept whole
         counts.kept[index, 0] = s.num_prompt
         s.index[1] = -1
-        for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit):
+        s.turn_limit[1:, 0] = 6
+        for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit, s.first_row):
             poisoned.fill_(POISON)
         rows = Rows.make(stages, len(positions) + revive_rows, n, device)
         for name in Rows.__dataclass_fields__:
             getattr(rows, name).fill_(POISON)
-        run(s, rows, positions, segments, num_decodes, (0, 0), revive_rows, always)
+        run(s, rows, positions, segments, num_decodes, turns, revive_rows, always)
         rows.slot[:, 1] = 0  # padding has none
         results.append((s, rows))
     (s, rows), theirs = results
-    for name in ("num_prompt", "is_pruned", "active", "limit"):
+    for name in ("num_prompt", "is_pruned", "active", "limit", "first_row"):
         assert torch.equal(getattr(s, name), getattr(theirs[0], name)), name
     for name in Rows.__dataclass_fields__:
         assert torch.equal(getattr(rows, name), getattr(theirs[1], name)), name
@@ -55,6 +58,14 @@ def test_begin_step(quota, always, num_decodes, device):
         assert (rows.request[1:, n : n + revive_rows] == -1).all()
         assert (rows.source[1:, n : n + revive_rows] == -1).all()
         assert rows.source[2, :n].tolist() == list(range(n))
+        # What a turn revives takes the slots before its tokens, and the rows before the others'.
+        had = s.counts.prompt_keys[s.index.long()].T + w.ints(w.decoded)
+        assert torch.equal(rows.slot[1:, 0], had[1:, 0] + 6 * num_turns)
+        assert rows.slot[0, 0] == had[0, 0] and torch.equal(rows.slot[:, 2:n], had[:, 2:])
+        if quota:
+            first = 7 if num_turns else quota
+            assert s.first_row.tolist() == [n, *(n + first + i * quota for i in range(3))]
+            assert (s.limit[1:, 0] == 6).all() == bool(num_turns)
     else:
         assert (s.active == POISON).all(), "whether a prefill selects is said elsewhere"
         assert torch.equal(rows.position[0, : len(positions)], positions)

@@ -71,6 +71,53 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
         assert rows.num_revived.sum() > 0
 
 
+@pytest.mark.parametrize("seed, splits, ties", ((0, None, True), (1, None, False), (LONG, 2, True)))
+@pytest.mark.parametrize("stage", (1, 2))
+def test_a_turn_revives_as_many_as_it_is_told(seed, splits, ties, stage, device, few_splits):
+    """Of the tokens without keys the best, though they be not among the best of all or score too
+    little; in the slots left for them before those of the turn's tokens."""
+    if splits:
+        few_splits(splits)
+    w = make_world(seed, stage, quota=40, device=device)
+    w = w.with_ties() if ties else w
+    n, seen_by = len(w.prompts), 3
+    absent = [(w.level[i] == stage).nonzero()[:, 0] for i in range(n)]
+    limits = [min(len(of), 9 - i) for i, of in enumerate(absent)]
+    results = []
+    for run, rank_tokens in (
+        (select_decode_triton, rank_tokens_triton),
+        (select_decode_reference, rank_tokens_reference),
+    ):
+        s = w.selection([1] * n, room=40, least_revived=rank_of(0.9))
+        s.limit[:, :2] = w.ints(limits[:2])
+        s.turn_tokens[:2] = seen_by
+        rank_tokens(s, stage, range(n), 2, False, RULE)
+        rows = decode_rows(w)
+        rows.slot[:2] += w.ints(limits[:2])
+        rows.num_keys[:2] += w.ints(limits[:2])
+        had = rows.num_keys.clone()
+        run(s, stage, n, 2, rows, 2, False)
+        s.search.thresholds.zero_()
+        s.search.split_counts.zero_()
+        results.append((s, rows))
+    for mine, theirs in zip(*results):
+        same(mine, theirs)
+    s, rows = results[0]
+    assert rows.num_revived[:2].tolist() == limits[:2] and sum(limits[:2]) > 0
+    assert torch.equal(rows.num_keys[:2], had[:2])
+    for i in range(2):
+        mine = slice(n + i * 40, n + i * 40 + limits[i])
+        rank = s.state.rank[s.state.prompt_at(i, s.num_prompt)].cpu()
+        best = sorted(absent[i].tolist(), key=lambda p: (-int(rank[p]), p))[: limits[i]]
+        assert set(rows.position[mine].tolist()) == set(best)
+        first = int(rows.slot[i]) + 1 - seen_by - limits[i]
+        assert rows.slot[mine].tolist() == list(range(first, first + limits[i]))
+        place = s.state.place[s.state.prompt_at(i, s.num_prompt)].cpu()
+        if stage == 1:
+            at = [len(w.present[i]) + nth for nth in range(limits[i])]
+            assert place[rows.position[mine].cpu()].tolist() == at
+
+
 @pytest.mark.parametrize("seed, splits, least", ((0, None, 0.5), (0, None, 0.9), (LONG, 2, 0.99)))
 @pytest.mark.parametrize("stage", (1, 2))
 def test_what_scores_too_little_stays(seed, splits, least, stage, device, few_splits):

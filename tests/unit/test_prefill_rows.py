@@ -128,6 +128,7 @@ def prefills_of(chunks: list[tuple[Prompt, int]]) -> Prefills:
         end=ints(p.done + size for p, size in chunks),
         caught_up=ints(p.caught_up for p, _ in chunks),
         is_pruned=np.array([p.is_pruned for p, _ in chunks]),
+        sees_revived=np.zeros(len(chunks), bool),
         kept=ints(p.kept for p, _ in chunks).T,
         shift=ints(p.shift for p, _ in chunks).T,
         ran=ints(p.before for p, _ in chunks).T,

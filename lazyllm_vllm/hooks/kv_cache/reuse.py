@@ -90,8 +90,8 @@ def _go_on(
 
 
 def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) -> int:
-    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``. 0: it
-    waits for the next step, in which it comes before others.
+    """Tokens of a prefill's chunk, from position ``first`` on, if vLLM would give it ``size``.
+    0: it waits for a step that has more room.
 
     A request that goes on, if its last token is to select, takes up to three places in the batch
     (``hooks.turns``). Where not even one such request finds them, that token is left to a step of
@@ -103,8 +103,8 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
     if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
         return size
-    snapshots, window = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule.config
-    window = window.score_window
+    snapshots = planned[0].snapshots
+    window = planned[0].kv_cache_spec.needs.schedule.config.score_window
     if left := request.num_tokens - first - size:
         cut = size - max(window - left, 0)
         return cut if cut > 0 else _later(scheduler, window, size)
