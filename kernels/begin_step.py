@@ -110,9 +110,7 @@ def _begin_step_kernel(
     tl.store(active_ptr + batch, any_active)
 
 
-def begin_step_triton(
-    s, rows, positions, segments, num_decodes, turns, revive_rows, marks_always
-):
+def begin_step_triton(s, rows, positions, segments, num_decodes, turns, revive_rows, marks_always):
     num_turns, turn_quota = turns
     block, splits = 1024, 1
     if segments.count:
