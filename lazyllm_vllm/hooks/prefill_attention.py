@@ -63,6 +63,10 @@ class PrefillAttention:
         if segments.base:
             query, key, value, output = (x[segments.base :] for x in (query, key, value, output))
         window_rows = step.window_rows(stage, len(buffers.lse)) if scores else None
+        if step.kind is StepKind.WARM_UP:
+            self._run_on(query, output, keys, step, window_rows)
+            if query.is_cuda and keys.kv_cache.dtype != FP8:
+                self._paged(query, output, keys, step, window_rows)
         if step.continues(stage):
             lse = self._run_on(query, output, keys, step, window_rows)
         elif self.form.window is not None and (stage > 0 or not query.is_cuda):

@@ -9,7 +9,9 @@ from itertools import accumulate
 
 from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
 from lazyllm_vllm.plan.request_plan import RequestPlan
-from lazyllm_vllm.plan.request_setting import DEFAULT, OFF, RequestSetting
+from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
+
+_TURNS = 4  # for which every prompt has room, where turns go on from each other
 
 
 @cache
@@ -164,8 +166,19 @@ class Schedule:
             keeps = self._keeps(setting)
             kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in keeps)
         reserve = config.revive_reserve if self.has_aux and setting.revive else 0
-        capacity = tuple(k + ceil_share(reserve, num_prompt - k) for k in kept)
+        least = _TURNS * self.turn_quota(1) if reserve and config.reuse == DEEP else 0
+
+        def room(dropped: int) -> int:
+            return max(ceil_share(reserve, dropped), min(least, dropped))
+
+        capacity = tuple(k + room(num_prompt - k) for k in kept)
         return RequestPlan(num_prompt, kept, capacity)
+
+    def has_room(self, plan: RequestPlan, num_turns: int) -> bool:
+        """Whether a prompt after which so many turns went on from each other has room for all that
+        one more may bring back. Where nothing is ever brought back it needs none."""
+        rooms = [most - k for most, k in zip(plan.capacity, plan.kept) if k < plan.num_prompt]
+        return not any(rooms) or (num_turns + 1) * self.turn_quota(1) <= min(rooms)
 
     def goes_on_sooner(self, num_run: int, plan: RequestPlan) -> bool:
         """Whether a prompt of which ``num_run`` tokens have run in all stages takes fewer

@@ -145,6 +145,18 @@ def test_turns_run_side_by_side_if_there_are_places(engine):
         assert results[16][what][1:3] == results[7][what][1:3], what
 
 
+def test_a_turn_without_room_is_pruned_anew(engine):
+    """A prompt has room for what four turns bring back. The fifth that goes on from the others finds
+    none, and begins again with room for four more."""
+    engine.fresh()
+    prompt, went_on = list(DOCUMENTS[0]), []
+    for _ in range(7):
+        result = engine.generate([prompt], 2)
+        went_on.append(goes_on(result))
+        prompt = prompt + result["tokens"][0] + QUESTIONS[1]
+    assert went_on == [False, True, True, True, True, False, True]
+
+
 def test_a_step_too_many_is_no_loss(engine):
     """vLLM learns that an answer ended when the next step is on its way, in which its last token
     runs and revives. The next turn is that of an answer that was asked to be one token longer."""

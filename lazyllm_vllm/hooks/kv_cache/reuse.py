@@ -17,6 +17,7 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
 from lazyllm_vllm.hooks.turns import PLACES
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
+from lazyllm_vllm.plan.schedule import Schedule
 
 CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
 
@@ -43,15 +44,22 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     if snapshot is None and reuse == DEEP:
         wanted = replace(setting, reuse=None)
         snapshot = snapshots.find(request, planned[0].block_size, wanted)
-        if snapshot is None or not schedule.goes_on_sooner(
-            snapshot.num_tokens, schedule.plan(request.num_tokens, setting)
-        ):
+        if snapshot is None or not _pays(schedule, snapshot, request, setting):
             return found
         # What others read now, more will want to go on from.
         ways = (False,) if snapshot.is_read else (False, True)
     if snapshot is None:
         return found
     return _go_on(manager, request, snapshot, found, ways) or found
+
+
+def _pays(
+    schedule: Schedule, snapshot: Snapshot, request: Request, setting: RequestSetting
+) -> bool:
+    """Whether a request goes on from a snapshot, rather than being pruned anew."""
+    anew = schedule.plan(request.num_tokens, setting)
+    has_room = schedule.has_room(snapshot.plan, snapshot.turns)
+    return has_room and schedule.goes_on_sooner(snapshot.num_tokens, anew)
 
 
 def _go_on(
@@ -187,6 +195,8 @@ def _snapshot_of(
         plan=plan,
         setting=replace(setting, reuse=None),
         num_tokens=num_tokens,
+        # One that was preempted goes on with its own turn.
+        turns=taken.snapshot.turns + (taken.snapshot.name != request.request_id) if taken else 0,
         tail=request.all_token_ids[full_blocks * first.block_size : num_tokens],
         full=(*shared, full) if full.blocks else shared,
         rest=rest,

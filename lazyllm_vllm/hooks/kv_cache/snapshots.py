@@ -48,6 +48,7 @@ class Snapshot:
         was preempted its id.
     plan: of the prompt that was pruned; setting: what its request had set.
     num_tokens: the prompt and what came after it.
+    turns: how many requests have gone on from each other since that prompt.
     tail: the tokens behind the last full block.
     full: blocks that nobody writes any more, in order of their slots.
     rest: the others, behind them.
@@ -58,6 +59,7 @@ class Snapshot:
     plan: RequestPlan
     setting: RequestSetting
     num_tokens: int
+    turns: int
     tail: list[int]
     full: tuple[BlockSet, ...]
     rest: BlockSet

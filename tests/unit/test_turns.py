@@ -1,0 +1,140 @@
+"""Turns: their places in a batch, and how much they may revive."""
+
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lazyllm_vllm.hooks.kv_cache.reuse import _later
+from lazyllm_vllm.hooks.turns import Turn, split
+from lazyllm_vllm.plan.config import parse_config
+from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
+from lazyllm_vllm.plan.request_setting import RequestSetting
+from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.runtime.snapshots import Continuations
+
+# Of each request the tokens of its prompt, those computed before, and those of this step.
+REQUESTS = {
+    "decode": (50, 60, 1),
+    "long turn": (200, 160, 40),
+    "prompt": (90, 0, 30),
+    "short turn": (130, 125, 5),
+    "goes on after preemption": (140, 128, 12),
+}
+WINDOW = 16
+
+
+def vllms_batch():
+    """What is read of vLLM's ``InputBatch``."""
+    prompt, computed, scheduled = np.array(list(REQUESTS.values()), np.int32).T
+    positions = np.concatenate([np.arange(c, c + n) for c, n in zip(computed, scheduled)])
+    fields = {
+        "req_ids": list(REQUESTS),
+        "num_reqs": len(REQUESTS),
+        "num_reqs_after_padding": len(REQUESTS),
+        "idx_mapping": torch.arange(10, 10 + len(REQUESTS)),
+        "idx_mapping_np": np.arange(10, 10 + len(REQUESTS)),
+        "num_scheduled_tokens": scheduled,
+        "num_computed_prefill_tokens_np": computed,
+        "prefill_len_np": prompt,
+        "is_prefilling_np": computed < prompt,
+        "positions": torch.from_numpy(positions),
+        "query_start_loc_np": np.concatenate([[0], np.cumsum(scheduled)]),
+    }
+    return make_dataclass("Batch", fields)(**fields)
+
+
+def test_a_turn_has_its_places():
+    """Its last token among the decodes, the tokens that see what it revives in a prefill of their
+    own, and those before in another; vLLM's rows and requests are found again."""
+    batch = vllms_batch()
+    turns = [
+        Turn(1, 200 - WINDOW, 199, [0, 7, 5]),
+        Turn(3, 125, 129, [0, 7, 0]),
+        Turn(4, 139, 139, [0, 7, 7]),
+    ]
+    tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long() for _ in range(2)]
+    again, found = split(batch, 1, turns, tables)
+    expected = [  # who, first position, tokens
+        ("long turn", 199, 1),
+        ("short turn", 129, 1),
+        ("decode", 60, 1),
+        ("goes on after preemption", 139, 1),
+        ("long turn", 160, 24),
+        ("long turn", 184, 15),
+        ("prompt", 0, 30),
+        ("short turn", 125, 4),
+        ("goes on after preemption", 128, 11),
+    ]
+    firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
+    assert list(zip(again.req_ids, firsts.tolist(), counts.tolist())) == expected
+    assert again.positions.tolist() == [
+        position for _, first, count in expected for position in range(first, first + count)
+    ]
+    assert torch.equal(batch.positions[found.rows], again.positions)
+    assert sorted(found.rows.tolist()) == list(range(int(batch.num_scheduled_tokens.sum())))
+    assert again.is_prefilling_np.tolist() == [False] * 4 + [True] * 5
+    assert [batch.req_ids[i] for i in found.requests] == again.req_ids
+    assert [again.req_ids[i] for i in found.sampled.tolist()] == batch.req_ids
+    assert [expected[i][1:] for i in found.sampled.tolist()] == [
+        (60, 1), (199, 1), (0, 30), (129, 1), (139, 1)
+    ]  # fmt: skip
+    for table in tables:
+        assert table[: len(expected), 0].tolist() == found.requests.tolist()
+    assert found.tokens.tolist() == [16, 5]
+    assert found.revived.tolist() == [[0, 0], [7, 7], [5, 0]]
+    assert found.sees.tolist() == [False, True, False, True, False]
+    assert found.seen.T.tolist() == [[0] * 3, [0, 7, 5], [0] * 3, [0, 7, 0], [0] * 3]
+
+
+def test_what_a_turn_revives():
+    """As many as it is to, but for the room there is and what was dropped before the stage; of a
+    later stage also what it brings back into the one before."""
+    plan = RequestPlan(100, (100, 50, 20), (100, 55, 60))
+    row = SimpleNamespace(plan=plan, prompt_keys=(100, 51, 49), num_prompt=100)
+    continuations = Continuations(3)
+    continuations._rows[7] = row
+    continuations.begin("r", Continuation(num_tokens=120, prompt_block=7, copies=[]))
+    assert continuations.revivable("r", plan, 64) == [0, 4, 6]
+    assert continuations.revivable("r", plan, 3) == [0, 3, 3]
+    assert continuations.revivable("r", plan, 0) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "budget, running, chunk, waits",
+    ((64, 8, 0, True), (23, 8, 0, False), (64, 8, 15, False), (64, 8, 16, True)),
+)
+def test_who_waits_for_room_is_sure_to_get_it(budget, running, chunk, waits):
+    """A chunk that would part the tokens that see what is revived waits, but only where a step can
+    ever have as many."""
+    scheduler = SimpleNamespace(
+        scheduler_config=SimpleNamespace(long_prefill_token_threshold=chunk),
+        max_num_scheduled_tokens=budget,
+        max_num_running_reqs=running,
+    )
+    assert _later(scheduler, WINDOW, 5) == (0 if waits else 5)
+
+
+def test_a_prompt_has_room_for_four_turns():
+    """256 tokens in every stage that drops so many, where a tenth of the dropped is less."""
+    short, long = 1024, 32768
+    kept = {short: (1024, 512, 205), long: (32768, 16384, 6554)}  # a half, a fifth
+    tenth = {short: (52, 82), long: (1639, 2622)}
+    room = {short: (256, 256), long: (1639, 2622)}
+    turns = {short: 4, long: 25}
+    cuts = [{"layer": 16, "keep": 0.5}, {"layer": 22, "keep": 0.2}]
+    deep, exact = (
+        Schedule.build(parse_config({"prune": cuts, "reuse": reuse}), 32)
+        for reuse in ("deep", "exact")
+    )
+    for n in (short, long):
+        plan = deep.plan(n)
+        assert plan.kept == kept[n]
+        assert [most - k for most, k in zip(plan.capacity, plan.kept)] == [0, *room[n]]
+        others = exact.plan(n)
+        assert [most - k for most, k in zip(others.capacity, others.kept)] == [0, *tenth[n]]
+        assert deep.has_room(plan, turns[n] - 1) and not deep.has_room(plan, turns[n])
+    never = deep.plan(short, RequestSetting(revive=False))
+    assert never.capacity == never.kept and deep.has_room(never, 1000)
