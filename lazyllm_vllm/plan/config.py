@@ -117,7 +117,7 @@ class LazyLLMConfig(BaseModel):
     decode: Literal["resident", "strict"] = "resident"
     revive_budget: int = Field(default=64, ge=0)
     revive_per_request: int = Field(default=15, ge=1)
-    revive_per_turn: int = Field(default=64, ge=1)
+    revive_per_turn: int = Field(default=32, ge=1)
     revive_min_score: float = Field(default=0.15, ge=0, le=1)
     revive_reserve: float = Field(default=0.1, ge=0, le=1)
     reuse: Literal["off", "exact", "deep"] = "exact"

@@ -11,7 +11,7 @@ from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
-_TURNS = 4  # for which every prompt has room, where turns go on from each other
+_TURNS = 8  # for which every prompt has room, where turns go on from each other
 
 
 @cache

@@ -146,15 +146,15 @@ def test_turns_run_side_by_side_if_there_are_places(engine):
 
 
 def test_a_turn_without_room_is_pruned_anew(engine):
-    """A prompt has room for what four turns bring back. The fifth that goes on from the others finds
-    none, and begins again with room for four more."""
+    """A prompt has room for what eight turns bring back. The ninth that goes on from them finds
+    none, and begins again with room for eight more."""
     engine.fresh()
     prompt, went_on = list(DOCUMENTS[0]), []
-    for _ in range(7):
+    for _ in range(11):
         result = engine.generate([prompt], 2)
         went_on.append(goes_on(result))
         prompt = prompt + result["tokens"][0] + QUESTIONS[1]
-    assert went_on == [False, True, True, True, True, False, True]
+    assert went_on == [False, *[True] * 8, False, True]
 
 
 def test_a_step_too_many_is_no_loss(engine):

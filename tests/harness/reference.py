@@ -144,7 +144,7 @@ class ReferenceSequence:
         self.kept_count = [n] + [max(_ceil_share(b.keep, n), self.least) for b in boundaries]
         if n < config.min_prompt_tokens:
             self.kept_count = [n] * self.num_stages
-        least = 4 * min(config.revive_per_turn, config.revive_budget)
+        least = 8 * min(config.revive_per_turn, config.revive_budget)
         least = least if config.reuse == "deep" and config.revive_reserve else 0
         rooms = [(n - k, _ceil_share(config.revive_reserve, n - k)) for k in self.kept_count]
         self.room = [n - drop + max(share, min(least, drop)) for drop, share in rooms]

@@ -117,13 +117,13 @@ def test_who_waits_for_room_is_sure_to_get_it(budget, running, chunk, waits):
     assert _later(scheduler, WINDOW, 5) == (0 if waits else 5)
 
 
-def test_a_prompt_has_room_for_four_turns():
+def test_a_prompt_has_room_for_eight_turns():
     """256 tokens in every stage that drops so many, where a tenth of the dropped is less."""
     short, long = 1024, 32768
     kept = {short: (1024, 512, 205), long: (32768, 16384, 6554)}  # a half, a fifth
     tenth = {short: (52, 82), long: (1639, 2622)}
     room = {short: (256, 256), long: (1639, 2622)}
-    turns = {short: 4, long: 25}
+    turns = {short: 8, long: 51}
     cuts = [{"layer": 16, "keep": 0.5}, {"layer": 22, "keep": 0.2}]
     deep, exact = (
         Schedule.build(parse_config({"prune": cuts, "reuse": reuse}), 32)
