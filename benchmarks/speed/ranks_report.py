@@ -34,7 +34,7 @@ def section(rows: list[Row]) -> str:
             f"What the ranks do together, in ms on the first, waiting for the others included: in "
             f"a prefill of {ROOM:,} tokens and in a decode step after {DECODED:,}; and the part "
             "that reduces scores. Stock vLLM → LazyLLM.",
-            table(tuple(costs), [_costs(rows, *key) for key in in_order]),
+            table(tuple(costs), [line for key in in_order if (line := _costs(rows, *key))]),
         )
     )
 
@@ -62,9 +62,9 @@ def _cell(rows: list[Row], benchmark: str, digits: int | None = None, **fields) 
 
 
 def _costs(rows: list[Row], shape: str, engine: str) -> tuple[str, ...]:
-    found = pick(rows, COLLECTIVES, shape=shape, engine=engine)
-    if not found:
-        return shape, engine, *[MISSING] * 4
+    """A line, or nothing where it was not measured."""
+    if not (found := pick(rows, COLLECTIVES, shape=shape, engine=engine)):
+        return ()
     (row,) = found
     mine, stock = row.details, stock_row(rows, row)
     return (

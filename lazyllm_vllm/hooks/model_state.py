@@ -21,7 +21,7 @@ from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
 from lazyllm_vllm.hooks.kv_cache.spread import LEGS
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
-from lazyllm_vllm.hooks.turns import Turn, split
+from lazyllm_vllm.hooks.turns import split, turns_of
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
@@ -34,7 +34,8 @@ from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
 from lazyllm_vllm.runtime.state_parts import StateParts
-from lazyllm_vllm.runtime.step import Step, StepKind, Turns
+from lazyllm_vllm.runtime.step import Step, StepKind
+from lazyllm_vllm.runtime.turns import Turns
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.
 VLLM_WARMUP = ("_warmup_", "_v2_mixed_warmup_")
@@ -244,7 +245,7 @@ class LazyModelState(DefaultModelState):
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
         is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
         turns = None
-        if kind is StepKind.RUN and (some := self._turns(input_batch, num_decodes)):
+        if kind is StepKind.RUN and (some := turns_of(self, input_batch, num_decodes)):
             input_batch, turns = split(input_batch, num_decodes, some, self.block_tables)
             num_decodes, slot_mappings = num_decodes + len(some), slot_mappings[:, turns.rows]
         if num_decodes or not is_plain:
@@ -259,27 +260,6 @@ class LazyModelState(DefaultModelState):
         if is_plain:
             return self._metadata(step_plans.plain_step(self, *given))
         return self._metadata(step_plans.planned_step(self, kind, *given, turns))
-
-    def _turns(self, batch: InputBatch, num_decodes: int) -> list[Turn]:
-        """Of a batch's requests those that go on with a chunk that ends their prompt, and whose
-        last token is to select; those of which that token is a decode like others come last."""
-        first, end, turns = batch.num_computed_prefill_tokens_np, batch.prefill_len_np, []
-        ends = (first + batch.num_scheduled_tokens == end) & (batch.num_scheduled_tokens > 1)
-        window = self.schedule.config.score_window
-        for i, req_id in enumerate(batch.req_ids[num_decodes:], num_decodes):
-            if req_id not in self.continuations or not ends[i]:
-                continue
-            if self.schedule.selects(self.plans[req_id]):
-                seeing = max(int(first[i]), self.caught_up[req_id], int(end[i]) - window)
-                turns.append(Turn(i, seeing, int(end[i]) - 1, []))
-        turns.sort(key=lambda turn: turn.is_decode)
-        count = sum(not turn.is_decode for turn in turns)
-        most = self.schedule.turn_quota(count) if count else 0
-        for at, turn in enumerate(turns):
-            req_id = batch.req_ids[turn.request]
-            revived = self.continuations.revivable(req_id, self.plans[req_id], most)
-            turns[at] = turn._replace(revived=revived)
-        return turns
 
     def _fill_batch(
         self, kind: StepKind, input_batch: InputBatch, num_decodes: int, turns: Turns | None

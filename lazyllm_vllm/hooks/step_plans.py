@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind, Turns
+from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState

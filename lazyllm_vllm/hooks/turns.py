@@ -9,7 +9,7 @@ all that has not run behind stage 0, as after preemption, it is a decode like an
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from lazyllm_vllm.runtime.step import Turns
+from lazyllm_vllm.runtime.turns import Turns
+
+if TYPE_CHECKING:
+    from lazyllm_vllm.hooks.model_state import LazyModelState
 
 PLACES = 3  # of a turn in a batch, at most
 
@@ -45,6 +48,27 @@ class _Member(NamedTuple):
     request: int
     first: int
     count: int
+
+
+def turns_of(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> list[Turn]:
+    """Of a batch's requests those that go on with a chunk that ends their prompt, and whose last
+    token is to select; those of which that token is a decode like others come last."""
+    first, end, turns = batch.num_computed_prefill_tokens_np, batch.prefill_len_np, []
+    ends = (first + batch.num_scheduled_tokens == end) & (batch.num_scheduled_tokens > 1)
+    schedule, plans = state.schedule, state.plans
+    for i, req_id in enumerate(batch.req_ids[num_decodes:], num_decodes):
+        if req_id in state.continuations and ends[i] and schedule.selects(plans[req_id]):
+            window_first = int(end[i]) - schedule.config.score_window
+            seeing = max(int(first[i]), state.caught_up[req_id], window_first)
+            turns.append(Turn(i, seeing, int(end[i]) - 1, []))
+    turns.sort(key=lambda turn: turn.is_decode)
+    count = sum(not turn.is_decode for turn in turns)
+    most = schedule.turn_quota(count) if count else 0
+    for at, turn in enumerate(turns):
+        req_id = batch.req_ids[turn.request]
+        revived = state.continuations.revivable(req_id, plans[req_id], most)
+        turns[at] = turn._replace(revived=revived)
+    return turns
 
 
 def split(

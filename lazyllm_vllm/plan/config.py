@@ -82,9 +82,9 @@ class LazyLLMConfig(BaseModel):
             the Aux Cache, shared equally by the requests decoding. 0: no Aux Cache. In a mixture of
             experts 0 unless it is set.
         revive_per_request: most of them that one request may use.
-        revive_per_turn: of the same, how many the last token of a request that goes on from what an
-            earlier one left (``reuse: deep``) brings back, for itself and for the tokens before it.
-            Beside it other requests revive nothing.
+        revive_per_turn: how many tokens a request that goes on from what an earlier one left
+            (``reuse: deep``) brings back at each boundary as it begins, for its last
+            ``score_window`` tokens. Those that begin in one step share ``revive_budget`` equally.
         revive_min_score: least score with which a token is revived, its neighbours' counted as
             ``score_pool`` says: a share of one head's attention. With ``mean`` 0 unless it is set.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.

@@ -9,7 +9,6 @@ that run before the others (``prefill_rows``) make a step of their own, a part o
 from copy import copy
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills, RowPlan, Span
+from lazyllm_vllm.runtime.turns import Turns
 
 
 class StepKind(Enum):
@@ -44,40 +44,6 @@ class StepKind(Enum):
     def is_recorded(self) -> bool:
         """Whether a CUDA graph records the step, or is readied for it."""
         return self in (StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.DUMMY)
-
-
-class Turns(NamedTuple):
-    """Requests that go on from what others left, and whose prompt ends in this step; see
-    ``hooks.turns``.
-
-    Attributes:
-        tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
-        revived: ``[stages, turns]`` int32, tokens that it revives.
-        sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
-        seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
-        requests: ``[requests of the batch]`` int64, which of vLLM's each is: some come twice or
-            three times.
-        rows: ``[rows]`` int64, which of vLLM's each row of the batch is.
-        sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.
-    """
-
-    tokens: np.ndarray
-    revived: np.ndarray
-    sees: np.ndarray
-    seen: np.ndarray
-    requests: np.ndarray
-    rows: torch.Tensor
-    sampled: torch.Tensor
-
-    @classmethod
-    def made_up(cls, num_stages: int, batch) -> "Turns":
-        """One, the first of vLLM's ``InputBatch``, which revives nothing and which no prefill
-        sees."""
-        count, device = batch.num_reqs, batch.positions.device
-        tokens, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
-        no_prefills = np.zeros(0, bool), np.zeros((num_stages, 0), np.int32)
-        rows = torch.arange(batch.num_tokens, device=device)
-        return cls(tokens, revived, *no_prefills, np.arange(count), rows, rows[:count])
 
 
 @dataclass(frozen=True)

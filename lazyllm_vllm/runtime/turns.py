@@ -1,0 +1,39 @@
+"""What a step's plan knows of its turns; see ``hooks.turns``."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Turns(NamedTuple):
+    """Requests that go on from what others left, and whose prompt ends in this step.
+
+    Attributes:
+        tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
+        revived: ``[stages, turns]`` int32, tokens that it revives.
+        sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
+        seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
+        requests: ``[requests of the batch]`` int64, which of vLLM's each is: some come twice or
+            three times.
+        rows: ``[rows]`` int64, which of vLLM's each row of the batch is.
+        sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.
+    """
+
+    tokens: np.ndarray
+    revived: np.ndarray
+    sees: np.ndarray
+    seen: np.ndarray
+    requests: np.ndarray
+    rows: torch.Tensor
+    sampled: torch.Tensor
+
+    @classmethod
+    def made_up(cls, num_stages: int, batch) -> "Turns":
+        """One, the first of vLLM's ``InputBatch``, which revives nothing and which no prefill
+        sees."""
+        count, device = batch.num_reqs, batch.positions.device
+        tokens, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
+        no_prefills = np.zeros(0, bool), np.zeros((num_stages, 0), np.int32)
+        rows = torch.arange(batch.num_tokens, device=device)
+        return cls(tokens, revived, *no_prefills, np.arange(count), rows, rows[:count])
