@@ -177,8 +177,10 @@ class Schedule:
     def has_room(self, plan: RequestPlan, num_turns: int) -> bool:
         """Whether a prompt after which so many turns went on from each other has room for all that
         one more may bring back. Where nothing is ever brought back it needs none."""
-        rooms = [most - k for most, k in zip(plan.capacity, plan.kept) if k < plan.num_prompt]
-        return not any(rooms) or (num_turns + 1) * self.turn_quota(1) <= min(rooms)
+        rooms = [(most - k, plan.num_prompt - k) for most, k in zip(plan.capacity, plan.kept)]
+        needed = (num_turns + 1) * self.turn_quota(1)
+        has_none = not any(room for room, _ in rooms)
+        return has_none or all(min(needed, dropped) <= room for room, dropped in rooms)
 
     def goes_on_sooner(self, num_run: int, plan: RequestPlan) -> bool:
         """Whether a prompt of which ``num_run`` tokens have run in all stages takes fewer

@@ -18,7 +18,8 @@ NEW_TOKENS = 8
 QUOTA = 8
 CONFIG = {"min_prompt_tokens": 256, "first_tokens": 4, "last_tokens": 32}
 # However many decode, as prompts are done: each may revive as many as QUOTA.
-CONFIG |= {"revive_per_request": QUOTA, "revive_min_score": 0, "reuse": "deep"}
+CONFIG |= {"revive_per_request": QUOTA, "revive_min_score": 0}
+CONFIG |= {"revive_per_turn": QUOTA, "reuse": "deep"}
 # The first two prompts come whole, the others in chunks.
 OPTIONS = {"skip_tokenizer_init": True, "max_num_batched_tokens": 512}
 

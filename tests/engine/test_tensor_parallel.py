@@ -19,6 +19,7 @@ CONFIG = {
     "first_tokens": 4,
     "last_tokens": 32,
     "revive_per_request": QUOTA,
+    "revive_per_turn": QUOTA,
     "revive_min_score": 0,
     "reuse": "deep",
 }

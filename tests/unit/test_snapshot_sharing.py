@@ -19,7 +19,7 @@ from lazyllm_vllm.plan.schedule import Schedule
 LONGEST = 300
 CUTS = [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}]
 FIELDS = {"prune": CUTS, "min_prompt_tokens": 60, "last_tokens": 8, "score_window": 8}
-CONFIG = LazyLLMConfig(**FIELDS, reuse="deep")
+CONFIG = LazyLLMConfig(**FIELDS, revive_per_turn=1, reuse="deep")
 NEEDS = needs_of(Schedule.build(CONFIG, 6))
 DOCUMENT = list(range(1000, 1160))
 # Of its 160 tokens stage 1 keeps 80 and stage 2 keeps 40: five blocks that are full, and two.

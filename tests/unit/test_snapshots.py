@@ -21,7 +21,12 @@ from lazyllm_vllm.plan.schedule import Schedule
 LONGEST = 300
 CUTS = [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}]
 CONFIG = LazyLLMConfig(
-    prune=CUTS, min_prompt_tokens=60, last_tokens=8, score_window=8, reuse="deep"
+    prune=CUTS,
+    min_prompt_tokens=60,
+    last_tokens=8,
+    score_window=8,
+    revive_per_turn=1,
+    reuse="deep",
 )
 NEEDS = needs_of(Schedule.build(CONFIG, 6))
 DOCUMENTS = [[1000 * which + i for i in range(LONGEST)] for which in (1, 2)]
@@ -223,7 +228,7 @@ def test_nobody_takes_what_another_took_over():
 
 
 def test_who_goes_on():
-    """100 tokens and one more, of which stages 1 and 2 have room for 55 and 33, and one more, in
+    """100 tokens and one more, of which stages 1 and 2 have room for 58 and 33, and one more, in
     blocks of 16. Whoever begins with all of them and has up to 60 tokens more goes on: these take
     240 pairs in the four layers behind stage 0, and a prompt of 161 tokens, of which 81 and 41 are
     kept, 244. With 61 more it is 244 both."""

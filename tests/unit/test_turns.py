@@ -136,5 +136,8 @@ def test_a_prompt_has_room_for_eight_turns():
         others = exact.plan(n)
         assert [most - k for most, k in zip(others.capacity, others.kept)] == [0, *tenth[n]]
         assert deep.has_room(plan, turns[n] - 1) and not deep.has_room(plan, turns[n])
+    little = deep.plan(1024, RequestSetting(keep=4.9))  # all, and 0.98: 20 are dropped
+    assert little.kept == (1024, 1024, 1004) and little.capacity == (1024, 1024, 1024)
+    assert deep.has_room(little, 1000), "where all may come back none is missed"
     never = deep.plan(short, RequestSetting(revive=False))
     assert never.capacity == never.kept and deep.has_room(never, 1000)
