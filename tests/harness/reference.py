@@ -236,7 +236,9 @@ class ReferenceSequence:
             hidden = self._exchange(s, hidden, rows, [*revived, *current])
             rows = [*revived, *current]
             seen = is_selected if strict else None
-            if carry and s == self.num_stages - 1:
+            if is_turn and strict:
+                hidden, of_stage = self._run_strict_turn(s, hidden, rows, len(current), seen)
+            elif carry and s == self.num_stages - 1:
                 hidden, of_stage = self._run_stage(s, hidden, rows, 1, seen, score, every=3)
             elif is_turn and is_peak:
                 hidden, of_stage = self._run_stage(s, hidden, rows, window, seen, score)
@@ -251,6 +253,20 @@ class ReferenceSequence:
         self.score = score
         self._check_invariants()
         return self.decoder.logits(hidden[-1])
+
+    def _run_strict_turn(
+        self, s: int, hidden: Tensor, rows: list[int], count: int, is_selected: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``_run_stage`` where ``decode`` is ``strict`` and ``count`` of the rows are a turn's: its
+        last token and what comes back attend to the selection, the tokens between to all keys."""
+        assert self.config.score == "mean", "the last token alone scores"
+        bounds, outs = [0, len(rows) - count, len(rows) - 1, len(rows)], []
+        for nth, (first, end) in enumerate(zip(bounds, bounds[1:])):
+            seen = None if nth == 1 else is_selected
+            if first < end:
+                out, score = self._run_stage(s, hidden[first:end], rows[first:end], 1, seen)
+                outs.append(out)
+        return torch.cat(outs), score
 
     @torch.inference_mode()
     def go_on(self, tokens: list[int]) -> Tensor:
