@@ -150,11 +150,11 @@ def as_if_alone(config: dict, options: dict) -> tuple[dict, dict]:
     much as it could alone, for which fewer run at once if need be."""
     fields = LazyLLMConfig(**config)
     of_turn = fields.revive_per_turn if fields.reuse == DEEP else 0
-    most = [min(fields.revive_budget, n) for n in (fields.revive_per_request, of_turn)]
-    alone, of_turn = (min(n, options["max_model_len"]) for n in most)
-    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(alone, of_turn, 1)))
-    config = config | {"revive_budget": max(alone, of_turn) * at_once}
-    config |= {"revive_per_request": max(alone, 1)}
+    at_most = min(fields.revive_budget, options["max_model_len"])
+    alone = min(at_most, fields.revive_per_request)
+    rows = max(alone, min(at_most, of_turn))
+    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(rows, 1)))
+    config = config | {"revive_budget": rows * at_once, "revive_per_request": max(alone, 1)}
     return config, options | {"max_num_seqs": at_once}
 
 

@@ -11,7 +11,7 @@ from lazyllm_vllm.kernels.rank import (
     rank_tokens_triton,
 )
 from lazyllm_vllm.kernels.select_decode import select_decode_reference, select_decode_triton
-from lazyllm_vllm.kernels.selection import Rows
+from lazyllm_vllm.kernels.selection import Rows, Selection
 
 RULE = RankRule(1, 1, first_tokens=1, last_tokens=2)
 
@@ -27,6 +27,29 @@ def decode_rows(w: World) -> Rows:
     return rows
 
 
+def select(begin, stage: int, num_turns: int = 0, strict: bool = False) -> tuple[Selection, Rows]:
+    """What the kernels make of a selection and its rows, which is what the references make of them.
+
+    Args:
+        begin: makes both, the same at every call.
+    """
+    results = []
+    for run, rank_tokens in (
+        (select_decode_triton, rank_tokens_triton),
+        (select_decode_reference, rank_tokens_reference),
+    ):
+        s, rows = begin()
+        n = len(s.index)
+        rank_tokens(s, stage, range(n), 2, strict, RULE)
+        run(s, stage, n, num_turns, rows, 2, strict)
+        s.search.thresholds.zero_()
+        s.search.split_counts.zero_()
+        results.append((s, rows))
+    for mine, theirs in zip(*results):
+        same(mine, theirs)
+    return results[0]
+
+
 @pytest.mark.parametrize("seed, splits", ((0, None), (1, None), (LONG, 2)))
 @pytest.mark.parametrize("stage", (1, 2))
 @pytest.mark.parametrize("strict", (False, True))
@@ -38,24 +61,15 @@ def test_decode_selection(seed, splits, stage, strict, quota, ties, device, few_
     w = w.with_ties() if ties else w
     n = len(w.prompts)
     kept = [*kept_share(w, 0.6)[:3], w.prompts[3]]  # the last is not pruned
-    results = []
-    for run, rank_tokens in (
-        (select_decode_triton, rank_tokens_triton),
-        (select_decode_reference, rank_tokens_reference),
-    ):
+
+    def begin():
         s = w.selection(kept, room=6)
         s.active[:, 1] = 0
         if not strict:
             s.active[:] *= s.limit > 0
-        rank_tokens(s, stage, range(n), 2, strict, RULE)
-        rows = decode_rows(w)
-        run(s, stage, n, 0, rows, 2, strict)
-        s.search.thresholds.zero_()
-        s.search.split_counts.zero_()
-        results.append((s, rows))
-    for mine, theirs in zip(*results):
-        same(mine, theirs)
-    s, rows = results[0]
+        return s, decode_rows(w)
+
+    s, rows = select(begin, stage, strict=strict)
     assert (rows.num_revived <= min(quota, 6)).all() and rows.num_revived[[1, 3]].sum() == 0
     for i in (0, 2):
         first = n + i * quota
@@ -83,28 +97,19 @@ def test_a_turn_revives_as_many_as_it_is_told(seed, splits, ties, stage, device,
     n, seen_by = len(w.prompts), 3
     absent = [(w.level[i] == stage).nonzero()[:, 0] for i in range(n)]
     limits = [min(len(of), 9 - i) for i, of in enumerate(absent)]
-    results = []
-    for run, rank_tokens in (
-        (select_decode_triton, rank_tokens_triton),
-        (select_decode_reference, rank_tokens_reference),
-    ):
+
+    def begin():
         s = w.selection([1] * n, room=40, least_revived=rank_of(0.9))
         s.limit[:, :2] = w.ints(limits[:2])
         s.turn_tokens[:2] = seen_by
-        rank_tokens(s, stage, range(n), 2, False, RULE)
         rows = decode_rows(w)
         rows.slot[:2] += w.ints(limits[:2])
         rows.num_keys[:2] += w.ints(limits[:2])
-        had = rows.num_keys.clone()
-        run(s, stage, n, 2, rows, 2, False)
-        s.search.thresholds.zero_()
-        s.search.split_counts.zero_()
-        results.append((s, rows))
-    for mine, theirs in zip(*results):
-        same(mine, theirs)
-    s, rows = results[0]
+        return s, rows
+
+    s, rows = select(begin, stage, num_turns=2)
     assert rows.num_revived[:2].tolist() == limits[:2] and sum(limits[:2]) > 0
-    assert torch.equal(rows.num_keys[:2], had[:2])
+    assert torch.equal(rows.num_keys[:2], begin()[1].num_keys[:2])
     for i in range(2):
         mine = slice(n + i * 40, n + i * 40 + limits[i])
         rank = s.state.rank[s.state.prompt_at(i, s.num_prompt)].cpu()

@@ -109,10 +109,12 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
         return size
     planned = planned_managers(scheduler.kv_cache_manager)
     taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
-    if taken is None or not planned[0].kv_cache_spec.needs.schedule.selects(taken.snapshot.plan):
+    if taken is None:
         return size
-    snapshots = planned[0].snapshots
-    window = planned[0].kv_cache_spec.needs.schedule.config.score_window
+    snapshots, schedule = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule
+    if not schedule.selects(taken.snapshot.plan):
+        return size
+    window = schedule.config.score_window
     if left := request.num_tokens - first - size:
         cut = size - max(window - left, 0)
         return cut if cut > 0 else _later(scheduler, window, size)
