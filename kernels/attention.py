@@ -13,7 +13,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-from lazyllm_vllm.kernels.combine_splits import Partial, combine_splits
+from lazyllm_vllm.kernels.combine_splits import MOST_SPLITS, Partial, combine_splits
 from lazyllm_vllm.kernels.jit import step_jit
 from lazyllm_vllm.kernels.layer_form import LOG2_E, LayerForm, attend, is_seen
 from lazyllm_vllm.kernels.paged import StageKeys, load_positions
@@ -199,7 +199,7 @@ def paged_attention_triton(out, lse, q, keys, decodes, form, s):
     tiles = triton.cdiv(tile_rows, block_m)
     # Programs for each of a large GPU's processors: two with few rows, which leave room for it.
     programs = 256 if block_m <= 32 else 128
-    splits = max(2, min(64, programs // (n * num_kv_heads * tiles)))
+    splits = max(2, min(MOST_SPLITS.value, programs // (n * num_kv_heads * tiles)))
     # Keys and values read together, in the shared memory of a processor several times over.
     block_n = max(16, min(128, 65536 // (2 * head_pad * q.element_size())))
     if form.window is not None and keys.stage > 0:  # read if seen, and so through registers

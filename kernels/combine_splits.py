@@ -14,6 +14,9 @@ from lazyllm_vllm.kernels.layer_form import LOG2_E, LayerForm
 from lazyllm_vllm.kernels.paged import StageKeys
 from lazyllm_vllm.kernels.selection import DecodeRows, Selection
 
+MOST_SPLITS = tl.constexpr(64)
+_AT_ONCE = tl.constexpr(16)  # splits; one size for all steps, so that none waits for the compiler
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -47,7 +50,6 @@ def _combine_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
     IDENTITY: tl.constexpr,  # nothing is revived (stage 0)
     SINKS: tl.constexpr,
 ):
@@ -67,24 +69,30 @@ def _combine_kernel(
         tl.store(out_at, tl.zeros([HEAD_PAD], out_ptr.dtype.element_ty), mask=d_valid)
         return
 
-    split = tl.arange(0, SPLITS_PAD)
-    s_valid = split < num_splits
-    at = (row * NUM_HEADS + head) * num_splits + split
-    lse = tl.load(partial_lse_ptr + at, mask=s_valid, other=float("-inf"))
+    first = (row * NUM_HEADS + head) * num_splits
+    split = tl.arange(0, MOST_SPLITS)
+    lse_at = partial_lse_ptr + first + split
+    lse = tl.load(lse_at, mask=split < num_splits, other=float("-inf"))
     highest = tl.max(lse, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
         highest = tl.maximum(highest, sink)
-    weight = tl.exp2(lse - highest)
-    total = tl.sum(weight, 0)
+    total = tl.sum(tl.exp2(lse - highest), 0)
     if SINKS:
         total += tl.exp2(sink - highest)
-    partial = tl.load(
-        partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
-        mask=s_valid[:, None] & d_valid[None, :],
-        other=0.0,
-    )
-    out = tl.sum(partial * weight[:, None], 0) / total * v_scale
+    out = tl.zeros([HEAD_PAD], tl.float32)
+    for split0 in range(0, num_splits, _AT_ONCE):
+        split = split0 + tl.arange(0, _AT_ONCE)
+        s_valid, at = split < num_splits, first + split
+        weight = tl.load(partial_lse_ptr + at, mask=s_valid, other=float("-inf"))
+        weight = tl.exp2(weight - highest)
+        partial = tl.load(
+            partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
+            mask=s_valid[:, None] & d_valid[None, :],
+            other=0.0,
+        )
+        out += tl.sum(partial * weight[:, None], 0)
+    out = out / total * v_scale
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d_valid)
     if row < num_decodes:
         tl.store(lse_ptr + row * NUM_HEADS + head, (highest + tl.log2(total)) / LOG2_E)
@@ -119,7 +127,6 @@ def combine_splits(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HEAD_PAD=triton.next_power_of_2(head_dim),
-        SPLITS_PAD=triton.next_power_of_2(splits),
         IDENTITY=keys.stage == 0,
         SINKS=has_sinks,
         num_warps=1,

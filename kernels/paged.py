@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from vllm.triton_utils import tl, triton
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 FP8 = torch.float8_e4m3fn
 
@@ -51,6 +52,13 @@ class StageKeys:
         strides = (self.kv_cache.stride(i) for i in range(3))
         table = self.block_table
         return self.kv_cache, *strides, table, table.stride(0), self.length, self.position
+
+    @cached_property
+    def for_flash(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as FlashAttention takes them, ``[blocks, block_size, kv_heads,
+        head_dim]`` each."""
+        k, v = self.kv_cache.transpose(1, 2).chunk(2, dim=-1)
+        return canonicalize_singleton_dim_strides(k), canonicalize_singleton_dim_strides(v)
 
     @cached_property
     def kernel_constants(self) -> dict:

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
 )
 
+from lazyllm_vllm.hooks.engine_config import BLOCK_SIZE
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.step import Step
 
@@ -40,6 +41,10 @@ class LazyAttentionBackend(AttentionBackend):
         from lazyllm_vllm.hooks.stage_attention import StageAttention
 
         return StageAttention
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, BLOCK_SIZE)
 
     @staticmethod
     def get_builder_cls() -> type["LazyMetadataBuilder"]:

@@ -91,7 +91,6 @@ class StagedAttention(Attention):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StageSpec:
         is_shared = self.stage == 0 or not self.schedule.prunes
         spec = (SharedStageSpec if is_shared else StageSpec)(
-            # vLLM may change the block size after the model is built.
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,

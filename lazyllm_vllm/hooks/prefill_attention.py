@@ -9,7 +9,6 @@ behind it our kernel does.
 import torch
 import torch.nn.functional as F
 
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import fa_utils
 
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
@@ -33,11 +32,13 @@ class PrefillAttention:
     """Args:
     form: scale, sliding window and sinks.
     fa_version: FlashAttention's; None on a CPU.
+    max_model_len: most keys that a decode may have.
     """
 
-    def __init__(self, form: LayerForm, fa_version: int | None) -> None:
+    def __init__(self, form: LayerForm, fa_version: int | None, max_model_len: int) -> None:
         self.form = form
         self.fa_version = fa_version
+        self.max_model_len = max_model_len
 
     def run(
         self,
@@ -87,13 +88,9 @@ class PrefillAttention:
         if self.form.window is not None and stage > 0:
             self._window_on(query, output, keys, step)
             return None
-        num_keys = step.num_keys[stage]
-        per_head = num_keys * query.shape[2] * query.element_size() * 2
-        if query.is_cuda and keys.kv_cache.dtype != FP8:
-            pays = step.num_pairs[stage] >= LEAST_ROWS * num_keys and self.form.window is None
-            if per_head > MOST_COPIED or not (pays or step.kind is StepKind.WARM_UP):
-                return self._paged(query, output, keys, step, window_rows)
-        lse, at_once = [], max(MOST_COPIED // per_head, 1)
+        if self.reads_pages(query, keys, step):
+            return self._paged(query, output, keys, step, window_rows)
+        lse, at_once = [], max(MOST_COPIED // _bytes_of_head(query, keys, step), 1)
         group = query.shape[1] // keys.num_heads
         for first in range(0, keys.num_heads, at_once):
             heads = range(first, min(first + at_once, keys.num_heads))
@@ -104,6 +101,40 @@ class PrefillAttention:
             lse.append(self.attend(query[:, own], k, v, output[:, own], *starts, heads=own))
         return None if window_rows is None else torch.cat(lse, -1)
 
+    def reads_pages(self, query: torch.Tensor, keys: StageKeys, step: Step) -> bool:
+        """Whether FlashAttention takes all keys of a step's prefills out of the cache."""
+        stage, is_windowed = keys.stage, self.form.window is not None
+        if not query.is_cuda or keys.kv_cache.dtype == FP8 or (is_windowed and stage > 0):
+            return False
+        if not (step.num_prefills and step.continues(stage)):
+            return False
+        if _bytes_of_head(query, keys, step) > MOST_COPIED:
+            return True
+        pays = step.num_pairs[stage] >= LEAST_ROWS * step.num_keys[stage] and not is_windowed
+        return not (pays or step.kind is StepKind.WARM_UP)
+
+    def run_with_decodes(
+        self,
+        query,
+        output,
+        keys: StageKeys,
+        metadata: StageMetadata,
+        scores: bool,
+        decodes_score: bool,
+    ) -> None:
+        """What ``run`` does where ``reads_pages``, and decodes that attend to every key of theirs,
+        in one launch. If they score, their log-denominators go to ``buffers.lse[0]``."""
+        step, stage, lse = metadata.step, metadata.stage, metadata.boundary.buffers.lse
+        all_requests, n = slice(0, step.num_requests), step.num_decodes
+        longest = step.longest_prefill[stage], self.max_model_len
+        places = all_requests, step.row_starts[stage], longest
+        of_rows = self._flash_paged(query, output, keys, places, scores or decodes_score)
+        if decodes_score:
+            lse[0, :n] = of_rows[:n]
+        if scores:
+            window_rows = step.window_rows(stage, len(lse))
+            lse[:, n : step.num_requests] = of_rows[n:][window_rows]
+
     def _gather(self, keys: StageKeys, step: Step, dtype: torch.dtype, heads: range | None = None):
         num_keys, longest = step.num_keys[keys.stage], step.longest_keys[keys.stage]
         starts = step.key_starts[keys.stage]
@@ -113,12 +144,23 @@ class PrefillAttention:
         self, query, output, keys: StageKeys, step: Step, window_rows: torch.Tensor | None
     ) -> torch.Tensor | None:
         stage, mine = keys.stage, slice(step.first_prefill, step.num_requests)
-        k, v = keys.kv_cache.transpose(1, 2).split(query.shape[2], dim=-1)
-        paged = {"seqused_k": keys.length[mine], "block_table": keys.block_table[mine]}
         longest = step.longest_prefill[stage], step.longest_keys[stage]
-        k, v = canonicalize_singleton_dim_strides(k), canonicalize_singleton_dim_strides(v)
-        starts = step.segments[stage].start
-        return self._flash(query, k, v, output, starts, longest, window_rows, **paged)
+        places = mine, step.segments[stage].start, longest
+        lse = self._flash_paged(query, output, keys, places, window_rows is not None)
+        return None if lse is None else lse[window_rows]
+
+    def _flash_paged(
+        self,
+        query,
+        output,
+        keys: StageKeys,
+        places: tuple[slice, torch.Tensor, tuple[int, int]],
+        wants_lse: bool,
+    ) -> torch.Tensor | None:
+        requests, *starts_and_longest = places
+        paged = {"seqused_k": keys.length[requests], "block_table": keys.block_table[requests]}
+        tensors = query, *keys.for_flash, output
+        return self._flash(*tensors, *starts_and_longest, wants_lse, **paged)
 
     def _window_on(self, query, output, keys: StageKeys, step: Step) -> None:
         """With a sliding window that counts positions. Rows that ran before run again, as zeros:
@@ -164,12 +206,15 @@ class PrefillAttention:
         sinks = None if self.form.sinks is None else self.form.sinks[heads]
         if query.is_cuda:
             like = {"cu_seqlens_k": key_starts, "s_aux": sinks}
-            return self._flash(query, key, value, output, starts, longest, window_rows, **like)
+            wants_lse = window_rows is not None
+            lse = self._flash(query, key, value, output, starts, longest, wants_lse, **like)
+            return lse[window_rows] if wants_lse else None
         return self._dense(query, key, value, output, starts, window_rows, key_starts, sinks)
 
     def _flash(
-        self, query, key, value, output, starts, longest, window_rows, **like
+        self, query, key, value, output, starts, longest, wants_lse: bool, **like
     ) -> torch.Tensor | None:
+        """Returns the log-denominators, ``[rows, heads]`` fp32, if they are wanted."""
         result = fa_utils.flash_attn_varlen_func(
             query,
             key,
@@ -181,11 +226,11 @@ class PrefillAttention:
             causal=True,
             window_size=self.form.flash_window,
             out=output,
-            return_softmax_lse=window_rows is not None,
+            return_softmax_lse=wants_lse,
             fa_version=self.fa_version,
             **{"s_aux": self.form.sinks} | like,
         )
-        return None if window_rows is None else result[1].T[window_rows]
+        return result[1].T if wants_lse else None
 
     def _dense(
         self, query, key, value, output, starts, window_rows, key_starts, sinks
@@ -208,6 +253,11 @@ class PrefillAttention:
             if window_rows is not None:
                 lse.append(last_rows_lse(q, k, form.scale, len(window_rows), sinks))
         return torch.stack(lse, dim=1) if lse else None
+
+
+def _bytes_of_head(query: torch.Tensor, keys: StageKeys, step: Step) -> int:
+    """Of the keys and values of a step's prefills, in one head."""
+    return step.num_keys[keys.stage] * query.shape[2] * query.element_size() * 2
 
 
 def _keys_of_rows(

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 
-from lazyllm_vllm.hooks.engine_config import parked_width
+from lazyllm_vllm.hooks.engine_config import block_size, parked_width
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.request_setting import DEEP
@@ -248,12 +248,12 @@ def _check_page_size(config: VllmConfig) -> None:
     """A hidden state must fit in one layer's part of a block of the KV cache."""
     model = config.model_config
     token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-    block_size, vector = config.cache_config.block_size, parked_width(config)
-    if block_size * token < vector:
+    tokens, vector = block_size(config), parked_width(config)
+    if tokens * token < vector:
         # Both are stored in one dtype.
         size = get_dtype_size(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model))
         raise ConfigError(
-            f"lazyllm: a page of the KV cache holds {block_size * token * size} bytes, less than a "
+            f"lazyllm: a page of the KV cache holds {tokens * token * size} bytes, less than a "
             f"hidden state ({vector * size}); raise --block-size to "
             f"{-(-vector // (16 * token)) * 16} or more"
         )

@@ -97,5 +97,4 @@ class RequestChecks:
 
     @cached_property
     def _needs(self) -> BlockNeeds:
-        """Read once the engine is up: vLLM may change the block size before."""
         return block_needs(self.vllm_config)

@@ -12,7 +12,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.attention.backends import fa_utils
 
@@ -72,7 +71,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
                 "lazyllm: this model has attention sinks, which need FlashAttention 3 (Hopper)"
             )
 
-        self.prefill = PrefillAttention(self.form, self.fa_version)
+        self.prefill = PrefillAttention(self.form, self.fa_version, self.max_model_len)
         per_token = 2 * self.num_kv_heads * self.head_size * vllm_config.model_config.dtype.itemsize
         self.most_copied = min(MOST_COPIED, self.max_model_len * per_token)
 
@@ -113,13 +112,17 @@ class StageAttention(AttentionImpl[StageMetadata]):
             query, key, value, output = (x[:rows] for x in (query, key, value, output))
         if writes:
             self._write(layer, query, key, value, keys, attn_metadata)
-        if step.num_decodes:
-            if query.is_cuda and self._attends_whole(step, stage):
+        decodes_whole = query.is_cuda and step.num_decodes and self._attends_whole(step, stage)
+        if decodes_whole and self.prefill.reads_pages(query, keys, step):
+            scores = prefills_score, bool(decodes)
+            self.prefill.run_with_decodes(query, output, keys, attn_metadata, *scores)
+        else:
+            if decodes_whole:
                 self._decode_whole(query, output, keys, attn_metadata, bool(decodes))
-            else:
+            elif step.num_decodes:
                 self._decode(query, output, keys, attn_metadata)
-        if step.num_prefills:
-            self.prefill.run(query, key, value, output, keys, attn_metadata, prefills_score)
+            if step.num_prefills:
+                self.prefill.run(query, key, value, output, keys, attn_metadata, prefills_score)
         if prefills_score or decodes:
             boundary.score(
                 step,
@@ -186,7 +189,7 @@ class StageAttention(AttentionImpl[StageMetadata]):
         max_splits = self.graph_splits if step.kind.is_in_full_graph else 0
         lengths = keys.length[:n]
         starts = buffers.decode_starts[: n + 1]
-        k, v = keys.kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        k, v = keys.for_flash
         schedules, like = step.decode_schedules, (keys.stage, self.form.window)
         if like not in schedules and self.fa_version == 3:
             schedules[like] = fa_utils.get_scheduler_metadata(
@@ -206,8 +209,8 @@ class StageAttention(AttentionImpl[StageMetadata]):
             )
         result = fa_utils.flash_attn_varlen_func(
             query[:n],
-            canonicalize_singleton_dim_strides(k),
-            canonicalize_singleton_dim_strides(v),
+            k,
+            v,
             max_seqlen_q=1,
             cu_seqlens_q=starts,
             max_seqlen_k=self.max_model_len,

@@ -87,6 +87,8 @@ class Step:
     decodes_select, prefills_select: whether boundaries select anew for decodes, for prefills.
     revives: whether decodes may revive, and rows are set aside for it.
     segments: the prefills' rows in each stage.
+    row_starts: by stage, ``[requests + 1]`` int32, first row of each request, of stages in which
+        nothing is revived.
     longest_prefill, longest_keys: most rows, and most keys, of a prefill in each stage; num_keys:
         keys of all prefills; num_pairs: of a row and a key, the uncausal ones counted too.
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
@@ -183,11 +185,13 @@ class Step:
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        parts = (starts, key_starts, first, keys, last_rows, self.batch.prefills.shift)
+        before = np.tile(np.arange(self.num_decodes, dtype=np.int32), (stages, 1))
+        row_starts = np.concatenate([before, self.num_decodes + starts], axis=1)
+        parts = (starts, key_starts, first, keys, last_rows, self.batch.prefills.shift, row_starts)
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
         packed = async_tensor_h2d(packed, device=self.buffers.device)
         packed = packed.split([part.size for part in parts])
-        starts, self.key_starts, first, self._num_keys, self._last_rows, shift = (
+        starts, self.key_starts, first, self._num_keys, self._last_rows, shift, self.row_starts = (
             part.view(stages, -1) for part in packed
         )
         by_stage = zip(starts, bases.tolist(), first, shift)
