@@ -70,9 +70,9 @@ def _combine_kernel(
         return
 
     first = (row * NUM_HEADS + head) * num_splits
-    split = tl.arange(0, MOST_SPLITS)
-    lse_at = partial_lse_ptr + first + split
-    lse = tl.load(lse_at, mask=split < num_splits, other=float("-inf"))
+    every = tl.arange(0, MOST_SPLITS)
+    lse_at = partial_lse_ptr + first + every
+    lse = tl.load(lse_at, mask=every < num_splits, other=float("-inf"))
     highest = tl.max(lse, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E

@@ -26,8 +26,10 @@ _CHANGING = (
 # And for addresses that are multiples of 16: these are of rows in a table whose width changes.
 _ANYWHERE = (
     "after_first_ptr",
+    "after_shift_ptr",
     "after_start_ptr",
     "before_first_ptr",
+    "before_shift_ptr",
     "before_start_ptr",
     "starts_ptr",
 )

@@ -11,7 +11,7 @@ does to each row alone, and attention between them. Stock vLLM takes such pieces
 torch.compile makes of a model; here they are captured from the running model ("breakable" graphs).
 Batches larger than its graphs it runs compiled; nothing is compiled here, so pieces go on to the
 size at which a prefill keeps the GPU busier than the CPU. Stages of pruned prompts run in the same
-pieces; see ``stage_pieces``.
+pieces; see ``stage_pieces``. Steps with a turn have graphs of their own: ``turn_graphs``.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from vllm.utils.torch_utils import weak_ref_tensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCudaGraphManager
 
 from lazyllm_vllm.hooks.engine_config import schedule_of
+from lazyllm_vllm.hooks.turn_graphs import TurnGraphs, has_turn_graphs
 from lazyllm_vllm.hooks.warm_up import warm_up
 from lazyllm_vllm.runtime.step import StepKind
 
@@ -112,6 +113,10 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
             kv_cache_config,
             **{**kwargs, "lora_capture_hook": choose},
         )
+        is_real = self._capture_mem_samples is None  # not for vLLM to see how much memory they take
+        if is_real and self.cudagraph_mode and has_turn_graphs(self.vllm_config, model_state):
+            model.turn_graphs = TurnGraphs()
+            model.turn_graphs.capture(model, model_state, self.vllm_config, self.pool)
 
     def dispatch(
         self, num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs

@@ -8,6 +8,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -246,8 +247,10 @@ class LazyModelState(DefaultModelState):
         is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
         turns = None
         if kind is StepKind.RUN and (some := turns_of(self, input_batch, num_decodes)):
-            input_batch, turns = split(input_batch, num_decodes, some, self.block_tables)
-            num_decodes, slot_mappings = num_decodes + len(some), slot_mappings[:, turns.rows]
+            shape = step_plans.turn_shape(self, input_batch, num_decodes, some)
+            input_batch, turns = split(input_batch, num_decodes, some, self.block_tables, shape)
+            num_decodes = int((~input_batch.is_prefilling_np).sum())
+            slot_mappings = slot_mappings[:, turns.rows].masked_fill_(turns.rows < 0, PAD_SLOT_ID)
         if num_decodes or not is_plain:
             self._fill_batch(kind, input_batch, num_decodes, turns)
         if kind is StepKind.REPLAY:
@@ -258,8 +261,8 @@ class LazyModelState(DefaultModelState):
             return {}
         given = input_batch, num_decodes, slot_mappings
         if is_plain:
-            return self._metadata(step_plans.plain_step(self, *given))
-        return self._metadata(step_plans.planned_step(self, kind, *given, turns))
+            return self.metadata_of(step_plans.plain_step(self, *given))
+        return self.metadata_of(step_plans.planned_step(self, kind, *given, turns))
 
     def _fill_batch(
         self, kind: StepKind, input_batch: InputBatch, num_decodes: int, turns: Turns | None
@@ -272,13 +275,14 @@ class LazyModelState(DefaultModelState):
             self.buffers.set_index(index, input_batch.idx_mapping, padded)
         else:
             self.buffers.clear_index(padded)
+        padded = num_decodes + padded - num_reqs
         if turns is not None:
             self.buffers.set_turns(turns.tokens, turns.revived)
-            num_decodes -= len(turns.tokens)
+            num_decodes = int((input_batch.idx_mapping_np[:num_decodes] >= 0).sum())
+            num_decodes, padded = num_decodes - len(turns.tokens), padded - len(turns.tokens)
         if num_decodes:
             quota = self.schedule.revive_quota(num_decodes)
-            most = self.schedule.largest_quota(num_decodes + padded - num_reqs)
-            self.buffers.set_quota(min(quota, most))
+            self.buffers.set_quota(min(quota, self.schedule.largest_quota(padded)))
 
     def _forget_full_requests(self) -> None:
         """Requests that can revive nothing more need no selection; but strict decoding does, and a
@@ -288,7 +292,8 @@ class LazyModelState(DefaultModelState):
         for req_id in self.room_watch.step(self.selecting, self.plans):
             del self.selecting[req_id]
 
-    def _metadata(self, step: Step) -> dict[str, StageMetadata]:
+    def metadata_of(self, step: Step) -> dict[str, StageMetadata]:
+        """What each layer is told of a step, by its name."""
         metadata = {}
         for stage, group, last_layer, names in self.groups:
             of_group = StageMetadata(step, self.boundary, stage, group, last_layer)

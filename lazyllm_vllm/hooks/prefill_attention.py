@@ -6,6 +6,8 @@ the cache. FlashAttention counts a sliding window in rows, which are positions i
 behind it our kernel does.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,8 @@ MOST_COPIED = 256 << 20
 # Copied where so many rows or more attend to a key, on average. On an H100 FlashAttention does 695
 # TFLOP/s with them side by side and 580 through blocks of 16; the copy pays from some 900 rows on.
 LEAST_ROWS = 1024
+# Programs that share a row's keys in a CUDA graph, at most: each has a result of its own.
+MOST_SPLITS = 8
 
 
 class PrefillAttention:
@@ -128,7 +132,7 @@ class PrefillAttention:
         all_requests, n = slice(0, step.num_requests), step.num_decodes
         longest = step.longest_prefill[stage], self.max_model_len
         places = all_requests, step.row_starts[stage], longest
-        of_rows = self._flash_paged(query, output, keys, places, scores or decodes_score)
+        of_rows = self._flash_paged(query, output, keys, step, places, scores or decodes_score)
         if decodes_score:
             lse[0, :n] = of_rows[:n]
         if scores:
@@ -146,7 +150,7 @@ class PrefillAttention:
         stage, mine = keys.stage, slice(step.first_prefill, step.num_requests)
         longest = step.longest_prefill[stage], step.longest_keys[stage]
         places = mine, step.segments[stage].start, longest
-        lse = self._flash_paged(query, output, keys, places, window_rows is not None)
+        lse = self._flash_paged(query, output, keys, step, places, window_rows is not None)
         return None if lse is None else lse[window_rows]
 
     def _flash_paged(
@@ -154,11 +158,17 @@ class PrefillAttention:
         query,
         output,
         keys: StageKeys,
+        step: Step,
         places: tuple[slice, torch.Tensor, tuple[int, int]],
         wants_lse: bool,
     ) -> torch.Tensor | None:
         requests, *starts_and_longest = places
-        paged = {"seqused_k": keys.length[requests], "block_table": keys.block_table[requests]}
+        paged: dict[str, Any] = {
+            "seqused_k": keys.length[requests],
+            "block_table": keys.block_table[requests],
+        }
+        if step.kind is StepKind.CAPTURE_TURN and self.fa_version == 3:
+            paged["num_splits"] = MOST_SPLITS  # it goes by the keys that there are at a replay
         tensors = query, *keys.for_flash, output
         return self._flash(*tensors, *starts_and_longest, wants_lse, **paged)
 

@@ -1,20 +1,23 @@
 """From vLLM's batch to the plan of a step: which kind of ``Step`` it is, and what that is told."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.step import Batch, Step, StepKind
-from lazyllm_vllm.runtime.turns import Turns
+from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
+    from lazyllm_vllm.hooks.turns import Turn
 
 
 def sort_prefills(state: "LazyModelState", batch) -> bool:
@@ -63,6 +66,68 @@ def plain_step(
     return PlainStep(of_step, lengths, starts, state.schedule, state.buffers)
 
 
+def turn_shape(
+    state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: "Sequence[Turn]"
+) -> TurnShape | None:
+    """Of the CUDA graph that a batch runs in: of one turn, which has caught up, and decodes. None:
+    it runs in none."""
+    graphs, i = state.model.turn_graphs, num_decodes
+    if graphs is None or batch.num_reqs > i + 1 or turns[0].is_decode:
+        return None
+    first, req_id = int(batch.num_computed_prefill_tokens_np[i]), batch.req_ids[i]
+    if state.caught_up[req_id] < first or not state.wants_prompt.isdisjoint(batch.req_ids):
+        return None
+    return graphs.shape(num_decodes, int(batch.num_scheduled_tokens[i]) - 1)
+
+
+def turn_step(state: "LazyModelState", shape: TurnShape) -> Step:
+    """A step with a turn that there is not, to be captured: as any of its shape, and longer than
+    all."""
+    stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes
+    seeing = min(state.schedule.config.score_window - 1, shape.rows)
+    end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
+    first = end - np.array([shape.rows - seeing, seeing], np.int32)
+    none, never = np.zeros((stages, 2), np.int32), np.zeros(2, bool)
+    prefills = Prefills(
+        num_prompt=end,
+        first=first,
+        end=end,
+        caught_up=first,
+        is_pruned=never,
+        sees_revived=np.array([False, True]),
+        kept=np.tile(end, (stages, 1)),
+        shift=none,
+        ran=none,
+        until=np.tile(end, (stages, 1)),
+    )
+    prefills, device = prefills.padded(0), state.device
+    num_rows, groups = num_decodes + shape.rows, len(state.buffers.slot_mappings)
+    turns = Turns(
+        tokens=np.array([seeing + 1], np.int32),
+        revived=np.zeros((stages, 1), np.int32),
+        sees=prefills.sees_revived,
+        seen=np.zeros((stages, 3), np.int32),
+        requests=np.full(num_decodes + 3, -1),
+        rows=torch.full((num_rows,), -1, device=device),
+        sampled=torch.arange(num_decodes + 3, device=device),
+        shape=shape,
+    )
+    batch = Batch(
+        req_ids=[""] * (num_decodes + 3),
+        num_decodes=num_decodes,
+        prefills=prefills,
+        positions=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        sampled_tokens=turns.sampled,
+        slot_mappings=torch.full((groups, num_rows), PAD_SLOT_ID, device=device),
+        turns=turns,
+    )
+    state.buffers.clear_index(num_decodes + 3)
+    step = Step(StepKind.CAPTURE_TURN, batch, state.schedule, state.buffers, selects=True)
+    step.longest_prefill = [shape.rows] * stages
+    step.longest_keys = [state.max_model_len] * stages
+    return step
+
+
 def planned_step(
     state: "LazyModelState",
     kind: StepKind,
@@ -73,13 +138,17 @@ def planned_step(
 ) -> Step:
     """The plan of any other step that does not only replay a graph."""
     req_ids = batch.req_ids
-    prefilled, pruned_tokens = req_ids[num_decodes:], None
+    pruned_tokens = None
     if kind is StepKind.RUN:
-        prefills = _prefills(state, batch, num_decodes, turns)
-        selects = not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
+        is_padded = turns is not None and turns.shape is not None
+        prefilled = req_ids[num_decodes : -1 if is_padded else None]
+        prefills = _prefills(state, batch, range(num_decodes, num_decodes + len(prefilled)), turns)
+        selects = is_padded or not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
         caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
+        if is_padded:
+            prefills = prefills.padded(int(batch.num_scheduled_tokens[-1]))
         if state.boundary.reduction is not None:
             plans = (state.plans[req_id] for req_id in set(req_ids))
             pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)
@@ -109,15 +178,16 @@ def planned_step(
 
 
 def _prefills(
-    state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: Turns | None
+    state: "LazyModelState", batch: InputBatch, which: range, turns: Turns | None
 ) -> Prefills:
-    req_ids = batch.req_ids[num_decodes:]
+    mine = slice(which.start, which.stop)
+    req_ids, num_scheduled = batch.req_ids[mine], batch.num_scheduled_tokens[mine]
     plans = [state.plans[req_id] for req_id in req_ids]
 
     def ints(values) -> np.ndarray:
         return np.array(list(values), np.int32)
 
-    first = batch.num_computed_prefill_tokens_np[num_decodes:].astype(np.int32)
+    first = batch.num_computed_prefill_tokens_np[mine].astype(np.int32)
     whole = (Leg((0,) * len(plan.kept), plan.kept) for plan in plans)
     legs = [state.legs.get(req_id, leg) for req_id, leg in zip(req_ids, whole)]
 
@@ -133,9 +203,9 @@ def _prefills(
         # The turn's tokens before them are a prefill of this step.
         caught_up = np.where(sees_revived, np.maximum(caught_up, first), caught_up)
     return Prefills(
-        num_prompt=batch.prefill_len_np[num_decodes:].astype(np.int32),
+        num_prompt=batch.prefill_len_np[mine].astype(np.int32),
         first=first,
-        end=first + batch.num_scheduled_tokens[num_decodes:].astype(np.int32),
+        end=first + num_scheduled.astype(np.int32),
         caught_up=caught_up,
         is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
         sees_revived=sees_revived,

@@ -5,6 +5,9 @@ see that. vLLM has them among the rows of the request's chunk. Here the request 
 in the batch: with its last token among the decodes, with the tokens that see what it revives among
 the prefills, and, if the chunk has more, with those as a prefill before. Where the last token is
 all that has not run behind stage 0, as after preemption, it is a decode like any other.
+
+A batch for a CUDA graph (``turn_graphs``) is padded: with decodes of no request, and with a prefill
+of none.
 """
 
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from lazyllm_vllm.runtime.turns import Turns
+from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
@@ -43,7 +46,8 @@ class Turn(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A place in the batch: some tokens of one of vLLM's requests, from position ``first`` on."""
+    """A place in the batch: some tokens of one of vLLM's requests, from position ``first`` on.
+    Request -1: padding."""
 
     request: int
     first: int
@@ -72,12 +76,17 @@ def turns_of(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> li
 
 
 def split(
-    batch: InputBatch, num_decodes: int, turns: Sequence[Turn], block_tables: Sequence[torch.Tensor]
+    batch: InputBatch,
+    num_decodes: int,
+    turns: Sequence[Turn],
+    block_tables: Sequence[torch.Tensor],
+    shape: TurnShape | None = None,
 ) -> tuple[InputBatch, Turns]:
     """Args:
         batch: vLLM's, decodes first.
         turns: those that are decodes last.
         block_tables: ``[max_num_reqs, blocks]`` each, of this batch; they are put in its new order.
+        shape: what the batch is to have, of one turn that is no decode.
 
     Returns:
         The batch, of which only what a step's plan reads is right, and its turns, whose last tokens
@@ -87,52 +96,60 @@ def split(
     lasts = [_Member(turn.request, turn.last, 1) for turn in turns]
     first = batch.num_computed_prefill_tokens_np
     decodes = [_Member(i, int(first[i]), 1) for i in range(num_decodes)]
-    prefills = _prefills(batch, num_decodes, turns)
-    k, count = len(real), num_decodes + len(turns)
-    members = [*lasts[:k], *decodes, *lasts[k:], *prefills]
+    prefills = _prefills(batch, num_decodes, turns, keeps_empty=shape is not None)
+    padding = []
+    if shape is not None:
+        decodes += [_Member(-1, 0, 1)] * (shape.decodes - num_decodes)
+        padding = [_Member(-1, 0, shape.rows - sum(member.count for member in prefills))]
+    k, count = len(real), len(decodes) + len(turns)
+    members = [*lasts[:k], *decodes, *lasts[k:], *prefills, *padding]
 
     requests = np.array([member.request for member in members])
     counts = np.array([member.count for member in members], np.int32)
     firsts = np.array([member.first for member in members], np.int32)
     begin = batch.query_start_loc_np[requests] + firsts - first[requests]
     rows = np.concatenate([np.arange(at, at + n) for at, n in zip(begin, counts)])
+    rows[np.repeat(requests < 0, counts)] = -1
     sampled = np.zeros(batch.num_reqs, np.int64)
-    sampled[requests[count:]] = np.arange(count, len(members))
-    sampled[requests[:count]] = np.arange(count)
-    packed = async_tensor_h2d(
-        np.concatenate([rows, sampled, requests]), device=batch.positions.device
-    )
-    rows, sampled, on_device = packed.split([len(rows), len(sampled), len(requests)])
+    places = np.arange(len(members))
+    for some in (places[count:], places[:count]):  # the last token of a turn after the others
+        some = some[requests[some] >= 0]
+        sampled[requests[some]] = some
+    index = np.where(requests < 0, -1, batch.idx_mapping_np[requests])
+    packed = (rows, sampled, np.maximum(requests, 0), index)
+    on_device = async_tensor_h2d(np.concatenate(packed), device=batch.positions.device)
+    rows, sampled, tables, on_device = on_device.split([len(part) for part in packed])
     for table in block_tables:
         assert len(members) <= len(table), "the scheduler leaves room for them"
-        table[: len(members)] = table[on_device]
-    is_prefilling = batch.is_prefilling_np[requests]
-    is_prefilling[:count] = False
+        table[: len(members)] = table[tables]
     again = replace(
         batch,
-        req_ids=[batch.req_ids[i] for i in requests],
+        req_ids=["" if i < 0 else batch.req_ids[i] for i in requests],
         num_reqs=len(members),
         num_reqs_after_padding=len(members),
-        idx_mapping=batch.idx_mapping[on_device],
-        idx_mapping_np=batch.idx_mapping_np[requests],
+        idx_mapping=on_device.to(batch.idx_mapping.dtype),
+        idx_mapping_np=index,
         num_scheduled_tokens=counts,
         num_computed_prefill_tokens_np=firsts,
-        prefill_len_np=batch.prefill_len_np[requests],
-        is_prefilling_np=is_prefilling,
+        prefill_len_np=np.where(requests < 0, counts, batch.prefill_len_np[requests]),
+        is_prefilling_np=places >= count,
         positions=batch.positions[rows],
     )
     tokens = np.array([turn.last + 1 - turn.seeing for turn in real], np.int32)
     nothing = [0] * len(turns[0].revived)
     revived = np.array([turn.revived for turn in real], np.int32).reshape(k, len(nothing)).T
     seeing = {(turn.request, turn.seeing): turn.revived for turn in real}
-    sees = np.array([member[:2] in seeing for member in prefills], bool)
-    seen = np.array([seeing.get(member[:2], nothing) for member in prefills], np.int32)
-    return again, Turns(tokens, revived, sees, seen.T, requests, rows, sampled)
+    of_prefills = [seeing.get(member[:2]) if member.count else None for member in prefills]
+    sees = np.array([found is not None for found in of_prefills], bool)
+    seen = np.array([found or nothing for found in of_prefills], np.int32).reshape(-1, len(nothing))
+    return again, Turns(tokens, revived, sees, seen.T, requests, rows, sampled, shape)
 
 
-def _prefills(batch: InputBatch, num_decodes: int, turns: Sequence[Turn]) -> list[_Member]:
+def _prefills(
+    batch: InputBatch, num_decodes: int, turns: Sequence[Turn], keeps_empty: bool
+) -> list[_Member]:
     """Each prefill without a turn's last token, and the tokens before it that see what it revives
-    on their own."""
+    on their own. Turns have both, one of them perhaps empty, if ``keeps_empty``."""
     prefills, of_turn = [], {turn.request: turn for turn in turns}
     for i in range(num_decodes, batch.num_reqs):
         first = int(batch.num_computed_prefill_tokens_np[i])
@@ -140,5 +157,6 @@ def _prefills(batch: InputBatch, num_decodes: int, turns: Sequence[Turn]) -> lis
         if i in of_turn:
             bounds = [first, of_turn[i].seeing, of_turn[i].last]
         parts = zip(bounds, bounds[1:])
-        prefills += [_Member(i, start, end - start) for start, end in parts if start < end]
+        parts = [(start, end) for start, end in parts if keeps_empty or start < end]
+        prefills += [_Member(i, start, end - start) for start, end in parts]
     return prefills

@@ -12,7 +12,7 @@ from lazyllm_vllm.runtime.step import Step
 
 def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
     """Rows of the last stage that matter, in vLLM's order of requests: decodes, then each prefill's
-    last."""
+    last. In a step that is padded (``TurnShape``), in the batch's own order."""
     last = boundary.schedule.num_stages - 1
     if step.is_part:  # all that matters is done
         return slice(0, 1)
@@ -21,7 +21,8 @@ def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
     if not step.num_prefills:
         return slice(0, step.num_decodes)
     turns = step.batch.turns
-    return step.query_row(last)[slice(0, step.num_requests) if turns is None else turns.sampled]
+    every = turns is None or turns.shape is not None  # whose places in a graph are fixed
+    return step.query_row(last)[slice(0, step.num_requests) if every else turns.sampled]
 
 
 def to_token_layout(

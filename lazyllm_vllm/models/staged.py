@@ -36,6 +36,7 @@ class StagedDecoder:
             every layer has the rows that vLLM gives.
         pieces: of CUDA graphs, for stages of few rows; None: they cannot run in any. Rows must need
             no position but in attention.
+        turn_graphs: CUDA graphs of steps with a turn; None: there are none.
         is_done: whether the stage that is running has run, in pieces or in earlier steps.
         is_over: whether no row is left to run in this step.
         output: what the last stage gave, if it ran in pieces.
@@ -46,8 +47,8 @@ class StagedDecoder:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.schedule = schedule_of(vllm_config)
-        self.stage_positions = None
-        self._begin_step()
+        self.small_ops = None
+        self._begin_step(None)
         self.has_experts = vllm_config.model_config.is_moe
         model = type(self).__mro__[2]
         family = family_of(model.__module__, model.__name__) or UNTESTED
@@ -60,9 +61,9 @@ class StagedDecoder:
             StagedAttention.adopt(attention_of(layer), rotary, self.schedule, index, vllm_config)
             self.plain_forwards.append(layer.forward)
             layer.forward = self._in_stages(layer, index)
+        self.turn_graphs = None
         self.pieces = StagePieces() if self.schedule.prunes and rotates else None
         self._cut_rows_of(layers[-1], family)
-        self.small_ops = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.small_ops = SmallOps(self.model)
         attention = [attention_of(layer) for layer in layers]
@@ -93,17 +94,19 @@ class StagedDecoder:
             ``[num_tokens, hidden]``; only the rows that are sampled from are written.
         """
         metadata = _stage_metadata()
-        self._begin_step()
-        if self.small_ops:
-            self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
+        self._begin_step(metadata)
         if metadata is None:  # vLLM's memory profile
             return super().forward(input_ids, positions)
         if captures_pieces():
             return self._capture(input_ids, positions)
+        turns = metadata.step.batch.turns
+        if turns is not None and turns.shape is not None:
+            hidden = self.turn_graphs.run(self, metadata.step, input_ids[turns.rows])
+            hidden = hidden[turns.sampled]
+            return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
         _begin()
         rows = slice(0, metadata.step.num_rows(0))
         self.input_ids = input_ids
-        turns = metadata.step.batch.turns
         if turns is not None:  # pieces read tokens where vLLM puts them
             given, positions = input_ids.clone(), metadata.step.batch.positions
             input_ids[rows] = given[turns.rows]
@@ -116,7 +119,22 @@ class StagedDecoder:
             return hidden.new_zeros(len(input_ids), hidden.shape[1])
         return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
 
-    def _begin_step(self) -> None:
+    def run_step(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A step as it is planned, not in pieces.
+
+        Args:
+            input_ids, positions: ``[rows]``, in the plan's order.
+
+        Returns:
+            ``[sampled rows, hidden]``; see ``sampled_rows``.
+        """
+        self._begin_step(_stage_metadata())
+        _begin()
+        return super().forward(input_ids, positions)
+
+    def _begin_step(self, metadata: StageMetadata | None) -> None:
+        if self.small_ops:
+            self.small_ops.recorded = metadata is not None and metadata.step.kind.is_recorded
         self.stage_positions = self.input_ids = self.output = None
         self.is_done = self.is_over = False
 

@@ -45,6 +45,8 @@ class Trace:
     def begin(self, step) -> None:
         """Called at the start of a step (``runtime.step.Step``)."""
         for i, req_id in enumerate(step.batch.req_ids):
+            if not req_id:  # padding
+                continue
             if i < step.num_decodes:
                 self.decodes[req_id].append({})
             else:
@@ -80,7 +82,7 @@ class Trace:
         position = rows.position[: step.num_rows(stage)].cpu()
         row = torch.arange(len(request))
         is_revived = (row >= step.num_decodes) & (row < step.num_decode_rows(stage))
-        decodes = range(0) if step.is_part else step.decodes
+        decodes = [] if step.is_part else [i for i in step.decodes if req_ids[i]]
         revived = {req_ids[i]: position[(request == i) & is_revived].tolist() for i in decodes}
 
         def resident(i: int) -> list[int]:
@@ -89,7 +91,8 @@ class Trace:
             return sorted(here)
 
         for i in step.prefills:
-            req_id = req_ids[i]
+            if not (req_id := req_ids[i]):
+                continue
             kept = self.prefills[req_id][-1].setdefault(stage, [])
             kept += position[request == i].tolist()
             assert kept == sorted(set(kept)), "kept tokens run in order of position"

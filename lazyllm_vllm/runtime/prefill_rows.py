@@ -56,6 +56,16 @@ class Prefills:
         never = none.astype(bool)
         return cls(n, none, n, none, never, never, kept, zeros, zeros, kept)
 
+    def padded(self, count: int) -> "Prefills":
+        """With one more, of nobody, which has so many rows in every stage."""
+        stages = len(self.kept)
+        whole = Prefills.whole([count], stages)
+
+        def joined(field: str) -> np.ndarray:
+            return np.concatenate([getattr(self, field), getattr(whole, field)], axis=-1)
+
+        return Prefills(*(joined(field) for field in self.__dataclass_fields__))
+
     @property
     def is_last_chunk(self) -> np.ndarray:
         return self.end == self.num_prompt

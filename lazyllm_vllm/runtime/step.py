@@ -29,6 +29,7 @@ class StepKind(Enum):
     REPLAY = auto()  # requests that replay a full CUDA graph: it has a plan already
     CAPTURE = auto()  # recorded in a full CUDA graph
     CAPTURE_SELECTING = auto()  # the same, with selection and revival
+    CAPTURE_TURN = auto()  # the same, of a turn
     DUMMY = auto()  # recorded in graph pieces, or made up by vLLM
     WARM_UP = auto()  # made up to run all that there is once
 
@@ -43,7 +44,11 @@ class StepKind(Enum):
     @property
     def is_recorded(self) -> bool:
         """Whether a CUDA graph records the step, or is readied for it."""
-        return self in (StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.DUMMY)
+        return self in _RECORDED
+
+
+_CAPTURES = StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.CAPTURE_TURN
+_RECORDED = *_CAPTURES, StepKind.DUMMY
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Step:
     segments: the prefills' rows in each stage.
     row_starts: by stage, ``[requests + 1]`` int32, first row of each request, of stages in which
         nothing is revived.
+    uploaded: int32, all of the step's own numbers on the device; a graph reads them there.
     longest_prefill, longest_keys: most rows, and most keys, of a prefill in each stage; num_keys:
         keys of all prefills; num_pairs: of a row and a key, the uncausal ones counted too.
     lists: lists that decodes search, see ``kernels.top_k``: two where they may revive.
@@ -189,8 +195,8 @@ class Step:
         row_starts = np.concatenate([before, self.num_decodes + starts], axis=1)
         parts = (starts, key_starts, first, keys, last_rows, self.batch.prefills.shift, row_starts)
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
-        packed = async_tensor_h2d(packed, device=self.buffers.device)
-        packed = packed.split([part.size for part in parts])
+        self.uploaded = async_tensor_h2d(packed, device=self.buffers.device)
+        packed = self.uploaded.split([part.size for part in parts])
         starts, self.key_starts, first, self._num_keys, self._last_rows, shift, self.row_starts = (
             part.view(stages, -1) for part in packed
         )
@@ -226,6 +232,12 @@ class Step:
         b.window[:, :, mine] = on_device[:3]
         b.selection.active[1:, mine] = on_device[3, 1:]
         return packed[0].any(axis=1).tolist()
+
+    def forget(self) -> None:
+        """What a forward pass has left for a later one of the same step."""
+        self.searched.clear()
+        self._window_rows.clear()
+        self.decode_schedules.clear()
 
     @property
     def drops_nothing(self) -> bool:

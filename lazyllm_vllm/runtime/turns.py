@@ -6,6 +6,18 @@ import numpy as np
 import torch
 
 
+class TurnShape(NamedTuple):
+    """What a step with one turn has in a CUDA graph, padding included.
+
+    Attributes:
+        decodes: rows of other requests that decode.
+        rows: of the turn's tokens but its last, in stage 0.
+    """
+
+    decodes: int
+    rows: int
+
+
 class Turns(NamedTuple):
     """Requests that go on from what others left, and whose prompt ends in this step.
 
@@ -15,9 +27,10 @@ class Turns(NamedTuple):
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
         requests: ``[requests of the batch]`` int64, which of vLLM's each is: some come twice or
-            three times.
-        rows: ``[rows]`` int64, which of vLLM's each row of the batch is.
+            three times; -1: none, of padding.
+        rows: ``[rows]`` int64, which of vLLM's each row of the batch is; -1: none.
         sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.
+        shape: as which the batch is padded; None: it is not.
     """
 
     tokens: np.ndarray
@@ -27,6 +40,7 @@ class Turns(NamedTuple):
     requests: np.ndarray
     rows: torch.Tensor
     sampled: torch.Tensor
+    shape: TurnShape | None = None
 
     @classmethod
     def made_up(cls, num_stages: int, batch) -> "Turns":

@@ -76,6 +76,32 @@ def test_a_conversation_is_the_references(engine, folder):
     seen.check(least_compared=0.9, most_ties=0)
 
 
+def test_a_turn_in_a_graph_is_the_same_turn(open_engine, folder):
+    """Padded as for a CUDA graph, alone and beside decodes, with tokens before those that score
+    and without: kept sets and tokens as without padding, whatever ran in the step before."""
+    engine = open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
+    # Of 300 tokens 288 are shared: 51, 15, 101 and 32 run beside the last one.
+    prompts = [DOCUMENTS[0] + QUESTIONS[2][:n] for n in (40, 4, 90, 21)]
+    decodes = [asked(DOCUMENTS[1][:n], params={"max_tokens": 24}) for n in (60, 70)]
+    results = []
+    for _ in range(2):
+        engine.fresh()
+        engine.generate([DOCUMENTS[0]], 1)
+        alone = [engine.generate([prompt], NEW_TOKENS) for prompt in prompts]
+        turns = [asked(prompt, at=4 + 3 * i) for i, prompt in enumerate(prompts[:3])]
+        beside = engine.run("serve", requests=[*decodes, *turns])
+        assert all(goes_on(result) for result in alone)
+        assert all(goes_on(beside, i) for i in (2, 3, 4))
+        results.append((alone, beside))
+        if len(results) == 1:
+            engine.run("run_turns_as_in_graphs")
+    shapes = engine.run("turns_as_in_graphs")
+    assert shapes == [(0, 64), (0, 15), (0, 32), (4, 64), (4, 15)]
+    for what in ("tokens", "prefills", "decodes", "free_blocks"):
+        plain, padded = ([one[what] for one in (*alone, beside)] for alone, beside in results)
+        assert plain == padded, what
+
+
 def test_questions_about_one_document_do_not_disturb_each_other(engine):
     """Each answer is that of the question alone, in whatever order and company they come."""
     prompts = [DOCUMENTS[0] + question for question in QUESTIONS]

@@ -535,6 +535,18 @@ def stages_in_pieces(llm) -> list[tuple[int, int]]:
     return _state(llm).model.pieces.ran
 
 
+def run_turns_as_in_graphs(llm) -> None:
+    """From now on; see ``harness.turns``."""
+    from harness import turns
+
+    _state(llm).model.turn_graphs = turns.TurnsOnCPU()
+
+
+def turns_as_in_graphs(llm) -> list[tuple[int, int]]:
+    """Decodes and rows of the shapes of those that ran so."""
+    return [tuple(shape) for shape in _state(llm).model.turn_graphs.ran]
+
+
 def watch_steps(llm) -> None:
     """From now on; see ``steps``."""
     from harness.steps import Steps

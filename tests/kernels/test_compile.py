@@ -52,7 +52,7 @@ def _variants(kernels):
             )
         yield (
             kernels.combine_splits._combine_kernel,
-            LLAMA | {"SPLITS_PAD": 8, "IDENTITY": stage == 0, "SINKS": stage > 0},
+            LLAMA | {"IDENTITY": stage == 0, "SINKS": stage > 0},
         )
         copied = {"WORDS": 16384, "SLOTS": 16, "SLOTS_PAD": 16, "AT_ONCE": 4096}
         yield kernels.copy_blocks._copy_blocks_kernel, copied
