@@ -547,6 +547,34 @@ def turns_as_in_graphs(llm) -> list[tuple[int, int]]:
     return [tuple(shape) for shape in _state(llm).model.turn_graphs.ran]
 
 
+def watch_turns(llm, graphs: bool) -> None:
+    """From now on, see ``turns_watched``; with CUDA graphs of turns or without, on a GPU."""
+    from triton import knobs
+
+    model, llm.turns = _state(llm).model, {"shapes": [], "compiled": []}
+    if not graphs:
+        model.turn_graphs = None
+    else:
+        run = model.turn_graphs.run
+
+        def watched(model, step, input_ids):
+            llm.turns["shapes"].append(list(step.batch.turns.shape))
+            return run(model, step, input_ids)
+
+        model.turn_graphs.run = watched
+
+    def compiled(*, fn, **_) -> None:
+        if fn.module.startswith("lazyllm_vllm"):
+            llm.turns["compiled"].append(fn.name)
+
+    knobs.runtime.jit_post_compile_hook = compiled
+
+
+def turns_watched(llm) -> dict:
+    """``shapes`` of what ran in graphs, and kernels of LazyLLM that were ``compiled``."""
+    return llm.turns
+
+
 def watch_steps(llm) -> None:
     """From now on; see ``steps``."""
     from harness.steps import Steps
