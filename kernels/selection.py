@@ -65,6 +65,7 @@ class Selection:
         turn_tokens: ``[batch]`` int32, of a turn's last token (see ``begin_step``) how many tokens
             of the turn see what it revives, itself included.
         turn_limit: ``[stages, batch]`` int32, how many it revives, no fewer.
+        turn_row: ``[batch]`` int32, its row in stage 0.
         search: scratch.
     """
 
@@ -80,6 +81,7 @@ class Selection:
     least_revived: int
     turn_tokens: torch.Tensor
     turn_limit: torch.Tensor
+    turn_row: torch.Tensor
     search: Search
 
     @property

@@ -251,6 +251,7 @@ class LazyModelState(DefaultModelState):
             input_batch, turns = split(input_batch, num_decodes, some, self.block_tables, shape)
             num_decodes = int((~input_batch.is_prefilling_np).sum())
             slot_mappings = slot_mappings[:, turns.rows].masked_fill_(turns.rows < 0, PAD_SLOT_ID)
+            slot_mappings[:, : len(turns.tokens)] = PAD_SLOT_ID  # nobody's rows
         if num_decodes or not is_plain:
             self._fill_batch(kind, input_batch, num_decodes, turns)
         if kind is StepKind.REPLAY:
@@ -277,7 +278,7 @@ class LazyModelState(DefaultModelState):
             self.buffers.clear_index(padded)
         padded = num_decodes + padded - num_reqs
         if turns is not None:
-            self.buffers.set_turns(turns.tokens, turns.revived)
+            self.buffers.set_turns(turns)
             num_decodes = int((input_batch.idx_mapping_np[:num_decodes] >= 0).sum())
             num_decodes, padded = num_decodes - len(turns.tokens), padded - len(turns.tokens)
         if num_decodes:

@@ -130,7 +130,7 @@ class PrefillAttention:
         in one launch. If they score, their log-denominators go to ``buffers.lse[0]``."""
         step, stage, lse = metadata.step, metadata.stage, metadata.boundary.buffers.lse
         all_requests, n = slice(0, step.num_requests), step.num_decodes
-        longest = step.longest_prefill[stage], self.max_model_len
+        longest = step.longest_request[stage], self.max_model_len
         places = all_requests, step.row_starts[stage], longest
         of_rows = self._flash_paged(query, output, keys, step, places, scores or decodes_score)
         if decodes_score:

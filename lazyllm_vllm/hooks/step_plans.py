@@ -77,14 +77,14 @@ def turn_shape(
     first, req_id = int(batch.num_computed_prefill_tokens_np[i]), batch.req_ids[i]
     if state.caught_up[req_id] < first or not state.wants_prompt.isdisjoint(batch.req_ids):
         return None
-    return graphs.shape(num_decodes, int(batch.num_scheduled_tokens[i]) - 1)
+    return graphs.shape(num_decodes, int(batch.num_scheduled_tokens[i]))
 
 
 def turn_step(state: "LazyModelState", shape: TurnShape) -> Step:
     """A step with a turn that there is not, to be captured: as any of its shape, and longer than
     all."""
     stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes
-    seeing = min(state.schedule.config.score_window - 1, shape.rows)
+    seeing = min(state.schedule.config.score_window, shape.rows)
     end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
     first = end - np.array([shape.rows - seeing, seeing], np.int32)
     none, never = np.zeros((stages, 2), np.int32), np.zeros(2, bool)
@@ -103,7 +103,8 @@ def turn_step(state: "LazyModelState", shape: TurnShape) -> Step:
     prefills, device = prefills.padded(0), state.device
     num_rows, groups = num_decodes + shape.rows, len(state.buffers.slot_mappings)
     turns = Turns(
-        tokens=np.array([seeing + 1], np.int32),
+        tokens=np.array([seeing], np.int32),
+        last_rows=np.array([num_decodes + shape.rows - 1], np.int32),
         revived=np.zeros((stages, 1), np.int32),
         sees=prefills.sees_revived,
         seen=np.zeros((stages, 3), np.int32),
@@ -123,7 +124,7 @@ def turn_step(state: "LazyModelState", shape: TurnShape) -> Step:
     )
     state.buffers.clear_index(num_decodes + 3)
     step = Step(StepKind.CAPTURE_TURN, batch, state.schedule, state.buffers, selects=True)
-    step.longest_prefill = [shape.rows] * stages
+    step.longest_prefill = step.longest_request = [shape.rows] * stages
     step.longest_keys = [state.max_model_len] * stages
     return step
 
@@ -143,7 +144,8 @@ def planned_step(
         is_padded = turns is not None and turns.shape is not None
         prefilled = req_ids[num_decodes : -1 if is_padded else None]
         prefills = _prefills(state, batch, range(num_decodes, num_decodes + len(prefilled)), turns)
-        selects = is_padded or not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
+        has_turns = turns is not None and len(turns.tokens) > 0
+        selects = has_turns or not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
         caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))

@@ -2,9 +2,11 @@
 
 The last token of a turn tells, with those shortly before it, what is to be revived, and all of them
 see that. vLLM has them among the rows of the request's chunk. Here the request comes more than once
-in the batch: with its last token among the decodes, with the tokens that see what it revives among
-the prefills, and, if the chunk has more, with those as a prefill before. Where the last token is
-all that has not run behind stage 0, as after preemption, it is a decode like any other.
+in the batch: among the decodes, which is its last token's place behind stage 0, beside the rows of
+what is revived; among the prefills, with the tokens that see that; and, if the chunk has more, with
+those as a prefill before. In stage 0 the last token is the last of a prefill, as in vLLM's batch,
+and its row among the decodes is nobody's. Where it is all that has not run behind stage 0, as after
+preemption, it is a decode like any other.
 
 A batch for a CUDA graph (``turn_graphs``) is padded: with decodes of no request, and with a prefill
 of none.
@@ -112,6 +114,7 @@ def split(
     rows[np.repeat(requests < 0, counts)] = -1
     sampled = np.zeros(batch.num_reqs, np.int64)
     places = np.arange(len(members))
+    seers = [places[count:][requests[count:] == turn.request][-1] for turn in real]
     for some in (places[count:], places[:count]):  # the last token of a turn after the others
         some = some[requests[some] >= 0]
         sampled[requests[some]] = some
@@ -139,23 +142,27 @@ def split(
     nothing = [0] * len(turns[0].revived)
     revived = np.array([turn.revived for turn in real], np.int32).reshape(k, len(nothing)).T
     seeing = {(turn.request, turn.seeing): turn.revived for turn in real}
+    last_rows = np.cumsum(counts)[seers].astype(np.int32) - 1
     of_prefills = [seeing.get(member[:2]) if member.count else None for member in prefills]
     sees = np.array([found is not None for found in of_prefills], bool)
     seen = np.array([found or nothing for found in of_prefills], np.int32).reshape(-1, len(nothing))
-    return again, Turns(tokens, revived, sees, seen.T, requests, rows, sampled, shape)
+    found = tokens, last_rows, revived, sees, seen.T
+    return again, Turns(*found, requests, rows, sampled, shape)
 
 
 def _prefills(
     batch: InputBatch, num_decodes: int, turns: Sequence[Turn], keeps_empty: bool
 ) -> list[_Member]:
-    """Each prefill without a turn's last token, and the tokens before it that see what it revives
-    on their own. Turns have both, one of them perhaps empty, if ``keeps_empty``."""
+    """Each prefill, of a turn the tokens that see what it revives on their own. Turns have both
+    parts, one of them perhaps empty, if ``keeps_empty``. The last token of one that is a decode is
+    in none."""
     prefills, of_turn = [], {turn.request: turn for turn in turns}
     for i in range(num_decodes, batch.num_reqs):
         first = int(batch.num_computed_prefill_tokens_np[i])
         bounds = [first, first + int(batch.num_scheduled_tokens[i])]
         if i in of_turn:
-            bounds = [first, of_turn[i].seeing, of_turn[i].last]
+            turn = of_turn[i]
+            bounds = [first, turn.seeing, turn.last + (not turn.is_decode)]
         parts = zip(bounds, bounds[1:])
         parts = [(start, end) for start, end in parts if keeps_empty or start < end]
         prefills += [_Member(i, start, end - start) for start, end in parts]

@@ -38,11 +38,13 @@ def to_token_layout(
     """
     if not step.num_prefills and step.num_decodes == num_tokens:
         return hidden
-    out = hidden.new_empty(num_tokens, hidden.shape[1])
     if not step.batch.wants_all_rows:
+        out = hidden.new_empty(num_tokens, hidden.shape[1])
         out[step.batch.sampled_tokens] = hidden
         return out
-    out.zero_()  # of prompt tokens that were dropped, which vLLM looks at but does not use
+    # Zeros of prompt tokens that were dropped, which vLLM looks at but does not use.
+    num_rows = step.num_rows(0)
+    out = hidden.new_zeros(max(num_rows, num_tokens), hidden.shape[1])
     last = boundary.schedule.num_stages - 1
     rows, first, n = boundary.buffers.rows[last], step.num_decode_rows(last), step.num_decodes
     out[:n] = hidden[:n]
@@ -52,6 +54,10 @@ def to_token_layout(
     is_here = place >= 0
     rows = segments.base + segments.start[prefill] + place
     out[rows[is_here]] = hidden[first:][is_here]
-    if step.batch.turns is not None:
-        out[step.batch.turns.rows] = out.clone()
-    return out
+    turns = step.batch.turns
+    if turns is None:
+        return out
+    in_order = out.new_empty(num_tokens, hidden.shape[1])
+    in_order[turns.rows[n:]] = out[n:num_rows]
+    in_order[turns.rows[:n]] = out[:n]  # the last tokens of turns, which are prefills' rows too
+    return in_order

@@ -105,14 +105,15 @@ class StagedDecoder:
             hidden = hidden[turns.sampled]
             return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
         _begin()
-        rows = slice(0, metadata.step.num_rows(0))
-        self.input_ids = input_ids
+        rows = metadata.step.num_rows(0)
+        self.input_ids = _of_length(input_ids, rows)
         if turns is not None:  # pieces read tokens where vLLM puts them
-            given, positions = input_ids.clone(), metadata.step.batch.positions
-            input_ids[rows] = given[turns.rows]
-        hidden = super().forward(input_ids[rows], positions[rows])
+            given, ordered = self.input_ids.clone(), input_ids[turns.rows]
+            self.input_ids.copy_(ordered)
+            positions = metadata.step.batch.positions
+        hidden = super().forward(self.input_ids, positions[:rows])
         if turns is not None:
-            input_ids.copy_(given)
+            self.input_ids.copy_(given)
         if self.output is not None:
             return to_token_layout(self.output, metadata.step, metadata.boundary, len(input_ids))
         if self.is_over:
@@ -292,6 +293,17 @@ class StagedDecoder:
         if self.has_experts and context.is_padding is not None:
             context.is_padding = context.is_padding[rows]
         return tuple(states[rows] for states in args)
+
+
+def _of_length(input_ids: torch.Tensor, rows: int) -> torch.Tensor:
+    """So many of the tokens; where a step has more rows than vLLM gave tokens, with those that come
+    after in vLLM's buffer, or, at its end, in a buffer of its own, which no piece reads."""
+    if rows <= len(input_ids):
+        return input_ids[:rows]
+    end = input_ids.storage_offset() + rows
+    if end * input_ids.itemsize <= input_ids.untyped_storage().nbytes():
+        return input_ids.as_strided((rows,), (1,))
+    return input_ids.new_empty(rows)
 
 
 def _states(given: dict) -> list[str]:

@@ -121,7 +121,7 @@ class Boundary:
             return range(0)
         if is_last_layer if ends else scores_behind and self.scorer.carry > 0:
             return step.decodes
-        return step.turns if ends and self.scorer.every_layer else range(0)
+        return step.turns if 0 < stage and ends and self.scorer.every_layer else range(0)
 
     def _ends(self, stage: int) -> bool:
         """Whether the stage ends at a boundary."""
@@ -150,7 +150,7 @@ class Boundary:
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
             queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
-            if step.turns:  # after the tokens before
+            if step.turns and keys.stage:  # after the tokens before, with which it is in stage 0
                 self.scorer.score_turns(s, queries, keys, step.turns)
             if others := decodes[len(step.turns) :]:
                 self.scorer.score_decodes(s, queries, keys, others)

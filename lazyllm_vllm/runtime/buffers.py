@@ -15,6 +15,7 @@ from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selecti
 from lazyllm_vllm.kernels.top_k import make_search
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.piece_rows import PieceRows
+from lazyllm_vllm.runtime.turns import Turns
 
 
 class StepBuffers:
@@ -64,6 +65,7 @@ class StepBuffers:
         self.quota = torch.zeros(1, **ints)
         self.first_row = torch.zeros(batch, **ints)
         self.turn_tokens = torch.zeros(batch, **ints)
+        self.turn_row = torch.zeros(batch, **ints)
         self.turn_limit = torch.zeros(stages, batch, **ints)
         self._shown: tuple[list[int], int] | None = None
         self._quota = 0
@@ -106,15 +108,13 @@ class StepBuffers:
         self._shown = None
         self.index[:padded] = -1
 
-    def set_turns(self, tokens: np.ndarray, revived: np.ndarray) -> None:
-        """The turns of a step; see ``Selection``.
-
-        Args:
-            tokens: ``[turns]`` int32; revived: ``[stages, turns]`` int32.
-        """
-        packed = async_tensor_h2d(np.vstack([tokens, revived]), device=self.device)
-        self.turn_tokens[: len(tokens)] = packed[0]
-        self.turn_limit[:, : len(tokens)] = packed[1:]
+    def set_turns(self, turns: Turns) -> None:
+        """The turns of a step; see ``Selection``."""
+        count = len(turns.tokens)
+        packed = np.vstack([turns.tokens, turns.last_rows, turns.revived])
+        packed = async_tensor_h2d(packed, device=self.device)
+        self.turn_tokens[:count], self.turn_row[:count] = packed[:2]
+        self.turn_limit[:, :count] = packed[2:]
 
     def set_quota(self, quota: int) -> None:
         if quota != self._quota:
@@ -153,6 +153,7 @@ class StepBuffers:
             least_revived=self.least_revived,
             turn_tokens=self.turn_tokens,
             turn_limit=self.turn_limit,
+            turn_row=self.turn_row,
             search=self.search,
         )
         self.slot_position = torch.zeros(num_slots, **ints)

@@ -27,8 +27,8 @@ class Prefills:
         caught_up: tokens that need not run in the later stages any more, of prompts that are not
             pruned now.
         is_pruned: bool, whether the prompt is pruned in this prefill.
-        sees_revived: bool, whether the rows are the last ones of a turn but for its last token, and
-            see and score what that revives; see ``kernels.begin_step``.
+        sees_revived: bool, whether the rows are the last ones of a turn, and see what it revives;
+            see ``kernels.begin_step``. Behind stage 0 the last of them is a decode's row.
         kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
         shift: ``[stages, prefills]``, the slot of a token less its position; 0 but behind stage 0
             of a prompt that goes on.
@@ -157,7 +157,8 @@ class RowPlan:
             done = ran + _first(rows - at_least, int(rows.sum()) - room)
             parts.append(_cut(ran, done, budget))
             first = np.where(p.is_pruned, done, new + p.shift[stage])
-            spans.append(Span(first, np.where(p.is_pruned, until, p.end + p.shift[stage])))
+            end = p.end + p.shift[stage] - p.sees_revived
+            spans.append(Span(first, np.where(p.is_pruned, until, end)))
         is_behind = ~p.is_pruned & (p.caught_up < p.first)
         catch_up = _cut(p.caught_up * is_behind, p.first * is_behind, budget)
         return cls(spans, parts, catch_up)

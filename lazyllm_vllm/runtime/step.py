@@ -93,7 +93,7 @@ class Step:
     revives: whether decodes may revive, and rows are set aside for it.
     segments: the prefills' rows in each stage.
     row_starts: by stage, ``[requests + 1]`` int32, first row of each request, of stages in which
-        nothing is revived.
+        nothing is revived; longest_request: most rows of one.
     uploaded: int32, all of the step's own numbers on the device; a graph reads them there.
     longest_prefill, longest_keys: most rows, and most keys, of a prefill in each stage; num_keys:
         keys of all prefills; num_pairs: of a row and a key, the uncausal ones counted too.
@@ -191,8 +191,8 @@ class Step:
         bases = np.array([self.num_decode_rows(s) for s in range(stages)], np.int32)
         # Of a prefill that has no row in a stage some row, which nobody reads.
         last_rows = np.maximum(bases[:, None] + starts[:, 1:] - 1, 0)
-        before = np.tile(np.arange(self.num_decodes, dtype=np.int32), (stages, 1))
-        row_starts = np.concatenate([before, self.num_decodes + starts], axis=1)
+        row_starts = self._starts_of_requests(starts)
+        self.longest_request = np.diff(row_starts).max(axis=1).tolist()
         parts = (starts, key_starts, first, keys, last_rows, self.batch.prefills.shift, row_starts)
         packed = np.concatenate([part.ravel() for part in parts]).astype(np.int32)
         self.uploaded = async_tensor_h2d(packed, device=self.buffers.device)
@@ -202,6 +202,18 @@ class Step:
         )
         by_stage = zip(starts, bases.tolist(), first, shift)
         self.segments = [Segments(*of_stage) for of_stage in by_stage]
+
+    def _starts_of_requests(self, starts: np.ndarray) -> np.ndarray:
+        """``row_starts``, where nothing is revived. In stage 0 the two prefills of a turn are one,
+        the first of no rows."""
+        before = np.tile(np.arange(self.num_decodes, dtype=np.int32), (len(starts), 1))
+        of_all = np.concatenate([before, self.num_decodes + starts], axis=1)
+        if self.batch.turns is not None:
+            last = self.num_decodes + np.flatnonzero(self.batch.prefills.sees_revived)
+            of_request = self.batch.turns.requests
+            last = last[(last > self.num_decodes) & (of_request[last] == of_request[last - 1])]
+            of_all[0, last] = of_all[0, last - 1]
+        return of_all
 
     def show(self) -> None:
         """Let kernels see this step's prefill rows, after a part of it has run."""
@@ -226,7 +238,8 @@ class Step:
         packed = np.zeros((4, stages, self.num_prefills), np.int32)
         packed[:3, 0] = p.window_part(window)
         packed[0, 1:] = np.minimum(p.num_prompt, window) * p.completes[1:]
-        packed[:2, 1:] += packed[:2, :1] * p.sees_revived
+        packed[0, 1:] += (packed[0, 0] - 1) * p.sees_revived  # the last is a decode's row
+        packed[1, 1:] += p.sees_revived
         packed[3] = p.crosses
         on_device = async_tensor_h2d(packed, device=b.device)
         b.window[:, :, mine] = on_device[:3]
@@ -242,7 +255,8 @@ class Step:
     @property
     def drops_nothing(self) -> bool:
         """Whether every row goes on over every boundary, in the same order."""
-        return self.batch.prefills.runs_alike and not (self.revives or self.prefills_select)
+        selects = self.revives or self.prefills_select or self.num_turns
+        return self.batch.prefills.runs_alike and not selects
 
     @property
     def decodes(self) -> range:

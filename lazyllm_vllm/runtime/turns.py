@@ -11,7 +11,7 @@ class TurnShape(NamedTuple):
 
     Attributes:
         decodes: rows of other requests that decode.
-        rows: of the turn's tokens but its last, in stage 0.
+        rows: of the turn's tokens, in stage 0.
     """
 
     decodes: int
@@ -23,6 +23,7 @@ class Turns(NamedTuple):
 
     Attributes:
         tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
+        last_rows: ``[turns]`` int32, of each the row of its last token in stage 0.
         revived: ``[stages, turns]`` int32, tokens that it revives.
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
@@ -34,6 +35,7 @@ class Turns(NamedTuple):
     """
 
     tokens: np.ndarray
+    last_rows: np.ndarray
     revived: np.ndarray
     sees: np.ndarray
     seen: np.ndarray
@@ -47,7 +49,7 @@ class Turns(NamedTuple):
         """One, the first of vLLM's ``InputBatch``, which revives nothing and which no prefill
         sees."""
         count, device = batch.num_reqs, batch.positions.device
-        tokens, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
+        one, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
         no_prefills = np.zeros(0, bool), np.zeros((num_stages, 0), np.int32)
         rows = torch.arange(batch.num_tokens, device=device)
-        return cls(tokens, revived, *no_prefills, np.arange(count), rows, rows[:count])
+        return cls(one, one, revived, *no_prefills, np.arange(count), rows, rows[:count])

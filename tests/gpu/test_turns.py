@@ -42,7 +42,7 @@ def results(tmp_path_factory):
         return torch.randint(3, 32000, (count,), generator=random).tolist()
 
     document, others = ids(9984), [ids(60 + i) for i in range(5)]
-    # Alone: beside the last token 39, 15, 263 and 511 rows, and one more than there is a graph for.
+    # Alone: as many rows, and one more than there is a graph for.
     turns = [document + ids(n) for n in (40, 16, 264, 512, 600)]
     params = {"temperature": 0, "ignore_eos": True}
     served = [{"prompt": prompt, "params": params | {"max_tokens": 40}} for prompt in others]
@@ -84,7 +84,8 @@ def test_they_are_as_without(results):
     print(f"{max(drifts):.4f}, on average {fmean(drifts):.4f}")
     assert max(drifts) < 0.1 and fmean(drifts) < 0.01
     for a, b in zip(mine["stats"], theirs["stats"]):
-        assert a["revived"] == b["revived"]
+        # With all that decodes revive afterwards, of close scores.
+        assert a["revived"] == pytest.approx(b["revived"], rel=0.1)
     mine, theirs = (result["beside"]["tokens"] for result in results)
     same = [a[0][:4] == b[0][:4] for a, b in zip(mine, theirs)]
     assert sum(same) >= len(same) - 1, "close scores may choose another token"

@@ -4,7 +4,7 @@ import torch
 
 from lazyllm_vllm.runtime.turns import TurnShape
 
-DECODES, ROWS = (0, 4), (15, 32, 64)
+DECODES, ROWS = (0, 4), (16, 33, 64)
 
 
 class TurnsOnCPU:

@@ -185,6 +185,7 @@ class World:
             first_row=self.ints([n + i * self.quota for i in range(n)]),
             least_revived=least_revived,
             turn_tokens=torch.zeros_like(is_pruned),
+            turn_row=torch.zeros_like(is_pruned),
             turn_limit=torch.zeros_like(is_pruned.repeat(stages, 1)),
             search=search,
         )

@@ -35,7 +35,7 @@ def test_begin_step(quota, always, num_decodes, num_turns, device):
         counts.kept[index[3]] = w.prompts[3]  # kept whole
         counts.kept[index, 0] = s.num_prompt
         s.index[1] = -1
-        s.turn_limit[1:, 0] = 6
+        s.turn_limit[1:, 0], s.turn_row[0] = 6, 3
         for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit, s.first_row):
             poisoned.fill_(POISON)
         rows = Rows.make(stages, len(positions) + revive_rows, n, device)
@@ -58,6 +58,9 @@ def test_begin_step(quota, always, num_decodes, num_turns, device):
         assert (rows.request[1:, n : n + revive_rows] == -1).all()
         assert (rows.source[1:, n : n + revive_rows] == -1).all()
         assert rows.source[2, :n].tolist() == list(range(n))
+        # In stage 0 a turn's last token is a prefill's row.
+        assert rows.source[1, :n].tolist() == [3 * num_turns, *range(1, n)]
+        assert (rows.num_keys[0, 0] == 0).item() == bool(num_turns) and rows.num_keys[1, 0] > 0
         # What a turn revives takes the slots before its tokens, and the rows before the others'.
         had = s.counts.prompt_keys[s.index.long()].T + w.ints(w.decoded)
         assert torch.equal(rows.slot[1:, 0], had[1:, 0] + 6 * num_turns)

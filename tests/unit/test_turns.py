@@ -1,6 +1,6 @@
 """Turns: their places in a batch, and how much they may revive."""
 
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +14,7 @@ from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
 from lazyllm_vllm.plan.request_setting import RequestSetting
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.snapshots import Continuations
+from lazyllm_vllm.runtime.turns import TurnShape
 
 # Of each request the tokens of its prompt, those computed before, and those of this step.
 REQUESTS = {
@@ -47,8 +48,8 @@ def vllms_batch():
 
 
 def test_a_turn_has_its_places():
-    """Its last token among the decodes, the tokens that see what it revives in a prefill of their
-    own, and those before in another; vLLM's rows and requests are found again."""
+    """Its last token among the decodes, the tokens that see what it revives, that one too, in a
+    prefill of their own, and those before in another; vLLM's rows and requests are found again."""
     batch = vllms_batch()
     turns = [
         Turn(1, 200 - WINDOW, 199, [0, 7, 5]),
@@ -63,9 +64,9 @@ def test_a_turn_has_its_places():
         ("decode", 60, 1),
         ("goes on after preemption", 139, 1),
         ("long turn", 160, 24),
-        ("long turn", 184, 15),
+        ("long turn", 184, 16),
         ("prompt", 0, 30),
-        ("short turn", 125, 4),
+        ("short turn", 125, 5),
         ("goes on after preemption", 128, 11),
     ]
     firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
@@ -74,7 +75,10 @@ def test_a_turn_has_its_places():
         position for _, first, count in expected for position in range(first, first + count)
     ]
     assert torch.equal(batch.positions[found.rows], again.positions)
-    assert sorted(found.rows.tolist()) == list(range(int(batch.num_scheduled_tokens.sum())))
+    assert set(found.rows.tolist()) == set(range(int(batch.num_scheduled_tokens.sum())))
+    twice = [row for row in found.rows.tolist() if found.rows.tolist().count(row) == 2]
+    assert batch.positions[sorted(set(twice))].tolist() == [199, 129]
+    assert again.positions[found.last_rows].tolist() == [199, 129] and min(found.last_rows) >= 4
     assert again.is_prefilling_np.tolist() == [False] * 4 + [True] * 5
     assert [batch.req_ids[i] for i in found.requests] == again.req_ids
     assert [again.req_ids[i] for i in found.sampled.tolist()] == batch.req_ids
@@ -87,6 +91,28 @@ def test_a_turn_has_its_places():
     assert found.revived.tolist() == [[0, 0], [7, 7], [5, 0]]
     assert found.sees.tolist() == [False, True, False, True, False]
     assert found.seen.T.tolist() == [[0] * 3, [0, 7, 5], [0] * 3, [0, 7, 0], [0] * 3]
+
+
+def test_a_turn_in_a_graph_is_padded():
+    """To its shape, with decodes and a prefill of no request, whose slots and rows are none."""
+    batch = vllms_batch()
+    batch = replace(batch, req_ids=batch.req_ids[:2], num_reqs=2)
+    for seeing, parts in ((184, [(160, 24), (184, 16)]), (160, [(160, 0), (160, 40)])):
+        turn = Turn(1, seeing, 199, [0, 7, 5])
+        tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
+        again, found = split(batch, 1, [turn], tables, TurnShape(decodes=3, rows=64))
+        firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
+        expected = [("long turn", 199, 1), ("decode", 60, 1), ("", 0, 1), ("", 0, 1)]
+        expected += [*(("long turn", *part) for part in parts), ("", 0, 24)]
+        assert list(zip(again.req_ids, firsts.tolist(), counts.tolist())) == expected
+        assert again.idx_mapping.tolist() == [11, 10, -1, -1, 11, 11, -1]
+        assert again.idx_mapping_np.tolist() == again.idx_mapping.tolist()
+        assert again.is_prefilling_np.tolist() == [False] * 4 + [True] * 3
+        assert found.rows.tolist() == [40, 0, -1, -1, *range(1, 41), *[-1] * 24]
+        assert found.last_rows.tolist() == [43] and found.sampled.tolist() == [1, 0]
+        assert found.sees.tolist() == [False, True]
+        assert found.seen.T.tolist() == [[0, 0, 0], [0, 7, 5]]
+        assert tables[0][:7, 0].tolist()[:2] == [1, 0]
 
 
 def test_what_a_turn_revives():
