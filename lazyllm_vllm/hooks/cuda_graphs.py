@@ -114,7 +114,8 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
             **{**kwargs, "lora_capture_hook": choose},
         )
         is_real = self._capture_mem_samples is None  # not for vLLM to see how much memory they take
-        if is_real and self.cudagraph_mode and has_turn_graphs(self.vllm_config, model_state):
+        is_full = is_real and self.cudagraph_mode.has_full_cudagraphs()
+        if is_full and has_turn_graphs(self.vllm_config, model_state):
             model.turn_graphs = TurnGraphs()
             model.turn_graphs.capture(model, model_state, self.vllm_config, self.pool)
 

@@ -28,8 +28,8 @@ MOST_COPIED = 256 << 20
 # Copied where so many rows or more attend to a key, on average. On an H100 FlashAttention does 695
 # TFLOP/s with them side by side and 580 through blocks of 16; the copy pays from some 900 rows on.
 LEAST_ROWS = 1024
-# Programs that share a row's keys in a CUDA graph, at most: each has a result of its own.
-MOST_SPLITS = 8
+# Programs that share a row's keys in a turn's CUDA graph, at most: each has a result of its own.
+TURN_SPLITS = 8
 
 
 class PrefillAttention:
@@ -168,7 +168,7 @@ class PrefillAttention:
             "block_table": keys.block_table[requests],
         }
         if step.kind is StepKind.CAPTURE_TURN and self.fa_version == 3:
-            paged["num_splits"] = MOST_SPLITS  # it goes by the keys that there are at a replay
+            paged["num_splits"] = TURN_SPLITS  # it goes by the keys that there are at a replay
         tensors = query, *keys.for_flash, output
         return self._flash(*tensors, *starts_and_longest, wants_lse, **paged)
 

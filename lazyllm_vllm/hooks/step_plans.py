@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from lazyllm_vllm.plan.spread import Leg
@@ -78,55 +77,6 @@ def turn_shape(
     if state.caught_up[req_id] < first or not state.wants_prompt.isdisjoint(batch.req_ids):
         return None
     return graphs.shape(num_decodes, int(batch.num_scheduled_tokens[i]))
-
-
-def turn_step(state: "LazyModelState", shape: TurnShape) -> Step:
-    """A step with a turn that there is not, to be captured: as any of its shape, and longer than
-    all."""
-    stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes
-    seeing = min(state.schedule.config.score_window, shape.rows)
-    end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
-    first = end - np.array([shape.rows - seeing, seeing], np.int32)
-    none, never = np.zeros((stages, 2), np.int32), np.zeros(2, bool)
-    prefills = Prefills(
-        num_prompt=end,
-        first=first,
-        end=end,
-        caught_up=first,
-        is_pruned=never,
-        sees_revived=np.array([False, True]),
-        kept=np.tile(end, (stages, 1)),
-        shift=none,
-        ran=none,
-        until=np.tile(end, (stages, 1)),
-    )
-    prefills, device = prefills.padded(0), state.device
-    num_rows, groups = num_decodes + shape.rows, len(state.buffers.slot_mappings)
-    turns = Turns(
-        tokens=np.array([seeing], np.int32),
-        last_rows=np.array([num_decodes + shape.rows - 1], np.int32),
-        revived=np.zeros((stages, 1), np.int32),
-        sees=prefills.sees_revived,
-        seen=np.zeros((stages, 3), np.int32),
-        requests=np.full(num_decodes + 3, -1),
-        rows=torch.full((num_rows,), -1, device=device),
-        sampled=torch.arange(num_decodes + 3, device=device),
-        shape=shape,
-    )
-    batch = Batch(
-        req_ids=[""] * (num_decodes + 3),
-        num_decodes=num_decodes,
-        prefills=prefills,
-        positions=torch.zeros(num_rows, dtype=torch.int64, device=device),
-        sampled_tokens=turns.sampled,
-        slot_mappings=torch.full((groups, num_rows), PAD_SLOT_ID, device=device),
-        turns=turns,
-    )
-    state.buffers.clear_index(num_decodes + 3)
-    step = Step(StepKind.CAPTURE_TURN, batch, state.schedule, state.buffers, selects=True)
-    step.longest_prefill = step.longest_request = [shape.rows] * stages
-    step.longest_keys = [state.max_model_len] * stages
-    return step
 
 
 def planned_step(

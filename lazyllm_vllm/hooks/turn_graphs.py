@@ -9,22 +9,25 @@ to a shape that was captured at start. What the graph reads of a step, but for w
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import graph_capture
 from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from lazyllm_vllm.hooks.engine_config import full_layers
-from lazyllm_vllm.hooks.step_plans import turn_step
-from lazyllm_vllm.runtime.step import Step
-from lazyllm_vllm.runtime.turns import TurnShape
+from lazyllm_vllm.plan.request_setting import DEEP
+from lazyllm_vllm.runtime.prefill_rows import Prefills
+from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
     from lazyllm_vllm.models.staged import StagedDecoder
 
-# Of each shape: decodes beside the turn, and rows of its tokens but the last.
+# Of the shapes: decodes beside the turn, and rows of its tokens.
 DECODES = (0, 8, 32)
 ROWS = (32, 64, 128, 192, 256, 320, 384, 512)
 
@@ -34,15 +37,15 @@ def has_turn_graphs(vllm_config: VllmConfig, state: "LazyModelState") -> bool:
     has: an FP8 cache and sliding windows behind the first stage copy as many keys as there are,
     experts pass over rows that vLLM names, ranks reduce as many scores as prompts have, and a trace
     looks at every boundary."""
-    config = state.schedule.config
+    config, layers = state.schedule.config, vllm_config.compilation_config.static_forward_context
     return (
-        state.schedule.has_aux
-        and state.trace is None
+        config.reuse == DEEP
         and config.score_window > 1
-        and vllm_config.cache_config.enable_prefix_caching
+        and state.schedule.has_aux
+        and state.trace is None
         and vllm_config.parallel_config.world_size == 1
         and not vllm_config.model_config.is_moe
-        and not vllm_config.cache_config.cache_dtype.startswith("fp8")
+        and not any(layers[name].impl.is_fp8 for name in state.model.layer_names)
         and full_layers(vllm_config.model_config) is None
     )
 
@@ -87,7 +90,7 @@ class TurnGraphs:
             for shape in sorted(shapes, key=sum, reverse=True):
                 if shape.decodes + 4 > state.max_num_reqs or sum(shape) + 1 > most_rows:
                     continue
-                step = turn_step(state, shape)
+                step = _made_up(state, shape)
                 rows = len(step.batch.positions)
                 ids = torch.zeros(rows, dtype=torch.int32, device=state.device)
                 with set_forward_context(state.metadata_of(step), vllm_config, num_tokens=rows):
@@ -115,3 +118,52 @@ class TurnGraphs:
         captured.step.uploaded.copy_(step.uploaded)
         captured.graph.replay()
         return captured.output
+
+
+def _made_up(state: "LazyModelState", shape: TurnShape) -> Step:
+    """A step with a turn that there is not, to be captured: as any of its shape, and as long as
+    any may be."""
+    stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes
+    seeing = min(state.schedule.config.score_window, shape.rows)
+    end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
+    first = end - np.array([shape.rows - seeing, seeing], np.int32)
+    none, never = np.zeros((stages, 2), np.int32), np.zeros(2, bool)
+    prefills = Prefills(
+        num_prompt=end,
+        first=first,
+        end=end,
+        caught_up=first,
+        is_pruned=never,
+        sees_revived=np.array([False, True]),
+        kept=np.tile(end, (stages, 1)),
+        shift=none,
+        ran=none,
+        until=np.tile(end, (stages, 1)),
+    )
+    prefills, device = prefills.padded(0), state.device
+    num_rows, groups = num_decodes + shape.rows, len(state.buffers.slot_mappings)
+    turns = Turns(
+        tokens=np.array([seeing], np.int32),
+        last_rows=np.array([num_decodes + shape.rows - 1], np.int32),
+        revived=np.zeros((stages, 1), np.int32),
+        sees=prefills.sees_revived,
+        seen=np.zeros((stages, 3), np.int32),
+        requests=np.full(num_decodes + 3, -1),
+        rows=torch.full((num_rows,), -1, device=device),
+        sampled=torch.arange(num_decodes + 3, device=device),
+        shape=shape,
+    )
+    batch = Batch(
+        req_ids=[""] * (num_decodes + 3),
+        num_decodes=num_decodes,
+        prefills=prefills,
+        positions=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        sampled_tokens=turns.sampled,
+        slot_mappings=torch.full((groups, num_rows), PAD_SLOT_ID, device=device),
+        turns=turns,
+    )
+    state.buffers.clear_index(num_decodes + 3)
+    step = Step(StepKind.CAPTURE_TURN, batch, state.schedule, state.buffers, selects=True)
+    step.longest_prefill = step.longest_request = [shape.rows] * stages
+    step.longest_keys = [state.max_model_len] * stages
+    return step
