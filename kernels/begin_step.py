@@ -79,7 +79,8 @@ def _begin_step_kernel(
     more = tl.minimum(batch, num_turns) * (turn_quota - quota)
     tl.store(first_row_ptr + batch, num_decodes + batch * quota + more)
     is_turn = batch < num_turns
-    turn_row = tl.load(turn_row_ptr + batch, mask=is_turn, other=0)
+    turn_row = tl.load(turn_row_ptr + batch, mask=is_turn, other=-1)
+    is_elsewhere = turn_row >= 0
     any_active = 0
     for stage in range(num_stages):
         at = stage * max_batch + batch
@@ -87,14 +88,14 @@ def _begin_step_kernel(
         slot = prompt_keys + position.to(tl.int32) - num_prompt
         turn_limit = tl.load(turn_limit_ptr + at, mask=is_turn, other=0)
         slot += turn_limit  # what a turn revives stands before its tokens
-        is_none = (index < 0) | (is_turn & (stage == 0))
+        is_none = (index < 0) | (is_elsewhere & (stage == 0))
         tl.store(num_keys_ptr + at, tl.where(is_none, 0, slot + 1))
         tl.store(num_revived_ptr + at, 0)
         row = stage * max_rows + batch
         tl.store(row_position_ptr + row, position)
         tl.store(row_request_ptr + row, tl.where(index < 0, -1, batch))
         tl.store(row_slot_ptr + row, slot)
-        tl.store(row_source_ptr + row, tl.where(is_turn & (stage == 1), turn_row, batch))
+        tl.store(row_source_ptr + row, tl.where(is_elsewhere & (stage == 1), turn_row, batch))
         if stage > 0:
             left = tl.load(capacity_ptr + counts + stage) - prompt_keys
             limit = 0
@@ -180,13 +181,15 @@ def begin_step_reference(
     slot = (prompt_keys[:n].T + position - s.num_prompt[:n]).int()
     slot[:, :num_turns] += s.turn_limit[:, :num_turns]
     rows.num_keys[:, :n] = (slot + 1) * real[:n]
-    rows.num_keys[0, :num_turns] = 0
+    turn_row = s.turn_row[:num_turns]
+    is_elsewhere = turn_row >= 0
+    rows.num_keys[0, :num_turns] *= ~is_elsewhere
     rows.num_revived[:, :n] = 0
     rows.position[:, :n] = position
     rows.request[:, :n] = torch.arange(n, device=real.device).where(real[:n], -1).int()
     rows.slot[:, :n] = slot
     rows.source[:, :n] = torch.arange(n, device=real.device).int()
-    rows.source[1:2, :num_turns] = s.turn_row[:num_turns]
+    rows.source[1:2, :num_turns] = turn_row.where(is_elsewhere, rows.source[1, :num_turns])
     most = int(s.quota) if revive_rows else 0
     s.limit[1:, :n] = (capacity - prompt_keys)[:n, 1:].T.clamp(0, most)
     if revive_rows:
@@ -217,8 +220,8 @@ def begin_step(
     A turn goes on from what an earlier request left. Its last token is a decode that revives as
     many tokens as ``s.turn_limit`` says, the best of those without keys. They have the slots before
     those of the turn's last ``s.turn_tokens`` tokens, all of which see them. In stage 0 that token
-    is the last of a prefill: the decode has no keys there, and in stage 1 goes on from
-    ``s.turn_row``.
+    may be a prefill's row, ``s.turn_row``: the decode has no keys there, and in stage 1 goes on
+    from that row.
 
     Args:
         rows: of all stages; revived rows are left to nobody.

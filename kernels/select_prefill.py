@@ -91,7 +91,8 @@ def _select_prefill_kernel(
             tl.store(row_position_ptr + after + j, position.to(tl.int64), mask=valid)
             tl.store(row_request_ptr + after + j, request, mask=valid)
             tl.store(row_slot_ptr + after + j, slot, mask=valid)
-            tl.store(row_source_ptr + after + j, tl.where(back >= 0, before + back, -1), mask=valid)
+            source = tl.where((back >= 0) & (request >= 0), before + back, -1)
+            tl.store(row_source_ptr + after + j, source, mask=valid)
         return
 
     clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
@@ -185,9 +186,10 @@ def select_prefill_reference(s, stage, batch, before, after, searches):
             position = candidates[before_slot]
         back = before_slot - int(before.first[nth])
         rows.position[new] = position
-        rows.request[new] = i if s.index[i] >= 0 else -1
+        is_there = s.index[i] >= 0
+        rows.request[new] = i if is_there else -1
         rows.slot[new] = slot.int()
-        rows.source[new] = (before.of(nth).start + back).where(back >= 0, -1).int()
+        rows.source[new] = (before.of(nth).start + back).where((back >= 0) & is_there, -1).int()
 
 
 def select_prefill(
@@ -206,7 +208,7 @@ def select_prefill(
         batch: the prefills' batch indices. Of one that is not pruned now the rows are tokens side
             by side.
         before: rows of the stage before that are at hand; the others come from where they are
-            parked.
+            parked. Rows of no request come from nowhere.
         searches: whether the best are yet to be found among the ranks; False: an earlier part was
             chosen at this boundary, or none is pruned.
     """

@@ -65,7 +65,7 @@ class Selection:
         turn_tokens: ``[batch]`` int32, of a turn's last token (see ``begin_step``) how many tokens
             of the turn see what it revives, itself included.
         turn_limit: ``[stages, batch]`` int32, how many it revives, no fewer.
-        turn_row: ``[batch]`` int32, its row in stage 0.
+        turn_row: ``[batch]`` int32, its row in stage 0; -1: that of the decode.
         search: scratch.
     """
 

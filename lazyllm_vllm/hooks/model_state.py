@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from vllm.config import VllmConfig
@@ -250,6 +251,8 @@ class LazyModelState(DefaultModelState):
             shape = step_plans.turn_shape(self, input_batch, num_decodes, some)
             input_batch, turns = split(input_batch, num_decodes, some, self.block_tables, shape)
             num_decodes = int((~input_batch.is_prefilling_np).sum())
+            if not self.boundary.scorer.every_layer:  # it asks the last token alone
+                turns = turns._replace(last_rows=np.full_like(turns.last_rows, -1))
             slot_mappings = slot_mappings[:, turns.rows].masked_fill_(turns.rows < 0, PAD_SLOT_ID)
             slot_mappings[:, : len(turns.tokens)] = PAD_SLOT_ID  # nobody's rows
         if num_decodes or not is_plain:

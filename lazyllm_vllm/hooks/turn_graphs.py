@@ -90,7 +90,7 @@ class TurnGraphs:
             for shape in sorted(shapes, key=sum, reverse=True):
                 if shape.decodes + 4 > state.max_num_reqs or sum(shape) + 1 > most_rows:
                     continue
-                step = _made_up(state, shape)
+                step = made_up_step(state, shape)
                 rows = len(step.batch.positions)
                 ids = torch.zeros(rows, dtype=torch.int32, device=state.device)
                 with set_forward_context(state.metadata_of(step), vllm_config, num_tokens=rows):
@@ -111,6 +111,7 @@ class TurnGraphs:
             ``[requests of the batch, hidden]``, until the next step.
         """
         captured = self._captured[step.batch.turns.shape]
+        assert fixed_numbers(step) == fixed_numbers(captured.step)
         mine, theirs = step.batch, captured.step.batch
         captured.input_ids.copy_(input_ids)
         theirs.positions.copy_(mine.positions)
@@ -120,7 +121,21 @@ class TurnGraphs:
         return captured.output
 
 
-def _made_up(state: "LazyModelState", shape: TurnShape) -> Step:
+def fixed_numbers(step: Step) -> tuple:
+    """What a graph has of a step that the CPU knows, and that is the same for all of a shape."""
+    stages = range(step.schedule.num_stages)
+    return (
+        [step.num_rows(stage) for stage in stages],
+        [step.num_decode_rows(stage) for stage in stages],
+        [step.continues(stage) for stage in stages],
+        [step.prefills_score(stage) for stage in stages],
+        (step.num_decodes, step.num_turns, step.num_prefills, len(step.uploaded)),
+        (step.turn_quota, step.max_revived, step.lists, step.decodes_select),
+        step.prefills_select,
+    )
+
+
+def made_up_step(state: "LazyModelState", shape: TurnShape) -> Step:
     """A step with a turn that there is not, to be captured: as any of its shape, and as long as
     any may be."""
     stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes

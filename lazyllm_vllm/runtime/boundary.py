@@ -150,7 +150,8 @@ class Boundary:
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
             queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
-            if step.turns and keys.stage:  # after the tokens before, with which it is in stage 0
+            # After the tokens before, with which the last one is in stage 0 where all layers score.
+            if step.turns and (keys.stage or not self.scorer.every_layer):
                 self.scorer.score_turns(s, queries, keys, step.turns)
             if others := decodes[len(step.turns) :]:
                 self.scorer.score_decodes(s, queries, keys, others)

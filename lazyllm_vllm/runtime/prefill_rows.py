@@ -12,7 +12,7 @@ No layer sees more rows at once than a step's budget of tokens: where a stage ha
 them run through it first, and the rest, with every prompt's last tokens, runs beside the decodes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class Prefills:
         return cls(n, none, n, none, never, never, kept, zeros, zeros, kept)
 
     def padded(self, count: int) -> "Prefills":
-        """With one more, of nobody, which has so many rows in every stage."""
+        """With one more, of nobody, which has so many rows."""
         stages = len(self.kept)
         whole = Prefills.whole([count], stages)
 
@@ -162,6 +162,16 @@ class RowPlan:
         is_behind = ~p.is_pruned & (p.caught_up < p.first)
         catch_up = _cut(p.caught_up * is_behind, p.first * is_behind, budget)
         return cls(spans, parts, catch_up)
+
+    def padded(self, rows: list[int]) -> "RowPlan":
+        """With as many rows in each stage, of which the last prefill has those that are missing."""
+        spans = []
+        for span, count in zip(self.spans, rows):
+            end = span.end.copy()
+            end[-1] += count - span.num_rows
+            assert end[-1] >= span.first[-1]
+            spans.append(Span(span.first, end))
+        return replace(self, spans=spans)
 
 
 def _first(lengths: np.ndarray, count: int) -> np.ndarray:

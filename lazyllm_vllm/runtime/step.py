@@ -137,6 +137,10 @@ class Step:
         window = self.schedule.config.score_window
         batch, budget = self.batch, self.buffers.budget
         self.plan = RowPlan.make(batch.prefills, batch.num_decodes, budget, window)
+        if batch.turns is not None and (shape := batch.turns.shape):
+            # The turn's last token is a decode behind stage 0. What ran there before is less still.
+            later = [shape.rows - 1] * (self.schedule.num_stages - 1)
+            self.plan = self.plan.padded([shape.rows, *later])
 
     def replan(self, stage: int, kept: list[int]) -> None:
         """Go on from the boundary before ``stage`` with so many tokens of each prefill kept in it,

@@ -23,7 +23,8 @@ class Turns(NamedTuple):
 
     Attributes:
         tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
-        last_rows: ``[turns]`` int32, of each the row of its last token in stage 0.
+        last_rows: ``[turns]`` int32, of each the prefill's row that is its last token in stage 0;
+            -1: the decode's is, and the prefill's does the same.
         revived: ``[stages, turns]`` int32, tokens that it revives.
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.

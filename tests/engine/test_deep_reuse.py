@@ -82,13 +82,13 @@ def test_a_turn_in_a_graph_is_the_same_turn(open_engine, folder):
     engine = open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
     # Of 300 tokens 288 are shared: 52, 16, 102 and 33 run.
     prompts = [DOCUMENTS[0] + QUESTIONS[2][:n] for n in (40, 4, 90, 21)]
-    decodes = [asked(DOCUMENTS[1][:n], params={"max_tokens": 24}) for n in (60, 70)]
+    decodes = [asked(DOCUMENTS[i][:n], params={"max_tokens": 40}) for i, n in ((1, 60), (2, 300))]
     results = []
     for _ in range(2):
         engine.fresh()
         engine.generate([DOCUMENTS[0]], 1)
         alone = [engine.generate([prompt], NEW_TOKENS) for prompt in prompts]
-        turns = [asked(prompt, at=4 + 3 * i) for i, prompt in enumerate(prompts[:3])]
+        turns = [asked(prompt, at=12 + 3 * i) for i, prompt in enumerate(prompts[:3])]
         beside = engine.run("serve", requests=[*decodes, *turns])
         assert all(goes_on(result) for result in alone)
         assert all(goes_on(beside, i) for i in (2, 3, 4))

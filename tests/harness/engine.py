@@ -539,7 +539,7 @@ def run_turns_as_in_graphs(llm) -> None:
     """From now on; see ``harness.turns``."""
     from harness import turns
 
-    _state(llm).model.turn_graphs = turns.TurnsOnCPU()
+    _state(llm).model.turn_graphs = turns.TurnsOnCPU(_state(llm))
 
 
 def turns_as_in_graphs(llm) -> list[tuple[int, int]]:

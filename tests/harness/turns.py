@@ -1,30 +1,34 @@
-"""Turns in CUDA graphs where there are none: their batches are padded to the graphs' shapes."""
+"""Turns in CUDA graphs where there are none: their batches are padded to the graphs' shapes, and
+find what the step before left where a graph would."""
 
 import torch
 
+from lazyllm_vllm.hooks.turn_graphs import TurnGraphs, fixed_numbers, made_up_step
 from lazyllm_vllm.runtime.turns import TurnShape
 
 DECODES, ROWS = (0, 4), (16, 33, 64)
 
 
-class TurnsOnCPU:
-    """``hooks.turn_graphs.TurnGraphs``, which run what they would replay.
+class TurnsOnCPU(TurnGraphs):
+    """Runs what it would replay.
 
     Attributes:
         ran: the shapes, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state) -> None:
         self.ran: list[TurnShape] = []
-
-    def shape(self, num_decodes: int, num_rows: int) -> TurnShape | None:
-        from lazyllm_vllm.hooks.turn_graphs import TurnGraphs
-
-        graphs = TurnGraphs()
-        graphs._captured = {TurnShape(d, r): None for d in DECODES for r in ROWS}
-        return graphs.shape(num_decodes, num_rows)
+        shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
+        self._captured = {shape: fixed_numbers(made_up_step(state, shape)) for shape in shapes}
+        self.buffers = state.buffers
 
     def run(self, model, step, input_ids: torch.Tensor) -> torch.Tensor:
-        self.ran.append(step.batch.turns.shape)
-        assert len(input_ids) == 1 + sum(self.ran[-1])
+        shape = step.batch.turns.shape
+        assert fixed_numbers(step) == self._captured[shape]
+        assert len(input_ids) == 1 + sum(shape)
+        self.ran.append(shape)
+        # As if every row had been the first request's last one, in slots that there are.
+        rows = self.buffers.all_rows
+        for poisoned in (rows.request, rows.source, rows.slot, rows.position):
+            poisoned.fill_(3)
         return model.run_step(input_ids, step.batch.positions)

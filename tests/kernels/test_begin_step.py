@@ -10,8 +10,10 @@ from lazyllm_vllm.kernels.selection import Rows
 
 @pytest.mark.parametrize("quota", (0, 1, 5))
 @pytest.mark.parametrize("always", (False, True))
-@pytest.mark.parametrize("num_decodes, num_turns", ((0, 0), (4, 0), (4, 1)))
-def test_begin_step(quota, always, num_decodes, num_turns, device):
+@pytest.mark.parametrize(
+    "num_decodes, num_turns, row", ((0, 0, 0), (4, 0, 3), (4, 1, 3), (4, 1, -1))
+)
+def test_begin_step(quota, always, num_decodes, num_turns, row, device):
     """Requests that decode, one of them padding, or the last token of a turn, and requests that
     are prefilled."""
     w = make_world(0, 1, quota=quota, device=device)
@@ -35,7 +37,7 @@ def test_begin_step(quota, always, num_decodes, num_turns, device):
         counts.kept[index[3]] = w.prompts[3]  # kept whole
         counts.kept[index, 0] = s.num_prompt
         s.index[1] = -1
-        s.turn_limit[1:, 0], s.turn_row[0] = 6, 3
+        s.turn_limit[1:, 0], s.turn_row[0] = 6, row
         for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit, s.first_row):
             poisoned.fill_(POISON)
         rows = Rows.make(stages, len(positions) + revive_rows, n, device)
@@ -58,9 +60,10 @@ def test_begin_step(quota, always, num_decodes, num_turns, device):
         assert (rows.request[1:, n : n + revive_rows] == -1).all()
         assert (rows.source[1:, n : n + revive_rows] == -1).all()
         assert rows.source[2, :n].tolist() == list(range(n))
-        # In stage 0 a turn's last token is a prefill's row.
-        assert rows.source[1, :n].tolist() == [3 * num_turns, *range(1, n)]
-        assert (rows.num_keys[0, 0] == 0).item() == bool(num_turns) and rows.num_keys[1, 0] > 0
+        # In stage 0 a turn's last token may be a prefill's row.
+        is_elsewhere = num_turns > 0 and row >= 0
+        assert rows.source[1, :n].tolist() == [3 if is_elsewhere else 0, *range(1, n)]
+        assert (rows.num_keys[0, 0] == 0).item() == is_elsewhere and rows.num_keys[1, 0] > 0
         # What a turn revives takes the slots before its tokens, and the rows before the others'.
         had = s.counts.prompt_keys[s.index.long()].T + w.ints(w.decoded)
         assert torch.equal(rows.slot[1:, 0], had[1:, 0] + 6 * num_turns)
