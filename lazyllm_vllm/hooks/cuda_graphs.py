@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, ModelCu
 from lazyllm_vllm.hooks.engine_config import schedule_of
 from lazyllm_vllm.hooks.turn_graphs import TurnGraphs, has_turn_graphs
 from lazyllm_vllm.hooks.warm_up import warm_up
-from lazyllm_vllm.runtime.step import StepKind
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 PLAIN, SELECTING = 0, 1
 # Tokens of batches that run in pieces, beyond vLLM's largest size. Experts are many small kernels:

@@ -36,7 +36,8 @@ from lazyllm_vllm.runtime.room_watch import RoomWatch
 from lazyllm_vllm.runtime.score_reduction import ScoreReduction
 from lazyllm_vllm.runtime.snapshots import BlockCopier, Continuations
 from lazyllm_vllm.runtime.state_parts import StateParts
-from lazyllm_vllm.runtime.step import Step, StepKind
+from lazyllm_vllm.runtime.step import Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 from lazyllm_vllm.runtime.turns import Turns
 
 # Requests that vLLM makes up at start (v1/worker/gpu/warmup.py); users' ids never look like this.

@@ -20,7 +20,8 @@ from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.score import last_rows_lse
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.kernels.window_attention import KeptRows, window_attention
-from lazyllm_vllm.runtime.step import Step, StepKind
+from lazyllm_vllm.runtime.step import Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 # Bytes of keys and values that are copied at once. Less than a decoder's widest activations, which
 # are not there meanwhile; vLLM's memory profile has it.

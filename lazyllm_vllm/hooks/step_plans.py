@@ -11,7 +11,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from lazyllm_vllm.hooks.engine_config import full_layers
 from lazyllm_vllm.plan.request_setting import DEEP
 from lazyllm_vllm.runtime.prefill_rows import Prefills
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from lazyllm_vllm.models.families import UNTESTED, Family, family_of
 from lazyllm_vllm.models.rotary import take_rotary
 from lazyllm_vllm.models.sampled_rows import sampled_rows, to_token_layout
 from lazyllm_vllm.models.small_ops import SmallOps
-from lazyllm_vllm.runtime.step import StepKind
+from lazyllm_vllm.models.step_tokens import step_tokens
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 
 class StagedDecoder:
@@ -105,15 +106,8 @@ class StagedDecoder:
             hidden = hidden[turns.sampled]
             return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
         _begin()
-        rows = metadata.step.num_rows(0)
-        self.input_ids = _of_length(input_ids, rows)
-        if turns is not None:  # pieces read tokens where vLLM puts them
-            given, ordered = self.input_ids.clone(), input_ids[turns.rows]
-            self.input_ids.copy_(ordered)
-            positions = metadata.step.batch.positions
-        hidden = super().forward(self.input_ids, positions[:rows])
-        if turns is not None:
-            self.input_ids.copy_(given)
+        with step_tokens(metadata.step, input_ids, positions) as (self.input_ids, positions):
+            hidden = super().forward(self.input_ids, positions)
         if self.output is not None:
             return to_token_layout(self.output, metadata.step, metadata.boundary, len(input_ids))
         if self.is_over:
@@ -293,17 +287,6 @@ class StagedDecoder:
         if self.has_experts and context.is_padding is not None:
             context.is_padding = context.is_padding[rows]
         return tuple(states[rows] for states in args)
-
-
-def _of_length(input_ids: torch.Tensor, rows: int) -> torch.Tensor:
-    """So many of the tokens; where a step has more rows than vLLM gave tokens, with those that come
-    after in vLLM's buffer, or, at its end, in a buffer of its own, which no piece reads."""
-    if rows <= len(input_ids):
-        return input_ids[:rows]
-    end = input_ids.storage_offset() + rows
-    if end * input_ids.itemsize <= input_ids.untyped_storage().nbytes():
-        return input_ids.as_strided((rows,), (1,))
-    return input_ids.new_empty(rows)
 
 
 def _states(given: dict) -> list[str]:

@@ -14,7 +14,8 @@ from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import RowPlan
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 
 class PlainStep(Step):

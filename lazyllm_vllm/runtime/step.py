@@ -8,7 +8,6 @@ that run before the others (``prefill_rows``) make a step of their own, a part o
 
 from copy import copy
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 
 import numpy as np
 import torch
@@ -19,36 +18,8 @@ from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills, RowPlan, Span
+from lazyllm_vllm.runtime.step_kind import StepKind
 from lazyllm_vllm.runtime.turns import Turns
-
-
-class StepKind(Enum):
-    """What a step is for."""
-
-    RUN = auto()  # requests, run now or in graph pieces
-    REPLAY = auto()  # requests that replay a full CUDA graph: it has a plan already
-    CAPTURE = auto()  # recorded in a full CUDA graph
-    CAPTURE_SELECTING = auto()  # the same, with selection and revival
-    CAPTURE_TURN = auto()  # the same, of a turn
-    DUMMY = auto()  # recorded in graph pieces, or made up by vLLM
-    WARM_UP = auto()  # made up to run all that there is once
-
-    @property
-    def has_requests(self) -> bool:
-        return self in (StepKind.RUN, StepKind.REPLAY)
-
-    @property
-    def is_in_full_graph(self) -> bool:
-        return self in (StepKind.REPLAY, StepKind.CAPTURE, StepKind.CAPTURE_SELECTING)
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether a CUDA graph records the step, or is readied for it."""
-        return self in _RECORDED
-
-
-_CAPTURES = StepKind.CAPTURE, StepKind.CAPTURE_SELECTING, StepKind.CAPTURE_TURN
-_RECORDED = *_CAPTURES, StepKind.DUMMY
 
 
 @dataclass(frozen=True)

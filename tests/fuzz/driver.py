@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import cached_property
 
+import torch
 from harness import engine as harness
 from harness.engine import _core, _state
 
@@ -29,11 +30,13 @@ COMPILING = 20.0  # seconds that a grammar may take
 
 def start(**arguments):
     """``harness.engine.start``, but every request has the likeliest tokens, several of its answers
-    too."""
+    too. On a CPU turns run as in their CUDA graphs."""
     from vllm.v1.worker.gpu.sample import sampler
 
     llm = harness.start(**arguments)
     sampler.gumbel_sample = lambda logits, *args, **kwargs: logits.argmax(-1)
+    if torch.version.cuda is None and arguments["lazyllm"].get("reuse") == "deep":
+        harness.run_turns_as_in_graphs(llm)
     llm.driver = Driver(llm)
     return llm
 

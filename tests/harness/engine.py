@@ -535,11 +535,12 @@ def stages_in_pieces(llm) -> list[tuple[int, int]]:
     return _state(llm).model.pieces.ran
 
 
-def run_turns_as_in_graphs(llm) -> None:
-    """From now on; see ``harness.turns``."""
+def run_turns_as_in_graphs(llm, graphs: bool = True) -> None:
+    """From now on, or not any more; see ``harness.turns``."""
     from harness import turns
 
-    _state(llm).model.turn_graphs = turns.TurnsOnCPU(_state(llm))
+    state = _state(llm)
+    state.model.turn_graphs = turns.TurnsOnCPU(state) if graphs else None
 
 
 def turns_as_in_graphs(llm) -> list[tuple[int, int]]:

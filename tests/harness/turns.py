@@ -6,7 +6,7 @@ import torch
 from lazyllm_vllm.hooks.turn_graphs import TurnGraphs, fixed_numbers, made_up_step
 from lazyllm_vllm.runtime.turns import TurnShape
 
-DECODES, ROWS = (0, 4), (16, 33, 64)
+DECODES, ROWS = (0, 1, 4), (16, 33, 64)
 
 
 class TurnsOnCPU(TurnGraphs):
@@ -19,6 +19,7 @@ class TurnsOnCPU(TurnGraphs):
     def __init__(self, state) -> None:
         self.ran: list[TurnShape] = []
         shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
+        shapes = [shape for shape in shapes if shape.decodes + 4 <= state.max_num_reqs]
         self._captured = {shape: fixed_numbers(made_up_step(state, shape)) for shape in shapes}
         self.buffers = state.buffers
 

@@ -15,7 +15,7 @@ from lazyllm_vllm.hooks.prefill_attention import PrefillAttention
 from lazyllm_vllm.kernels.layer_form import LayerForm, attend
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.kernels.window_attention import window_attention_triton
-from lazyllm_vllm.runtime.step import StepKind
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 WAYS = {"copied": (256 << 20, 1), "a head at a time": (1, 1), "by blocks": (256 << 20, 1 << 30)}
 

@@ -16,7 +16,8 @@ from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable, RowCopy
 from lazyllm_vllm.runtime.state_parts import StateParts
-from lazyllm_vllm.runtime.step import Batch, Step, StepKind
+from lazyllm_vllm.runtime.step import Batch, Step
+from lazyllm_vllm.runtime.step_kind import StepKind
 
 BLOCK, NUM_BLOCKS, MOST = 4, 200, 8
 STAGES, GROUPS = 3, [[0], [1, 3], [2]]  # the KV cache groups of each stage
