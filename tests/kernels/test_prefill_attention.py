@@ -30,7 +30,7 @@ def test_prefill_attention(ran, has_sinks, device, dtype):
     q = q[at_hand.to(device) + key_starts[prompt.to(device)]] if any(ran) else q
     sinks = torch.randn(heads, generator=random).to(device, dtype) + 2 if has_sinks else None
     form = LayerForm(head_dim**-0.5, None, sinks)
-    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=head_dim))
+    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=head_dim), 4096)
     out = torch.full((len(q), heads, head_dim), 9e9, device=device, dtype=dtype)
     back = torch.arange(1, window + 1, device=device)
     window_rows = (row_starts[1:] - back[:, None]).clamp(min=0)

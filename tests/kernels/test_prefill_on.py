@@ -42,7 +42,7 @@ def test_rows_after_others(way, has_sinks, stage, device, dtype, monkeypatch):
     q = w.rand(rows, heads, w.head_dim)
     sinks = w.rand(heads) + 2 if has_sinks else None
     form = LayerForm(w.head_dim**-0.5, None, sinks)
-    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=w.head_dim))
+    attention = PrefillAttention(form, fa_utils.get_flash_attn_version(head_size=w.head_dim), 4096)
     back = torch.arange(1, 3, device=device)
     window_rows = (starts[1:] - back[:, None]).clamp(min=0)
     step = SimpleNamespace(
@@ -96,7 +96,7 @@ def test_a_window_over_keys_in_any_order(device, dtype, monkeypatch):
     )
     q = w.rand(sum(w.decoded), w.kv_heads * w.group, w.head_dim)
     out = torch.full_like(q, 9e9)
-    PrefillAttention(form, None)._window_on(q, out, keys, step)
+    PrefillAttention(form, None, 4096)._window_on(q, out, keys, step)
     for i, (row, count) in enumerate(zip(starts.tolist(), w.decoded)):
         mine, position = slice(row, row + count), keys.positions(i)
         assert (position.diff() < 0).any(), "in order: the test shows nothing"

@@ -271,3 +271,28 @@ def test_a_step_with_room_has_no_parts():
     assert [[p.num_rows for p in parts] for parts in tiny.parts] == [[], [15, 9], [9]]
     assert tiny.parts[1][0].end.tolist() == [12, 3] and tiny.parts[1][1].first.tolist() == [12, 3]
     assert tiny.spans[1].first.tolist() == [12, 12] and tiny.spans[2].first.tolist() == [9, 0]
+
+
+def test_a_padded_plan_has_the_rows_that_are_missing():
+    """In a prefill of nobody: in each stage as many as it takes, since later stages may have fewer
+    rows of the others."""
+    shift = np.array([[0, 0], [-40, -40], [-60, -60]], np.int32)
+    prefills = Prefills(
+        num_prompt=np.array([100, 100], np.int32),
+        first=np.array([64, 84], np.int32),
+        end=np.array([84, 100], np.int32),
+        caught_up=np.array([70, 84], np.int32),  # 6 tokens have run behind stage 0
+        is_pruned=np.zeros(2, bool),
+        sees_revived=np.array([False, True]),
+        kept=np.full((3, 2), 100, np.int32),
+        shift=shift,
+        ran=np.zeros((3, 2), np.int32),
+        until=np.full((3, 2), 100, np.int32),
+    ).padded(12)
+    plan = RowPlan.make(prefills, 1, 512, 16).padded([48, 47, 47])
+    assert [span.lengths.tolist() for span in plan.spans] == [
+        [20, 16, 12],
+        [14, 15, 18],
+        [14, 15, 18],
+    ]
+    assert [span.first.tolist() for span in plan.spans] == [[64, 84, 0], [30, 44, 0], [10, 24, 0]]

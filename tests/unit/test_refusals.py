@@ -8,7 +8,8 @@ from harness.tiny import tiny_model
 
 from vllm import EngineArgs
 
-from lazyllm_vllm.hooks.engine_config import block_needs, schedule_of
+from lazyllm_vllm.hooks.attention_backend import LazyAttentionBackend
+from lazyllm_vllm.hooks.engine_config import block_needs, block_size, schedule_of
 from lazyllm_vllm.hooks.refusals import check_attention
 from lazyllm_vllm.hooks.requests import RequestChecks, RequestError
 from lazyllm_vllm.observe.stats import request_stats
@@ -77,6 +78,18 @@ def test_a_page_smaller_than_a_hidden_state(tmp_path):
     with pytest.raises(ConfigError, match="raise --block-size to 32 or more"):
         _create(model, block_size=16)
     assert _create(model, block_size=32)
+
+
+@pytest.mark.parametrize(
+    "asked_for, vllms, expected", ((16, 16, 16), (None, 16, 64), (None, 128, 128))
+)
+def test_tokens_a_block(asked_for, vllms, expected):
+    """As many as the user says; else 64, or what vLLM takes if that is more. What vLLM is told at
+    start is the same."""
+    cache = SimpleNamespace(block_size=vllms, user_specified_block_size=asked_for is not None)
+    assert block_size(SimpleNamespace(cache_config=cache)) == expected
+    if asked_for is None:
+        assert LazyAttentionBackend.get_preferred_block_size(vllms) == expected
 
 
 def test_a_kv_cache_of_the_models_own_type_is_no_reason(tiny):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lazyllm_vllm.hooks.kv_cache.reuse import _later
+from lazyllm_vllm.hooks.turn_graphs import TurnGraphs
 from lazyllm_vllm.hooks.turns import Turn, split
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
@@ -167,3 +168,13 @@ def test_a_prompt_has_room_for_eight_turns():
     assert deep.has_room(little, 1000), "where all may come back none is missed"
     never = deep.plan(short, RequestSetting(revive=False))
     assert never.capacity == never.kept and deep.has_room(never, 1000)
+
+
+def test_the_graph_of_a_turn():
+    """The least that holds it; with decodes if there are any, and only then."""
+    graphs = TurnGraphs()
+    graphs._captured = {TurnShape(d, r): None for d in (0, 8, 32) for r in (32, 64)}
+    found = {(d, r): graphs.shape(d, r) for d in (0, 1, 8, 9, 33) for r in (1, 32, 33, 65)}
+    assert {shape for (d, r), shape in found.items() if d == 33 or r == 65} == {None}
+    assert [found[0, r] for r in (1, 32, 33)] == [(0, 32), (0, 32), (0, 64)]
+    assert [found[d, 33] for d in (1, 8, 9)] == [(8, 64), (8, 64), (32, 64)]
