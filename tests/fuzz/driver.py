@@ -263,6 +263,9 @@ class Driver:
     def take_counts(self) -> dict[str, int]:
         """Since the last call."""
         counts, self.counts = self.counts, Counter()
+        if ran := getattr(_state(self.llm).model.turn_graphs, "ran", None):
+            counts["turns as in graphs"] = len(ran)
+            ran.clear()
         return dict(counts)
 
 
