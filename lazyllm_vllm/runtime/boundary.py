@@ -119,9 +119,11 @@ class Boundary:
         ends = self._ends(stage)
         if not step.decodes_select:
             return range(0)
+        every_layer = self.scorer.every_layer
+        first = 0 if stage or not every_layer else step.num_turns
         if is_last_layer if ends else scores_behind and self.scorer.carry > 0:
-            return step.decodes
-        return step.turns if 0 < stage and ends and self.scorer.every_layer else range(0)
+            return range(first, step.num_decodes)
+        return range(first, step.num_turns) if ends and every_layer else range(0)
 
     def _ends(self, stage: int) -> bool:
         """Whether the stage ends at a boundary."""
@@ -150,10 +152,10 @@ class Boundary:
             self.scorer.score_prefills(s, queries, keys, step.prefills, is_first_layer)
         if decodes:
             queries = Queries(q, row, b.lse[:1], scale, b.decode_window)
-            # After the tokens before, with which the last one is in stage 0 where all layers score.
-            if step.turns and (keys.stage or not self.scorer.every_layer):
-                self.scorer.score_turns(s, queries, keys, step.turns)
-            if others := decodes[len(step.turns) :]:
+            turns = range(decodes.start, min(step.num_turns, decodes.stop))
+            if turns:  # after the tokens before
+                self.scorer.score_turns(s, queries, keys, turns)
+            if others := decodes[len(turns) :]:
                 self.scorer.score_decodes(s, queries, keys, others)
 
     def leave(
