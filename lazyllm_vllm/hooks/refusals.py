@@ -8,11 +8,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionType
 
-from lazyllm_vllm.hooks.engine_config import block_size, parked_width
+from lazyllm_vllm.hooks.engine_config import block_needs
 from lazyllm_vllm.observe.trace import Trace
+from lazyllm_vllm.plan.blocks import ceil_div
 from lazyllm_vllm.plan.config import ConfigError
 from lazyllm_vllm.plan.request_setting import DEEP
 from lazyllm_vllm.plan.schedule import Schedule
@@ -246,16 +246,13 @@ def check_engine_config(config: VllmConfig, schedule: Schedule) -> None:
 
 def _check_page_size(config: VllmConfig) -> None:
     """A hidden state must fit in one layer's part of a block of the KV cache."""
-    model = config.model_config
-    token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-    tokens, vector = block_size(config), parked_width(config)
-    if tokens * token < vector:
-        # Both are stored in one dtype.
-        size = get_dtype_size(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model))
+    needs = block_needs(config)
+    if needs.page_size < needs.vector_size:
+        of_16_tokens = 16 * needs.page_size // needs.block_size
         raise ConfigError(
-            f"lazyllm: a page of the KV cache holds {tokens * token * size} bytes, less than a "
-            f"hidden state ({vector * size}); raise --block-size to "
-            f"{-(-vector // (16 * token)) * 16} or more"
+            f"lazyllm: a page of the KV cache holds {needs.page_size} bytes, less than a "
+            f"hidden state ({needs.vector_size}); raise --block-size to "
+            f"{16 * ceil_div(needs.vector_size, of_16_tokens)} or more"
         )
 
 
