@@ -117,7 +117,7 @@ class LazyCudaGraphManager(ModelCudaGraphManager):
         is_full = is_real and self.cudagraph_mode.has_full_cudagraphs()
         if is_full and has_turn_graphs(self.vllm_config, model_state):
             model.turn_graphs = TurnGraphs()
-            model.turn_graphs.capture(model, model_state, self.vllm_config, self.pool)
+            model.turn_graphs.capture(model_state, self.vllm_config, self.pool)
 
     def dispatch(
         self, num_reqs, num_tokens, uniform_token_count, num_active_loras, *args, **kwargs

@@ -6,7 +6,7 @@ to a shape that was captured at start. What the graph reads of a step, but for w
 ``StepBuffers``, is copied to where the captured step has it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +26,6 @@ from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
-    from lazyllm_vllm.models.staged import StagedDecoder
 
 # Of the shapes: decodes beside the turn, and rows of its tokens.
 DECODES = (0, 8, 32)
@@ -36,14 +35,12 @@ ROWS = (32, 64, 128, 192, 256, 320, 384, 512)
 def has_turn_graphs(vllm_config: VllmConfig, state: "LazyModelState") -> bool:
     """Whether turns can run in graphs. Not where the work depends on numbers that only the step
     has: an FP8 cache and sliding windows behind the first stage copy as many keys as there are,
-    experts pass over rows that vLLM names, ranks reduce as many scores as prompts have, and a trace
-    looks at every boundary."""
+    experts pass over rows that vLLM names, and ranks reduce as many scores as prompts have."""
     config, layers = state.schedule.config, vllm_config.compilation_config.static_forward_context
     return (
         config.reuse == DEEP
         and config.score_window > 1
         and state.schedule.has_aux
-        and state.trace is None
         and vllm_config.parallel_config.world_size == 1
         and not vllm_config.model_config.is_moe
         and not any(layers[name].impl.is_fp8 for name in state.model.layer_names)
@@ -54,12 +51,14 @@ def has_turn_graphs(vllm_config: VllmConfig, state: "LazyModelState") -> bool:
 @dataclass(frozen=True)
 class _Captured:
     """Attributes:
-    step: as it was captured; input_ids: ``[rows]``, which its graph reads.
+    step: as it was captured, and its ``fixed_numbers``; input_ids: ``[rows]``, which its graph
+        reads.
     output: ``[requests of the batch, hidden]``, which it writes.
     """
 
     graph: torch.cuda.CUDAGraph
     step: Step
+    numbers: tuple
     input_ids: torch.Tensor
     output: torch.Tensor
 
@@ -76,9 +75,7 @@ class TurnGraphs:
         # A turn alone brings no decodes to a graph that has them.
         return min((s for s in fits if bool(s.decodes) == bool(num_decodes)), default=None)
 
-    def capture(
-        self, model: "StagedDecoder", state: "LazyModelState", vllm_config: VllmConfig, pool
-    ) -> None:
+    def capture(self, state: "LazyModelState", vllm_config: VllmConfig, pool) -> None:
         """Capture every shape that the engine's limits allow, the largest first, whose memory the
         others use again.
 
@@ -89,20 +86,21 @@ class TurnGraphs:
         shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
         with graph_capture(device=state.device):
             for shape in sorted(shapes, key=sum, reverse=True):
-                if shape.decodes + 4 > state.max_num_reqs or sum(shape) + 1 > most_rows:
+                rows = shape.num_rows
+                if shape.num_requests > state.max_num_reqs or rows > most_rows:
                     continue
                 step = made_up_step(state, shape)
-                rows = len(step.batch.positions)
                 ids = torch.zeros(rows, dtype=torch.int32, device=state.device)
                 with set_forward_context(state.metadata_of(step), vllm_config, num_tokens=rows):
-                    model.run_step(ids, step.batch.positions)
+                    state.model.run_step(ids, step.batch.positions)
                     graph = torch.cuda.CUDAGraph()
                     step.forget()
                     with torch.cuda.graph(graph, pool=pool):
-                        output = model.run_step(ids, step.batch.positions)
-                self._captured[shape] = _Captured(graph, step, ids, output)
+                        output = state.model.run_step(ids, step.batch.positions)
+                numbers = fixed_numbers(step)
+                self._captured[shape] = _Captured(graph, step, numbers, ids, output)
 
-    def run(self, model: "StagedDecoder", step: Step, input_ids: torch.Tensor) -> torch.Tensor:
+    def run(self, step: Step, input_ids: torch.Tensor) -> torch.Tensor:
         """A step of one of the shapes.
 
         Args:
@@ -111,8 +109,8 @@ class TurnGraphs:
         Returns:
             ``[requests of the batch, hidden]``, until the next step.
         """
-        captured = self._captured[step.batch.turns.shape]
-        assert fixed_numbers(step) == fixed_numbers(captured.step)
+        captured = self._captured[step.batch.shape]
+        assert fixed_numbers(step) == captured.numbers
         mine, theirs = step.batch, captured.step.batch
         captured.input_ids.copy_(input_ids)
         theirs.positions.copy_(mine.positions)
@@ -139,46 +137,35 @@ def fixed_numbers(step: Step) -> tuple:
 def made_up_step(state: "LazyModelState", shape: TurnShape) -> Step:
     """A step with a turn that there is not, to be captured: as any of its shape, and as long as
     any may be."""
-    stages, num_decodes = state.schedule.num_stages, 1 + shape.decodes
+    stages, device = state.schedule.num_stages, state.device
     seeing = min(state.schedule.config.score_window, shape.rows)
     end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
     first = end - np.array([shape.rows - seeing, seeing], np.int32)
-    none, never = np.zeros((stages, 2), np.int32), np.zeros(2, bool)
-    prefills = Prefills(
-        num_prompt=end,
-        first=first,
-        end=end,
-        caught_up=first,
-        is_pruned=never,
-        sees_revived=np.array([False, True]),
-        kept=np.tile(end, (stages, 1)),
-        shift=none,
-        ran=none,
-        until=np.tile(end, (stages, 1)),
-    )
-    prefills, device = prefills.padded(0), state.device
-    num_rows, groups = num_decodes + shape.rows, len(state.buffers.slot_mappings)
+    prefills = Prefills.whole(end.tolist(), stages)
+    sees = np.array([False, True])
+    prefills = replace(prefills, first=first, caught_up=first, sees_revived=sees).padded(0)
+    groups = len(state.buffers.slot_mappings)
     turns = Turns(
         tokens=np.array([seeing], np.int32),
-        last_rows=np.array([num_decodes + shape.rows - 1], np.int32),
+        last_rows=np.array([shape.num_rows - 1], np.int32),
         revived=np.zeros((stages, 1), np.int32),
         sees=prefills.sees_revived,
         seen=np.zeros((stages, 3), np.int32),
-        requests=np.full(num_decodes + 3, -1),
-        rows=torch.full((num_rows,), -1, device=device),
-        sampled=torch.arange(num_decodes + 3, device=device),
+        requests=np.full(shape.num_requests, -1),
+        rows=torch.full((shape.num_rows,), -1, device=device),
+        sampled=torch.arange(shape.num_requests, device=device),
         shape=shape,
     )
     batch = Batch(
-        req_ids=[""] * (num_decodes + 3),
-        num_decodes=num_decodes,
+        req_ids=[""] * shape.num_requests,
+        num_decodes=shape.num_decodes,
         prefills=prefills,
-        positions=torch.zeros(num_rows, dtype=torch.int64, device=device),
+        positions=torch.zeros(shape.num_rows, dtype=torch.int64, device=device),
         sampled_tokens=turns.sampled,
-        slot_mappings=torch.full((groups, num_rows), PAD_SLOT_ID, device=device),
+        slot_mappings=torch.full((groups, shape.num_rows), PAD_SLOT_ID, device=device),
         turns=turns,
     )
-    state.buffers.clear_index(num_decodes + 3)
+    state.buffers.clear_index(shape.num_requests)
     step = Step(StepKind.CAPTURE_TURN, batch, state.schedule, state.buffers, selects=True)
     step.longest_prefill = step.longest_request = [shape.rows] * stages
     step.longest_keys = [state.max_model_len] * stages

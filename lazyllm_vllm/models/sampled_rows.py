@@ -21,7 +21,7 @@ def sampled_rows(step: Step, boundary: Boundary) -> torch.Tensor | slice:
     if not step.num_prefills:
         return slice(0, step.num_decodes)
     turns = step.batch.turns
-    every = turns is None or turns.shape is not None  # whose places in a graph are fixed
+    every = turns is None or step.batch.shape is not None  # whose places in a graph are fixed
     return step.query_row(last)[slice(0, step.num_requests) if every else turns.sampled]
 
 

@@ -100,10 +100,9 @@ class StagedDecoder:
             return super().forward(input_ids, positions)
         if captures_pieces():
             return self._capture(input_ids, positions)
-        turns = metadata.step.batch.turns
-        if turns is not None and turns.shape is not None:
-            hidden = self.turn_graphs.run(self, metadata.step, input_ids[turns.rows])
-            hidden = hidden[turns.sampled]
+        if metadata.step.batch.shape is not None:
+            turns = metadata.step.batch.turns
+            hidden = self.turn_graphs.run(metadata.step, input_ids[turns.rows])[turns.sampled]
             return to_token_layout(hidden, metadata.step, metadata.boundary, len(input_ids))
         _begin()
         with step_tokens(metadata.step, input_ids, positions) as (self.input_ids, positions):

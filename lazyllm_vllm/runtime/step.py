@@ -19,7 +19,7 @@ from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.buffers import StepBuffers
 from lazyllm_vllm.runtime.prefill_rows import Prefills, RowPlan, Span
 from lazyllm_vllm.runtime.step_kind import StepKind
-from lazyllm_vllm.runtime.turns import Turns
+from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Batch:
     wants_all_rows: bool = False
     pruned_tokens: int | None = None
     turns: Turns | None = None
+
+    @property
+    def shape(self) -> TurnShape | None:
+        """As which it is padded; None: it is not."""
+        return self.turns and self.turns.shape
 
 
 class Step:
@@ -108,7 +113,7 @@ class Step:
         window = self.schedule.config.score_window
         batch, budget = self.batch, self.buffers.budget
         self.plan = RowPlan.make(batch.prefills, batch.num_decodes, budget, window)
-        if batch.turns is not None and (shape := batch.turns.shape):
+        if shape := batch.shape:
             # The turn's last token is a decode behind stage 0. What ran there before is less still.
             later = [shape.rows - 1] * (self.schedule.num_stages - 1)
             self.plan = self.plan.padded([shape.rows, *later])

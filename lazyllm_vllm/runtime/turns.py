@@ -17,6 +17,21 @@ class TurnShape(NamedTuple):
     decodes: int
     rows: int
 
+    @property
+    def num_decodes(self) -> int:
+        """With the turn's last token."""
+        return 1 + self.decodes
+
+    @property
+    def num_requests(self) -> int:
+        """Of the batch: the turn has two prefills, and one is nobody's."""
+        return self.num_decodes + 3
+
+    @property
+    def num_rows(self) -> int:
+        """In stage 0."""
+        return self.num_decodes + self.rows
+
 
 class Turns(NamedTuple):
     """Requests that go on from what others left, and whose prompt ends in this step.

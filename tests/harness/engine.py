@@ -558,9 +558,9 @@ def watch_turns(llm, graphs: bool) -> None:
     else:
         run = model.turn_graphs.run
 
-        def watched(model, step, input_ids):
-            llm.turns["shapes"].append(list(step.batch.turns.shape))
-            return run(model, step, input_ids)
+        def watched(step, input_ids):
+            llm.turns["shapes"].append(list(step.batch.shape))
+            return run(step, input_ids)
 
         model.turn_graphs.run = watched
 

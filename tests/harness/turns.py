@@ -19,12 +19,12 @@ class TurnsOnCPU(TurnGraphs):
     def __init__(self, state) -> None:
         self.ran: list[TurnShape] = []
         shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
-        shapes = [shape for shape in shapes if shape.decodes + 4 <= state.max_num_reqs]
+        shapes = [shape for shape in shapes if shape.num_requests <= state.max_num_reqs]
         self._captured = {shape: fixed_numbers(made_up_step(state, shape)) for shape in shapes}
-        self.buffers = state.buffers
+        self.buffers, self.model = state.buffers, state.model
 
-    def run(self, model, step, input_ids: torch.Tensor) -> torch.Tensor:
-        shape = step.batch.turns.shape
+    def run(self, step, input_ids: torch.Tensor) -> torch.Tensor:
+        shape = step.batch.shape
         assert fixed_numbers(step) == self._captured[shape]
         assert len(input_ids) == 1 + sum(shape)
         self.ran.append(shape)
@@ -32,4 +32,4 @@ class TurnsOnCPU(TurnGraphs):
         rows = self.buffers.all_rows
         for poisoned in (rows.request, rows.source, rows.slot, rows.position):
             poisoned.fill_(3)
-        return model.run_step(input_ids, step.batch.positions)
+        return self.model.run_step(input_ids, step.batch.positions)
