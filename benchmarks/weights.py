@@ -19,8 +19,8 @@ def randomize(model: torch.nn.Module) -> None:
     """Fill a vLLM model, loaded, with weights of a real model's spread. vLLM's dummy weights are
     so small that every score ties and nothing is ever revived.
 
-    Weights may be FP8 with one scale a tensor or an expert, as vLLM makes them of others. Needs
-    memory for one layer's FP8 weight in bf16.
+    Weights may be FP8, with one scale a tensor or an expert, as vLLM makes them of others, or with
+    one a block of them, as some are published. Needs memory for one layer's FP8 weight in bf16.
     """
     torch.manual_seed(0)
     sharper = _SHARPER / _yarn_scale(model)
@@ -46,7 +46,9 @@ def randomize(model: torch.nn.Module) -> None:
             elif path.endswith((".gate", ".router")):
                 spread *= _ROUTER
             if values.dtype.itemsize == 1:
-                _fill_fp8(values, getattr(module, f"{own}_scale").data, spread)
+                scale = getattr(module, f"{own}_scale_inv", None)  # of blocks
+                scale = getattr(module, f"{own}_scale") if scale is None else scale
+                _fill_fp8(values, scale.data, spread)
             else:
                 values.normal_(0, spread)
 

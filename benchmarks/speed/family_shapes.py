@@ -1,5 +1,12 @@
 """Model shapes of the families beside Llama: what config.json says of each."""
 
+# As Qwen publishes them.
+_FP8_BLOCKS = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 _COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -65,6 +72,30 @@ FAMILY_SHAPES = {
         "mlp_only_layers": [],
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "attention_bias": False,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "Qwen3-235B-A22B-FP8": _COMMON
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "quantization_config": _FP8_BLOCKS,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
         "num_key_value_heads": 4,
         "head_dim": 128,
         "attention_bias": False,

@@ -13,6 +13,7 @@ __all__ = [
     "arrival",
     "extension",
     "question_about_document",
+    "questions_at_once",
     "second_question",
     "second_turn",
     "throughput",
@@ -55,6 +56,25 @@ def question_about_document(llm: LLM, tokens: int, more: int) -> dict:
     first = _ask(llm, document, 1)
     _ask(llm, document + question, 1)
     return _again(llm, first, tokens, document, another)
+
+
+def questions_at_once(llm: LLM, tokens: int, more: int, batch: int) -> dict:
+    """Time to first token, the mean of ``batch`` questions of ``more`` tokens that come at once,
+    about a document that was sent alone, and of which one question was asked before."""
+    (document,), (question, *others) = new_ids(1, tokens), new_ids(1 + batch, more)
+    _check_cold(_ask(llm, document, 1))
+    _ask(llm, document + question, 1)
+    engine, start, times, cached = llm.llm_engine, time.monotonic(), {}, {}
+    for other in others:
+        name = f"ask-{next(_NAMES)}"
+        engine.add_request(name, {"prompt_token_ids": document + other}, params(1))
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            times[output.request_id] = 1000 * (time.monotonic() - start)
+            cached[output.request_id] = output.num_cached_tokens or 0
+    for name, found in cached.items():
+        _reused(llm, _Answer(name, times[name], [], found), tokens, goes_on=True)
+    return {"value": statistics.mean(times.values()), "longest": max(times.values())}
 
 
 def _again(

@@ -36,5 +36,7 @@ _ALL = (
     _plan("Llama-3.1-70B", 2),
     _plan("Llama-3.1-70B", 4),
     _plan("Llama-3.1-70B", 8),
+    _plan("Qwen3-235B-A22B-FP8", 4, max_len=40960),
+    _plan("Qwen3-235B-A22B-FP8", 8, max_len=40960),
 )
 PLANS = {plan.name: plan for plan in _ALL}

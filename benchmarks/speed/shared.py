@@ -9,6 +9,7 @@ from benchmarks.speed.shapes import DEEP, MEASURED
 FILE = Path(__file__).parent / "results" / "shared.jsonl"
 # In the second of the questions the document was sent alone first.
 TURN, QUESTION, ABOUT = "second turn", "second question", "question about a document"
+AT_ONCE = "questions at once"
 ARRIVAL, EXTENSION = "arrival", "extension among decodes"
 THROUGHPUT, SHARED_PREFIX = "throughput", "shared prefix"
 _EXACT = (MEASURED,)  # where nobody goes on from anybody
@@ -20,6 +21,11 @@ def _turn(tokens: int, runs: int) -> Case:
 
 def _question(name: str, function: str) -> Case:
     return Case(name, function, {"tokens": 32768, "more": 128}, 3)
+
+
+def _at_once(batch: int) -> Case:
+    arguments = {"tokens": 32768, "more": 128, "batch": batch}
+    return Case(AT_ONCE, "questions_at_once", arguments, 3)
 
 
 def _arrival(tokens: int, runs: int, warm: int = 0) -> Case:
@@ -43,6 +49,7 @@ PLAN = Plan(
         _turn(65536, 2),
         _question(QUESTION, "second_question"),
         _question(ABOUT, "question_about_document"),
+        *map(_at_once, (2, 4, 8)),
         Case(EXTENSION, "extension", _AGENT, 2),
         _arrival(32768, 2, warm=1),
         _arrival(65536, 1),

@@ -11,6 +11,7 @@ from benchmarks.speed.shapes import DEEP_ENDS
 from benchmarks.speed.shared import (
     ABOUT,
     ARRIVAL,
+    AT_ONCE,
     EXTENSION,
     FILE,
     PLAN,
@@ -20,11 +21,15 @@ from benchmarks.speed.shared import (
     TURN,
 )
 
-_ARGUMENTS = {(case.benchmark, case.arguments["tokens"]): case.arguments for case in PLAN.cases}
+_ARGUMENTS = {
+    (case.benchmark, case.arguments["tokens"], case.arguments.get("batch")): case.arguments
+    for case in PLAN.cases
+}
 _WHAT = {
     TURN: "second turn, {answer:,} + {more:,} tokens after {tokens:,}",
     QUESTION: "second question, {more:,} tokens after a document of {tokens:,}",
     ABOUT: "the same, where the document was sent alone first",
+    AT_ONCE: "{batch} questions of {more:,} tokens about a document of {tokens:,}",
     ARRIVAL: "a prompt of {tokens:,}, beside {batch} requests",
     EXTENSION: "{more:,} tokens after {tokens:,} + {answer:,}, beside {batch} of {decoded:,}",
     THROUGHPUT: "{requests:,} requests of {tokens:,} tokens, {max_tokens:,} out",
@@ -105,6 +110,10 @@ def section(rows: list[Row]) -> str:
                 [_arrival(stock, lazy) for stock, *others in arrivals for lazy in others],
             ),
         ]
+    if at_once := _cases(rows, AT_ONCE):
+        head = ("first tokens of questions that come at once, ms on average (the last one's)",)
+        lines = [_at_once(stock, lazy) for stock, *others in at_once for lazy in others]
+        parts.append(table((*head, "configuration", "stock", "LazyLLM", "LazyLLM / stock"), lines))
     if through := _cases(rows, THROUGHPUT, SHARED_PREFIX):
         head = ("output tokens a second", "configuration", "stock", "LazyLLM", "ratio")
         lines = [_throughput(stock, lazy) for stock, *others in through for lazy in others]
@@ -126,15 +135,20 @@ def _of_deep(engines: list[str]) -> str:
 def _cases(rows: list[Row], *benchmarks: str) -> list[list[Row]]:
     """Of each case stock vLLM's row, then LazyLLM's."""
     return [
-        [stock, *(r for r in pick(rows, benchmark, tokens=stock.tokens) if r.engine != "stock")]
+        [stock, *(r for r in _like(rows, stock) if r.engine != "stock")]
         for benchmark in benchmarks
         for stock in pick(rows, benchmark, engine="stock")
     ]
 
 
+def _like(rows: list[Row], row: Row) -> list[Row]:
+    return pick(rows, row.benchmark, tokens=row.tokens, batch=row.batch)
+
+
 def _told(row: Row, words: dict[str, str]) -> str:
     """A text of the case's arguments."""
-    return words[row.benchmark].format(**_ARGUMENTS[row.benchmark, row.tokens])
+    keys = ((row.benchmark, row.tokens, batch) for batch in (row.batch, None))
+    return words[row.benchmark].format(**next(filter(None, map(_ARGUMENTS.get, keys))))
 
 
 def _begin(row: Row) -> tuple[str, str]:
@@ -157,6 +171,11 @@ def _arrival(stock: Row, lazy: Row) -> tuple[str, ...]:
     ):
         cells += [f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}"]
     return (*_begin(lazy), *cells)
+
+
+def _at_once(stock: Row, lazy: Row) -> tuple[str, ...]:
+    times = (f"{row.median:,.1f} ({row.details['longest']:,.1f})" for row in (stock, lazy))
+    return (*_begin(lazy), *times, f"{lazy.median / stock.median:.2f}")
 
 
 def _throughput(stock: Row, lazy: Row) -> tuple[str, ...]:

@@ -52,6 +52,11 @@ def test_questions_about_a_document(engine):
     assert found["cached"] == 640 and found["reused"] == (640 if engine.is_deep else 0)
 
 
+def test_questions_that_come_at_once(engine):
+    found = engine.run("questions_at_once", tokens=640, more=24, batch=3)
+    assert 0 < found["value"] <= found["longest"]
+
+
 def test_arrivals(engine):
     for _ in range(2):
         found = engine.run("arrival", tokens=900, batch=3, decoded=60)

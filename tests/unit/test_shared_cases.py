@@ -62,6 +62,7 @@ def _results(config: dict | None) -> dict[str, dict]:
         "second_turn": WARM | {"value": again, "reused": reused},
         "second_question": WARM | {"value": value, "shared": 16000, "reused": 0},
         "question_about_document": WARM | {"value": again, "reused": reused},
+        "questions_at_once": {"value": again, "longest": 3 * again},
         "arrival": arrival,
         "extension": arrival | {"ttft": again, "cached": 16432, "reused": reused},
         "throughput": {"value": 100000 / value, "peak_running": 64, "cached": 0},
@@ -110,6 +111,8 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     assert f"{line} 500 | 0.50 |" in text
     line = "| 200 tokens after 16,384 + 64, beside 32 of 8,192 | `conservative, deep` | 100 | 50 |"
     assert f"{line} 0.50 | 100 | 25 | 0.25 |" in text
+    line = "| 8 questions of 128 tokens about a document of 32,768 | `conservative, deep` | 100.0"
+    assert f"{line} (300.0) | 25.0 (75.0) | 0.25 |" in text
     line = "| 64 requests of 8,192 tokens, 128 out | `conservative` | 1,000 | 2,000 | 2.00x |"
     assert line in text and "sharing 6,144" in text
     shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
