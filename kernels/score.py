@@ -116,7 +116,7 @@ def _score_kernel(
     WINDOW: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    QUERIES_PAD: tl.constexpr,
+    QUERIES: tl.constexpr,  # of a KV head, so many at a time
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -139,12 +139,7 @@ def _score_kernel(
     num_prompt = tl.load(num_prompt_ptr + batch)
     keys_table = keys_table_ptr + batch * keys_table_stride
     state_table = state_table_ptr + batch * state_table_stride
-    # Queries of one KV head: the heads of its group, of the current token, the one before, ...
-    c = tl.arange(0, QUERIES_PAD)
-    back = c // GROUP
-    c_valid = back < tl.minimum(count, WINDOW)
-    query_row = tl.load(query_row_ptr + batch) - back
-    q_row = q_ptr + query_row.to(tl.int64) * q_stride_row
+    query_row = tl.load(query_row_ptr + batch)
     d = tl.arange(0, HEAD_PAD)
     d_valid = d < HEAD_DIM
 
@@ -157,28 +152,34 @@ def _score_kernel(
         k_at = kv_ptr + block * kv_stride_block + (j % BLOCK_SIZE) * kv_stride_slot
         score = tl.zeros([BLOCK_N], tl.float32)
         for kv_head in range(tl.program_id(2) * KV_HEADS, (tl.program_id(2) + 1) * KV_HEADS):
-            head = kv_head * GROUP + c % GROUP
-            q = tl.load(
-                (q_row + head * HEAD_DIM)[None, :] + d[:, None],
-                mask=c_valid[None, :] & d_valid[:, None],
-                other=0.0,
-            )
-            lse = tl.load(
-                lse_ptr + back * lse_stride + batch * NUM_HEADS + head, mask=c_valid, other=0.0
-            )
             k = tl.load(
                 k_at[:, None] + kv_head * kv_stride_head + d[None, :],
                 mask=j_valid[:, None] & d_valid[None, :],
                 other=0.0,
-            ).to(q.dtype)
-            logits = tl.dot(k, q, input_precision="ieee") * scale
-            seen = c_valid[None, :] & (j[:, None] < (num_keys - back)[None, :])
-            p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
-            if PEAK:
-                p = tl.where((back + later < LAST)[None, :], p, p * EARLIER)
-                score = tl.maximum(score, tl.max(p, 1))
-            else:
-                score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
+            ).to(q_ptr.dtype.element_ty)
+            for first in range(0, WINDOW * GROUP, QUERIES):
+                # The heads of the KV head's group, of the current token, the one before, ...
+                c = first + tl.arange(0, QUERIES)
+                back = c // GROUP
+                c_valid = back < tl.minimum(count, WINDOW)
+                head = kv_head * GROUP + c % GROUP
+                q_row = q_ptr + (query_row - back).to(tl.int64) * q_stride_row
+                q = tl.load(
+                    (q_row + head * HEAD_DIM)[None, :] + d[:, None],
+                    mask=c_valid[None, :] & d_valid[:, None],
+                    other=0.0,
+                )
+                lse = tl.load(
+                    lse_ptr + back * lse_stride + batch * NUM_HEADS + head, mask=c_valid, other=0.0
+                )
+                logits = tl.dot(k, q, input_precision="ieee") * scale
+                seen = c_valid[None, :] & (j[:, None] < (num_keys - back)[None, :])
+                p = tl.where(seen, tl.exp(logits - lse[None, :]), 0.0)
+                if PEAK:
+                    p = tl.where((back + later < LAST)[None, :], p, p * EARLIER)
+                    score = tl.maximum(score, tl.max(p, 1))
+                else:
+                    score += tl.sum(p, 1) / (NUM_HEADS * WINDOW)
         in_prompt = j_valid & (position < num_prompt)
         at = score_ptr + state_at(
             state_table,
@@ -204,6 +205,12 @@ def _score_kernel(
             tl.store(at, score, mask=in_prompt)
 
 
+def queries_at_once(queries: int, head_pad: int, element_size: int) -> int:
+    """Of so many queries of a KV head, those that a program has at a time: 32 KiB of them, which
+    Triton copies ahead into shared memory up to three times over."""
+    return max(16, min(triton.next_power_of_2(queries), 32768 // (head_pad * element_size)))
+
+
 def score_tokens_triton(s, queries, keys, batch, active, rule):
     q, lse = queries.q, queries.lse
     num_heads, head_dim = q.shape[1:]
@@ -216,6 +223,7 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
     if rule.accumulates:
         kv_heads = next(n for n in range(max(1, num_kv_heads // 8), 99) if num_kv_heads % n == 0)
     window, pages = queries.window, s.state.pages
+    head_pad = triton.next_power_of_2(head_dim)
     _score_kernel[(len(batch), splits, num_kv_heads // kv_heads)](
         q,
         q.stride(0),
@@ -241,9 +249,9 @@ def score_tokens_triton(s, queries, keys, batch, active, rule):
         WINDOW=window,
         NUM_HEADS=num_heads,
         GROUP=group,
-        QUERIES_PAD=max(16, triton.next_power_of_2(window * group)),
+        QUERIES=queries_at_once(window * group, head_pad, q.element_size()),
         HEAD_DIM=head_dim,
-        HEAD_PAD=triton.next_power_of_2(head_dim),
+        HEAD_PAD=head_pad,
         BLOCK_N=64,
         num_warps=4,
         **keys.kernel_constants,

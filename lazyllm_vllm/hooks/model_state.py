@@ -247,10 +247,10 @@ class LazyModelState(DefaultModelState):
         else:
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
         is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
-        turns = None
-        if kind is StepKind.RUN and (some := turns_of(self, input_batch, num_decodes)):
-            shape = step_plans.turn_shape(self, input_batch, num_decodes, some)
-            input_batch, turns = split(input_batch, num_decodes, some, self.block_tables, shape)
+        turns, runs = None, kind is StepKind.RUN
+        found, shape = turns_of(self, input_batch, num_decodes) if runs else ([], None)
+        if found:
+            input_batch, turns = split(input_batch, num_decodes, found, self.block_tables, shape)
             num_decodes = int((~input_batch.is_prefilling_np).sum())
             if not self.boundary.scorer.every_layer:  # it asks the last token alone
                 turns = turns._replace(last_rows=np.full_like(turns.last_rows, -1))
@@ -283,8 +283,9 @@ class LazyModelState(DefaultModelState):
         padded = num_decodes + padded - num_reqs
         if turns is not None:
             self.buffers.set_turns(turns)
-            num_decodes = int((input_batch.idx_mapping_np[:num_decodes] >= 0).sum())
-            num_decodes, padded = num_decodes - len(turns.tokens), padded - len(turns.tokens)
+            num_turns = len(turns.tokens)
+            num_decodes = int((input_batch.idx_mapping_np[num_turns:num_decodes] >= 0).sum())
+            padded -= num_turns
         if num_decodes:
             quota = self.schedule.revive_quota(num_decodes)
             self.buffers.set_quota(min(quota, self.schedule.largest_quota(padded)))

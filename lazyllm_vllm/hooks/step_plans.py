@@ -69,15 +69,16 @@ def plain_step(
 def turn_shape(
     state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: "Sequence[Turn]"
 ) -> TurnShape | None:
-    """Of the CUDA graph that a batch runs in: of one turn, which has caught up, and decodes. None:
-    it runs in none."""
-    graphs, i = state.model.turn_graphs, num_decodes
-    if graphs is None or batch.num_reqs > i + 1 or turns[0].is_decode:
+    """Of the CUDA graph that a batch runs in: of turns that have caught up, and decodes. None: it
+    runs in none."""
+    graphs, first = state.model.turn_graphs, batch.num_computed_prefill_tokens_np
+    is_alike = batch.num_reqs == num_decodes + len(turns) and not turns[-1].is_decode
+    if graphs is None or not is_alike or not state.wants_prompt.isdisjoint(batch.req_ids):
         return None
-    first, req_id = int(batch.num_computed_prefill_tokens_np[i]), batch.req_ids[i]
-    if state.caught_up[req_id] < first or not state.wants_prompt.isdisjoint(batch.req_ids):
+    if any(state.caught_up[batch.req_ids[turn.request]] < first[turn.request] for turn in turns):
         return None
-    return graphs.shape(num_decodes, int(batch.num_scheduled_tokens[i]))
+    num_rows = int(batch.num_scheduled_tokens[num_decodes:].sum())
+    return graphs.shape(len(turns), num_decodes, num_rows)
 
 
 def planned_step(
@@ -92,16 +93,16 @@ def planned_step(
     req_ids = batch.req_ids
     pruned_tokens = None
     if kind is StepKind.RUN:
-        is_padded = turns is not None and turns.shape is not None
-        prefilled = req_ids[num_decodes : -1 if is_padded else None]
-        prefills = _prefills(state, batch, range(num_decodes, num_decodes + len(prefilled)), turns)
+        prefilled = [req_id for req_id in req_ids[num_decodes:] if req_id]  # padding comes last
+        end = num_decodes + len(prefilled)
+        prefills = _prefills(state, batch, range(num_decodes, end), turns)
         has_turns = turns is not None and len(turns.tokens) > 0
         selects = has_turns or not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
         caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
-        if is_padded:
-            prefills = prefills.padded(int(batch.num_scheduled_tokens[-1]))
+        if turns is not None and turns.shape is not None:
+            prefills = prefills.padded(batch.num_scheduled_tokens[end:].tolist())
         if state.boundary.reduction is not None:
             plans = (state.plans[req_id] for req_id in set(req_ids))
             pruned_tokens = sum(plan.num_prompt for plan in plans if plan.is_pruned)

@@ -1,8 +1,8 @@
 """CUDA graphs of steps with a turn: a conversation's next message, or a question about a document.
 
 Its few tokens keep the GPU busy for some milliseconds, and starting every layer's kernels one by
-one keeps the CPU busy for longer. So one turn, alone or beside decodes, runs in one graph, padded
-to a shape that was captured at start. What the graph reads of a step, but for what lies in
+one keeps the CPU busy for longer. So turns, alone or beside decodes, run in one graph, padded to a
+shape that was captured at start. What the graph reads of a step, but for what lies in
 ``StepBuffers``, is copied to where the captured step has it.
 """
 
@@ -27,9 +27,10 @@ from lazyllm_vllm.runtime.turns import Turns, TurnShape
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
 
-# Of the shapes: decodes beside the turn, and rows of its tokens.
-DECODES = (0, 8, 32)
-ROWS = (32, 64, 128, 192, 256, 320, 384, 512)
+# Decodes beside one turn, and rows of its tokens.
+DECODES, ROWS = (0, 8, 32, 64, 128), (64, 128, 192, 256, 384, 512)
+# Of steps with several: how many, decodes beside them, and rows of each on average.
+TURNS, OF_SEVERAL, ROWS_EACH = (2, 4, 8), (0, 32, 128), (128, 192)
 
 
 def has_turn_graphs(vllm_config: VllmConfig, state: "LazyModelState") -> bool:
@@ -63,16 +64,28 @@ class _Captured:
     output: torch.Tensor
 
 
+def all_shapes() -> list[TurnShape]:
+    of_one = [TurnShape(1, decodes, rows) for decodes in DECODES for rows in ROWS]
+    return of_one + [
+        TurnShape(turns, decodes, turns * rows)
+        for turns in TURNS
+        for decodes in OF_SEVERAL
+        for rows in ROWS_EACH
+    ]
+
+
 class TurnGraphs:
     """By shape, what was captured."""
 
     def __init__(self) -> None:
         self._captured: dict[TurnShape, _Captured] = {}
 
-    def shape(self, num_decodes: int, num_rows: int) -> TurnShape | None:
+    def shape(self, num_turns: int, num_decodes: int, num_rows: int) -> TurnShape | None:
         """The least that holds so much; None: there is none."""
         fits = (s for s in self._captured if s.decodes >= num_decodes and s.rows >= num_rows)
-        # A turn alone brings no decodes to a graph that has them.
+        # Turns share the rows for what they revive with those of padding: these are fewer.
+        fits = (s for s in fits if num_turns <= s.turns < 2 * num_turns)
+        # Turns alone bring no decodes to a graph that has them.
         return min((s for s in fits if bool(s.decodes) == bool(num_decodes)), default=None)
 
     def capture(self, state: "LazyModelState", vllm_config: VllmConfig, pool) -> None:
@@ -83,9 +96,8 @@ class TurnGraphs:
             pool: memory of vLLM's CUDA graphs.
         """
         most_rows = min(vllm_config.scheduler_config.max_num_batched_tokens, state.max_model_len)
-        shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
         with graph_capture(device=state.device):
-            for shape in sorted(shapes, key=sum, reverse=True):
+            for shape in sorted(all_shapes(), key=lambda s: s.num_rows, reverse=True):
                 rows = shape.num_rows
                 if shape.num_requests > state.max_num_reqs or rows > most_rows:
                     continue
@@ -135,22 +147,24 @@ def fixed_numbers(step: Step) -> tuple:
 
 
 def made_up_step(state: "LazyModelState", shape: TurnShape) -> Step:
-    """A step with a turn that there is not, to be captured: as any of its shape, and as long as
+    """A step with turns that there are not, to be captured: as any of its shape, and as long as
     any may be."""
-    stages, device = state.schedule.num_stages, state.device
-    seeing = min(state.schedule.config.score_window, shape.rows)
-    end = np.array([state.max_model_len - seeing, state.max_model_len], np.int32)
-    first = end - np.array([shape.rows - seeing, seeing], np.int32)
+    stages, device, count = state.schedule.num_stages, state.device, shape.turns
+    rows = shape.rows // count
+    seeing = min(state.schedule.config.score_window, rows)
+    end = np.array([state.max_model_len - seeing, state.max_model_len] * count, np.int32)
+    first = end - np.array([rows - seeing, seeing] * count, np.int32)
     prefills = Prefills.whole(end.tolist(), stages)
-    sees = np.array([False, True])
-    prefills = replace(prefills, first=first, caught_up=first, sees_revived=sees).padded(0)
+    sees = np.array([False, True] * count)
+    prefills = replace(prefills, first=first, caught_up=first, sees_revived=sees)
+    prefills = prefills.padded([shape.rows - count * rows])
     groups = len(state.buffers.slot_mappings)
     turns = Turns(
-        tokens=np.array([seeing], np.int32),
-        last_rows=np.array([shape.num_rows - 1], np.int32),
-        revived=np.zeros((stages, 1), np.int32),
+        tokens=np.full(count, seeing, np.int32),
+        last_rows=shape.num_decodes + rows * np.arange(1, count + 1, dtype=np.int32) - 1,
+        revived=np.zeros((stages, count), np.int32),
         sees=prefills.sees_revived,
-        seen=np.zeros((stages, 3), np.int32),
+        seen=np.zeros((stages, len(prefills.end)), np.int32),
         requests=np.full(shape.num_requests, -1),
         rows=torch.full((shape.num_rows,), -1, device=device),
         sampled=torch.arange(shape.num_requests, device=device),

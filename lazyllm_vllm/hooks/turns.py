@@ -8,8 +8,8 @@ those as a prefill before. In stage 0 the last token is the last of a prefill, a
 and its row among the decodes is nobody's. Where it is all that has not run behind stage 0, as after
 preemption, it is a decode like any other.
 
-A batch for a CUDA graph (``turn_graphs``) is padded: with decodes of no request, and with a prefill
-of none.
+A batch for a CUDA graph (``turn_graphs``) is padded: with turns and decodes of no request, and with
+a prefill of none.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from lazyllm_vllm.hooks.step_plans import turn_shape
 from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
@@ -56,9 +57,30 @@ class _Member(NamedTuple):
     count: int
 
 
-def turns_of(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> list[Turn]:
+class _Members(NamedTuple):
+    """The places of a batch, in order.
+
+    Attributes:
+        turns: how many of the decodes, the first ones, are the last tokens of turns.
+        decodes: with them those of padding; padding: prefills.
+    """
+
+    turns: int
+    decodes: list[_Member]
+    prefills: list[_Member]
+    padding: list[_Member]
+
+    @property
+    def all(self) -> list[_Member]:
+        return [*self.decodes, *self.prefills, *self.padding]
+
+
+def turns_of(
+    state: "LazyModelState", batch: InputBatch, num_decodes: int
+) -> tuple[list[Turn], TurnShape | None]:
     """Of a batch's requests those that go on with a chunk that ends their prompt, and whose last
-    token is to select; those of which that token is a decode like others come last."""
+    token is to select; those of which that token is a decode like others come last. With them what
+    the batch is to be padded to, if it runs in a CUDA graph."""
     first, end, turns = batch.num_computed_prefill_tokens_np, batch.prefill_len_np, []
     ends = (first + batch.num_scheduled_tokens == end) & (batch.num_scheduled_tokens > 1)
     schedule, plans = state.schedule, state.plans
@@ -68,13 +90,14 @@ def turns_of(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> li
             seeing = max(int(first[i]), state.caught_up[req_id], window_first)
             turns.append(Turn(i, seeing, int(end[i]) - 1, []))
     turns.sort(key=lambda turn: turn.is_decode)
-    count = sum(not turn.is_decode for turn in turns)
+    shape = turn_shape(state, batch, num_decodes, turns) if turns else None
+    count = shape.turns if shape else sum(not turn.is_decode for turn in turns)
     most = schedule.turn_quota(count) if count else 0
     for at, turn in enumerate(turns):
         req_id = batch.req_ids[turn.request]
         revived = state.continuations.revivable(req_id, plans[req_id], most)
         turns[at] = turn._replace(revived=revived)
-    return turns
+    return turns, shape
 
 
 def split(
@@ -88,33 +111,22 @@ def split(
         batch: vLLM's, decodes first.
         turns: those that are decodes last.
         block_tables: ``[max_num_reqs, blocks]`` each, of this batch; they are put in its new order.
-        shape: what the batch is to have, of one turn that is no decode.
+        shape: what the batch is to have, if no turn is a decode.
 
     Returns:
         The batch, of which only what a step's plan reads is right, and its turns, whose last tokens
         come before all else.
     """
-    real = [turn for turn in turns if not turn.is_decode]
-    lasts = [_Member(turn.request, turn.last, 1) for turn in turns]
-    first = batch.num_computed_prefill_tokens_np
-    decodes = [_Member(i, int(first[i]), 1) for i in range(num_decodes)]
-    prefills = _prefills(batch, num_decodes, turns, keeps_empty=shape is not None)
-    padding = []
-    if shape is not None:
-        decodes += [_Member(-1, 0, 1)] * (shape.decodes - num_decodes)
-        padding = [_Member(-1, 0, shape.rows - sum(member.count for member in prefills))]
-    k, count = len(real), len(decodes) + len(turns)
-    members = [*lasts[:k], *decodes, *lasts[k:], *prefills, *padding]
-
-    requests = np.array([member.request for member in members])
-    counts = np.array([member.count for member in members], np.int32)
-    firsts = np.array([member.first for member in members], np.int32)
-    begin = batch.query_start_loc_np[requests] + firsts - first[requests]
+    members = _members(batch, num_decodes, turns, shape)
+    places, count = np.arange(len(members.all)), len(members.decodes)
+    requests = np.array([member.request for member in members.all])
+    counts = np.array([member.count for member in members.all], np.int32)
+    firsts = np.array([member.first for member in members.all], np.int32)
+    begin = batch.query_start_loc_np[requests] + firsts
+    begin -= batch.num_computed_prefill_tokens_np[requests]
     rows = np.concatenate([np.arange(at, at + n) for at, n in zip(begin, counts)])
     rows[np.repeat(requests < 0, counts)] = -1
     sampled = np.zeros(batch.num_reqs, np.int64)
-    places = np.arange(len(members))
-    seers = [places[count:][requests[count:] == turn.request][-1] for turn in real]
     for some in (places[count:], places[:count]):  # the last token of a turn after the others
         some = some[requests[some] >= 0]
         sampled[requests[some]] = some
@@ -123,13 +135,13 @@ def split(
     on_device = async_tensor_h2d(np.concatenate(packed), device=batch.positions.device)
     rows, sampled, tables, on_device = on_device.split([len(part) for part in packed])
     for table in block_tables:
-        assert len(members) <= len(table), "the scheduler leaves room for them"
-        table[: len(members)] = table[tables]
+        assert len(places) <= len(table), "the scheduler leaves room for them"
+        table[: len(places)] = table[tables]
     again = replace(
         batch,
         req_ids=["" if i < 0 else batch.req_ids[i] for i in requests],
-        num_reqs=len(members),
-        num_reqs_after_padding=len(members),
+        num_reqs=len(places),
+        num_reqs_after_padding=len(places),
         idx_mapping=on_device.to(batch.idx_mapping.dtype),
         idx_mapping_np=index,
         num_scheduled_tokens=counts,
@@ -138,16 +150,46 @@ def split(
         is_prefilling_np=places >= count,
         positions=batch.positions[rows],
     )
-    tokens = np.array([turn.last + 1 - turn.seeing for turn in real], np.int32)
-    nothing = [0] * len(turns[0].revived)
-    revived = np.array([turn.revived for turn in real], np.int32).reshape(k, len(nothing)).T
-    seeing = {(turn.request, turn.seeing): turn.revived for turn in real}
-    last_rows = np.cumsum(counts)[seers].astype(np.int32) - 1
-    of_prefills = [seeing.get(member[:2]) if member.count else None for member in prefills]
-    sees = np.array([found is not None for found in of_prefills], bool)
-    seen = np.array([found or nothing for found in of_prefills], np.int32).reshape(-1, len(nothing))
-    found = tokens, last_rows, revived, sees, seen.T
-    return again, Turns(*found, requests, rows, sampled, shape)
+    of_turns = _of_turns(turns, members, np.cumsum(counts).tolist())
+    return again, Turns(*of_turns, requests, rows, sampled, shape)
+
+
+def _members(
+    batch: InputBatch, num_decodes: int, turns: Sequence[Turn], shape: TurnShape | None
+) -> _Members:
+    first = batch.num_computed_prefill_tokens_np
+    lasts = [_Member(turn.request, turn.last, 1) for turn in turns]
+    num_turns = sum(not turn.is_decode for turn in turns)
+    lasts, after = lasts[:num_turns], lasts[num_turns:]
+    decodes = [_Member(i, int(first[i]), 1) for i in range(num_decodes)]
+    prefills = _prefills(batch, num_decodes, turns, keeps_empty=shape is not None)
+    if shape is None:
+        return _Members(num_turns, [*lasts, *decodes, *after], prefills, [])
+    none, missing = _Member(-1, 0, 1), shape.rows - sum(member.count for member in prefills)
+    lasts += [none] * (shape.turns - num_turns)
+    decodes += [none] * (shape.decodes - num_decodes)
+    padding = [_Member(-1, 0, 0)] * (2 * (shape.turns - num_turns)) + [_Member(-1, 0, missing)]
+    return _Members(shape.turns, [*lasts, *decodes], prefills, padding)
+
+
+def _of_turns(turns: Sequence[Turn], members: _Members, row_ends: list[int]) -> tuple:
+    """The first fields of ``Turns``.
+
+    Args:
+        row_ends: of each member, the row after its last.
+    """
+    stages, prefills = len(turns[0].revived), members.prefills
+    tokens, last_rows = np.zeros(members.turns, np.int32), np.full(members.turns, -1, np.int32)
+    revived = np.zeros((stages, members.turns), np.int32)
+    sees, seen = np.zeros(len(prefills), bool), np.zeros((stages, len(prefills)), np.int32)
+    places = {member[:2]: i for i, member in enumerate(prefills) if member.count}
+    for i, turn in enumerate(turn for turn in turns if not turn.is_decode):
+        place = places[turn.request, turn.seeing]
+        tokens[i] = prefills[place].count
+        last_rows[i] = row_ends[len(members.decodes) + place] - 1
+        revived[:, i] = seen[:, place] = turn.revived
+        sees[place] = True
+    return tokens, last_rows, revived, sees, seen
 
 
 def _prefills(

@@ -56,10 +56,9 @@ class Prefills:
         never = none.astype(bool)
         return cls(n, none, n, none, never, never, kept, zeros, zeros, kept)
 
-    def padded(self, count: int) -> "Prefills":
-        """With one more, of nobody, which has so many rows."""
-        stages = len(self.kept)
-        whole = Prefills.whole([count], stages)
+    def padded(self, counts: list[int]) -> "Prefills":
+        """With some more, of nobody, which have so many rows."""
+        whole = Prefills.whole(counts, len(self.kept))
 
         def joined(field: str) -> np.ndarray:
             return np.concatenate([getattr(self, field), getattr(whole, field)], axis=-1)

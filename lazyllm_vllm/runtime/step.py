@@ -114,7 +114,7 @@ class Step:
         batch, budget = self.batch, self.buffers.budget
         self.plan = RowPlan.make(batch.prefills, batch.num_decodes, budget, window)
         if shape := batch.shape:
-            # The turn's last token is a decode behind stage 0. What ran there before is less still.
+            # A turn's last token is a decode behind stage 0. What ran there before is less still.
             later = [shape.rows - 1] * (self.schedule.num_stages - 1)
             self.plan = self.plan.padded([shape.rows, *later])
 

@@ -7,25 +7,27 @@ import torch
 
 
 class TurnShape(NamedTuple):
-    """What a step with one turn has in a CUDA graph, padding included.
+    """What a step with turns has in a CUDA graph, padding included.
 
     Attributes:
+        turns: how many.
         decodes: rows of other requests that decode.
-        rows: of the turn's tokens, in stage 0.
+        rows: of the turns' tokens, in stage 0.
     """
 
+    turns: int
     decodes: int
     rows: int
 
     @property
     def num_decodes(self) -> int:
-        """With the turn's last token."""
-        return 1 + self.decodes
+        """With the turns' last tokens."""
+        return self.turns + self.decodes
 
     @property
     def num_requests(self) -> int:
-        """Of the batch: the turn has two prefills, and one is nobody's."""
-        return self.num_decodes + 3
+        """Of the batch: a turn has two prefills, and one is nobody's."""
+        return self.num_decodes + 2 * self.turns + 1
 
     @property
     def num_rows(self) -> int:
@@ -39,7 +41,7 @@ class Turns(NamedTuple):
     Attributes:
         tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
         last_rows: ``[turns]`` int32, of each the prefill's row that is its last token in stage 0;
-            -1: the decode's is, and the prefill's does the same.
+            -1: the decode's is, and the prefill's does the same. Also of those of padding.
         revived: ``[stages, turns]`` int32, tokens that it revives.
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.

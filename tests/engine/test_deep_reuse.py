@@ -88,17 +88,24 @@ def test_a_turn_in_a_graph_is_the_same_turn(engine):
         engine.generate([DOCUMENTS[0]], 1)
         alone = [engine.generate([prompt], NEW_TOKENS) for prompt in prompts]
         turns = [asked(prompt, at=12 + 3 * i) for i, prompt in enumerate(prompts[:3])]
-        beside = engine.run("serve", requests=[*decodes, *turns])
+        beside = [engine.run("serve", requests=[*decodes, *turns])]
         assert all(goes_on(result) for result in alone)
-        assert all(goes_on(beside, i) for i in (2, 3, 4))
+        assert all(goes_on(beside[0], i) for i in (2, 3, 4))
+        # In one step: two, three, which have the graph of four, and so beside decodes.
+        for count, others in ((2, []), (3, []), (3, decodes)):
+            first = 12 if others else 0
+            turns = [asked(prompts[i], at=first) for i in (0, 1, 3)[:count]]
+            beside.append(engine.run("serve", requests=[*others, *turns]))
+            assert all(goes_on(beside[-1], len(others) + i) for i in range(count))
         results.append((alone, beside))
         if len(results) == 1:
             engine.run("run_turns_as_in_graphs")
     shapes = engine.run("turns_as_in_graphs")
     engine.run("run_turns_as_in_graphs", graphs=False)
-    assert shapes == [(0, 64), (0, 16), (0, 33), (4, 64), (4, 16)]
+    assert shapes[:5] == [(1, 0, 64), (1, 0, 16), (1, 0, 33), (1, 4, 64), (1, 4, 16)]
+    assert shapes[5:] == [(2, 0, 80), (4, 0, 110), (4, 2, 120)]
     for what in ("tokens", "prefills", "decodes", "free_blocks"):
-        plain, padded = ([one[what] for one in (*alone, beside)] for alone, beside in results)
+        plain, padded = ([one[what] for one in (*alone, *beside)] for alone, beside in results)
         assert plain == padded, what
 
 

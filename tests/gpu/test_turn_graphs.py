@@ -45,6 +45,7 @@ def results(tmp_path_factory):
     document, others = ids(10_000), [ids(60 + i) for i in range(5)]
     # Alone: as many rows, and one more than there is a graph for.
     turns = [document + ids(n) for n in (40, 16, 264, 496, 600)]
+    several = [[turns[0], turns[1]], [*turns[:3], document + ids(100)]]
     params = {"temperature": 0, "ignore_eos": True}
     served = [{"prompt": prompt, "params": params | {"max_tokens": 40}} for prompt in others]
     for i, turn in enumerate(turns[:3]):
@@ -61,7 +62,9 @@ def results(tmp_path_factory):
             engine.generate([document], 1)
             alone = engine.generate(turns, NEW_TOKENS, logprobs=1, together=False)
             beside = engine.run("serve", requests=served)
-            found.append({"alone": alone, "beside": beside} | engine.run("turns_watched"))
+            at_once = [engine.generate(some, NEW_TOKENS, logprobs=1) for some in several]
+            answers = {"alone": alone, "beside": beside, "at once": at_once}
+            found.append(answers | engine.run("turns_watched"))
     finally:
         engine.close()
     return found
@@ -69,8 +72,9 @@ def results(tmp_path_factory):
 
 def test_they_run_in_graphs(results):
     with_graphs, without = results
-    assert with_graphs["shapes"][:4] == [[0, 64], [0, 32], [0, 320], [0, 512]]
-    assert with_graphs["shapes"][4:] == [[8, 64], [8, 32], [8, 320]]
+    assert with_graphs["shapes"][:4] == [[1, 0, rows] for rows in (64, 64, 384, 512)]
+    assert with_graphs["shapes"][4:7] == [[1, 8, rows] for rows in (64, 64, 384)]
+    assert with_graphs["shapes"][7:] == [[2, 0, 256], [4, 0, 512]]
     assert not without["shapes"]
     for result in results:
         assert [one["reused"] > 0 for one in result["alone"]["stats"]] == [True] * 5
@@ -80,13 +84,14 @@ def test_they_run_in_graphs(results):
 def test_they_are_as_without(results):
     """Log-probabilities before the first token that differs; revived tokens as many. The decodes
     beside them say the same."""
-    mine, theirs = (result["alone"] for result in results)
-    drifts = drifts_between(mine, theirs)
-    print(f"{max(drifts):.4f}, on average {fmean(drifts):.4f}")
-    assert max(drifts) < 0.1 and fmean(drifts) < 0.01
-    for a, b in zip(mine["stats"], theirs["stats"]):
-        # With all that decodes revive afterwards, of close scores.
-        assert a["revived"] == pytest.approx(b["revived"], rel=0.1)
+    of_both = [[result["alone"], *result["at once"]] for result in results]
+    for mine, theirs in zip(*of_both):
+        drifts = drifts_between(mine, theirs)
+        print(f"{max(drifts):.4f}, on average {fmean(drifts):.4f}")
+        assert max(drifts) < 0.1 and fmean(drifts) < 0.01
+        for a, b in zip(mine["stats"], theirs["stats"]):
+            # With all that decodes revive afterwards, of close scores.
+            assert a["revived"] == pytest.approx(b["revived"], rel=0.1)
     mine, theirs = (result["beside"]["tokens"] for result in results)
     same = [a[0][:4] == b[0][:4] for a, b in zip(mine, theirs)]
     assert sum(same) >= len(same) - 1, "close scores may choose another token"

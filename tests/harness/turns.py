@@ -7,6 +7,7 @@ from lazyllm_vllm.hooks.turn_graphs import TurnGraphs, fixed_numbers, made_up_st
 from lazyllm_vllm.runtime.turns import TurnShape
 
 DECODES, ROWS = (0, 1, 4), (16, 33, 64)
+SEVERAL = [TurnShape(2, 0, 80), TurnShape(4, 0, 110), TurnShape(4, 2, 120)]
 
 
 class TurnsOnCPU(TurnGraphs):
@@ -18,15 +19,15 @@ class TurnsOnCPU(TurnGraphs):
 
     def __init__(self, state) -> None:
         self.ran: list[TurnShape] = []
-        shapes = [TurnShape(decodes, rows) for decodes in DECODES for rows in ROWS]
-        shapes = [shape for shape in shapes if shape.num_requests <= state.max_num_reqs]
+        shapes = [TurnShape(1, decodes, rows) for decodes in DECODES for rows in ROWS]
+        shapes = [shape for shape in shapes + SEVERAL if shape.num_requests <= state.max_num_reqs]
         self._captured = {shape: fixed_numbers(made_up_step(state, shape)) for shape in shapes}
         self.buffers, self.model = state.buffers, state.model
 
     def run(self, step, input_ids: torch.Tensor) -> torch.Tensor:
         shape = step.batch.shape
         assert fixed_numbers(step) == self._captured[shape]
-        assert len(input_ids) == 1 + sum(shape)
+        assert len(input_ids) == sum(shape)
         self.ran.append(shape)
         # As if every row had been the first request's last one, in slots that there are.
         rows = self.buffers.all_rows

@@ -1,5 +1,5 @@
-"""Every kernel compiles for Hopper, with no GPU at hand: the interpreter takes code that Triton's
-compiler does not."""
+"""Every kernel compiles for Hopper and fits there, with no GPU at hand: the interpreter takes code
+that Triton's compiler does not, and has memory without end."""
 
 import importlib
 import os
@@ -27,6 +27,7 @@ INT64 = {
     "slot_ptr",
 }
 CACHES = {"kv_ptr", "aux_ptr", "cache_ptr"}  # of the model's dtype or FP8
+SHARED_MEMORY = 232448  # bytes that a program may have on Hopper
 LLAMA = {"NUM_HEADS": 32, "HEAD_DIM": 128, "HEAD_PAD": 128}
 STATE = {"PAGES": 8, "PER_PAGE": 8, "SLOT_SIZE": 2048, "PER_SLOT": 512}  # in four-byte words
 AUX = STATE | {"SLOT_SIZE": 4096, "BLOCK": 2048}  # in bf16
@@ -36,18 +37,20 @@ def _variants(kernels):
     """Each kernel, with constants that an engine gives it."""
     for stage in (0, 2):
         keys = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
-        for window in (0, 128):
+        for window, group, head_dim, block_n in ((0, 16, 128, 128), (128, 4, 256, 64)):
             yield (
                 kernels.attention._attention_kernel,
                 LLAMA
                 | keys
                 | STATE
                 | {
-                    "GROUP": 4,
+                    "GROUP": group,
+                    "HEAD_DIM": head_dim,
+                    "HEAD_PAD": head_dim,
                     "STRICT": stage > 0,
                     "WINDOW": window,
                     "BLOCK_M": 64,
-                    "BLOCK_N": 128,
+                    "BLOCK_N": block_n,
                 },
             )
         yield (
@@ -58,7 +61,7 @@ def _variants(kernels):
         yield kernels.copy_blocks._copy_blocks_kernel, copied
         gathered = {"HEADS": 8, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK": 32}
         yield kernels.gather_keys._gather_keys_kernel, gathered | keys
-        for window in (1, 16):
+        for window, group, head_dim in ((1, 4, 128), (16, 4, 128), (16, 16, 128), (32, 8, 256)):
             yield (
                 kernels.score._score_kernel,
                 LLAMA
@@ -69,8 +72,10 @@ def _variants(kernels):
                     "ACCUMULATES": window > 1,
                     "KV_HEADS": 1,
                     "WINDOW": window,
-                    "GROUP": 4,
-                    "QUERIES_PAD": max(16, 4 * window),
+                    "GROUP": group,
+                    "QUERIES": kernels.score.queries_at_once(window * group, head_dim, 2),
+                    "HEAD_DIM": head_dim,
+                    "HEAD_PAD": head_dim,
                     "BLOCK_N": 64,
                 },
             )
@@ -175,15 +180,28 @@ def _compile_all() -> None:
         names = kernel.arg_names
         for cache in ("*bf16", "*fp8e4nv") if CACHES & set(names) else ("",):
             types = {n: "constexpr" if n in constants else _type_of(n, cache) for n in names}
-            triton.compile(
-                ASTSource(kernel, types, constexprs=constants),
+            compiled_kernel = triton.compile(
+                ASTSource(kernel, types, constants, _aligned(kernel, types)),
                 target=GPUTarget("cuda", 90, 32),
                 options=_options(kernel.__name__, constants),
             )
+            needed = compiled_kernel.metadata.shared
+            assert needed <= SHARED_MEMORY, f"{kernel.__name__}, {constants}: {needed} bytes"
         compiled.add((kernel.__module__, kernel.__name__))
     written = {(m.__name__, n) for m in modules for n in vars(m) if n.endswith("_kernel")}
     assert compiled == written, f"not compiled: {written - compiled}"
     print("compiled", len(compiled))
+
+
+def _aligned(kernel, types: dict[str, str]) -> dict:
+    """What the launcher finds divisible by 16: addresses and strides. What is so read is copied
+    ahead, into shared memory."""
+    return {
+        (p.num,): [["tt.divisibility", 16]]
+        for p in kernel.params
+        if types[p.name].startswith("*") or "stride" in p.name
+        if not (p.do_not_specialize or p.do_not_specialize_on_alignment)
+    }
 
 
 def _options(name: str, constants: dict) -> dict:

@@ -62,6 +62,25 @@ def test_score(seed, stage, window, peak, device, dtype):
         assert torch.equal(scored[at[other]], before[at[other]]), "others are passed over"
 
 
+@pytest.mark.parametrize("peak", (False, True))
+def test_a_kv_head_s_queries_in_parts(peak, monkeypatch, device, dtype):
+    """As a large group of heads with a wide window has them: the last part is not full."""
+    w, window = make_world(1, 2, device=device, dtype=dtype), 15
+    keys = w.keys([len(p) + d for p, d in zip(w.present, w.decoded)])
+    q = w.rand(20, w.kv_heads * w.group, w.head_dim)
+    lse = torch.randn(window, 5, q.shape[1], generator=w.random).to(device) + 6
+    queries = Queries(q, w.ints([18, 16, 17, 19]), lse, w.head_dim**-0.5, in_one_piece(w, window))
+    assert w.group * window % 16 and w.group * window > 32
+    scores = []
+    for run, at_once in ((score_tokens_triton, 16), (score_tokens_reference, None)):
+        monkeypatch.setattr("lazyllm_vllm.kernels.score.queries_at_once", lambda *_: at_once)
+        s = w.selection(w.prompts, 0)
+        run(s, queries, keys, range(4), w.ints([1] * 4), ScoreRule(peak, accumulates=False))
+        at = [s.state.prompt_at(i, s.num_prompt) for i in range(4)]
+        scores.append(s.state.score[torch.cat(at)])
+    close(*scores, dtype, atol=0)
+
+
 def test_a_share_of_the_last_steps_score_stays_if_it_is_higher(device, dtype):
     w = make_world(0, 0, device=device, dtype=dtype)
     keys = w.keys([c + d for c, d in zip(w.prompts, w.decoded)])

@@ -288,7 +288,7 @@ def test_a_padded_plan_has_the_rows_that_are_missing():
         shift=shift,
         ran=np.zeros((3, 2), np.int32),
         until=np.full((3, 2), 100, np.int32),
-    ).padded(12)
+    ).padded([12])
     plan = RowPlan.make(prefills, 1, 512, 16).padded([48, 47, 47])
     assert [span.lengths.tolist() for span in plan.spans] == [
         [20, 16, 12],

@@ -101,7 +101,7 @@ def test_a_turn_in_a_graph_is_padded():
     for seeing, parts in ((184, [(160, 24), (184, 16)]), (160, [(160, 0), (160, 40)])):
         turn = Turn(1, seeing, 199, [0, 7, 5])
         tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
-        again, found = split(batch, 1, [turn], tables, TurnShape(decodes=3, rows=64))
+        again, found = split(batch, 1, [turn], tables, TurnShape(1, decodes=3, rows=64))
         firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
         expected = [("long turn", 199, 1), ("decode", 60, 1), ("", 0, 1), ("", 0, 1)]
         expected += [*(("long turn", *part) for part in parts), ("", 0, 24)]
@@ -114,6 +114,45 @@ def test_a_turn_in_a_graph_is_padded():
         assert found.sees.tolist() == [False, True]
         assert found.seen.T.tolist() == [[0, 0, 0], [0, 7, 5]]
         assert tables[0][:7, 0].tolist()[:2] == [1, 0]
+
+
+def test_several_turns_in_a_graph_are_padded():
+    """With turns of no request, too, which have as many places and revive nothing."""
+    batch = vllms_batch()
+    ids = [batch.req_ids[i] for i in (0, 1, 3)]
+    where = np.array([0, 1, 3])
+    scheduled = batch.num_scheduled_tokens[where]
+    batch = replace(
+        batch,
+        req_ids=ids,
+        num_reqs=3,
+        idx_mapping_np=batch.idx_mapping_np[where],
+        num_scheduled_tokens=scheduled,
+        num_computed_prefill_tokens_np=batch.num_computed_prefill_tokens_np[where],
+        prefill_len_np=batch.prefill_len_np[where],
+        query_start_loc_np=np.concatenate([[0], np.cumsum(scheduled)]),
+    )
+    turns = [Turn(1, 184, 199, [0, 7, 5]), Turn(2, 125, 129, [0, 3, 0])]
+    tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
+    again, found = split(batch, 1, turns, tables, TurnShape(turns=3, decodes=2, rows=60))
+    firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
+    expected = [("long turn", 199, 1), ("short turn", 129, 1), ("", 0, 1)]
+    expected += [("decode", 60, 1), ("", 0, 1)]
+    expected += [("long turn", 160, 24), ("long turn", 184, 16)]
+    expected += [("short turn", 125, 0), ("short turn", 125, 5), ("", 0, 0), ("", 0, 0)]
+    expected += [("", 0, 15)]
+    assert list(zip(again.req_ids, firsts.tolist(), counts.tolist())) == expected
+    assert len(expected) == TurnShape(3, 2, 60).num_requests
+    assert len(found.rows) == TurnShape(3, 2, 60).num_rows == 65
+    assert again.is_prefilling_np.tolist() == [False] * 5 + [True] * 7
+    assert found.rows.tolist()[:5] == [40, 45, -1, 0, -1]
+    assert found.rows.tolist()[5:] == [*range(1, 46), *[-1] * 15]
+    assert found.tokens.tolist() == [16, 5, 0]
+    assert found.last_rows.tolist() == [5 + 39, 5 + 44, -1]
+    assert found.revived.T.tolist() == [[0, 7, 5], [0, 3, 0], [0, 0, 0]]
+    assert found.sees.tolist() == [False, True, False, True]
+    assert found.seen.T.tolist() == [[0] * 3, [0, 7, 5], [0] * 3, [0, 3, 0]]
+    assert found.sampled.tolist() == [3, 0, 1]
 
 
 def test_what_a_turn_revives():
@@ -171,10 +210,18 @@ def test_a_prompt_has_room_for_eight_turns():
 
 
 def test_the_graph_of_a_turn():
-    """The least that holds it; with decodes if there are any, and only then."""
+    """The least that holds it; with decodes if there are any, and only then; and not for twice as
+    many turns, which would leave a half of what may be revived to nobody."""
     graphs = TurnGraphs()
-    graphs._captured = {TurnShape(d, r): None for d in (0, 8, 32) for r in (32, 64)}
-    found = {(d, r): graphs.shape(d, r) for d in (0, 1, 8, 9, 33) for r in (1, 32, 33, 65)}
+    shapes = [TurnShape(1, d, r) for d in (0, 8, 32) for r in (32, 64)]
+    shapes += [TurnShape(t, d, 100 * t) for t in (2, 4, 8) for d in (0, 32)]
+    graphs._captured = dict.fromkeys(shapes)
+    found = {(d, r): graphs.shape(1, d, r) for d in (0, 1, 8, 9, 33) for r in (1, 32, 33, 65)}
     assert {shape for (d, r), shape in found.items() if d == 33 or r == 65} == {None}
-    assert [found[0, r] for r in (1, 32, 33)] == [(0, 32), (0, 32), (0, 64)]
-    assert [found[d, 33] for d in (1, 8, 9)] == [(8, 64), (8, 64), (32, 64)]
+    assert [found[0, r] for r in (1, 32, 33)] == [(1, 0, 32), (1, 0, 32), (1, 0, 64)]
+    assert [found[d, 33] for d in (1, 8, 9)] == [(1, 8, 64), (1, 8, 64), (1, 32, 64)]
+    several = [(2, 200), (3, 200), (3, 401), (4, 400), (4, 401), (5, 30), (8, 800), (9, 30)]
+    found = [graphs.shape(count, 0, rows) for count, rows in several]
+    found = [shape and shape.turns for shape in found]
+    assert found == [2, 4, None, 4, None, 8, 8, None]
+    assert graphs.shape(3, 1, 20) == (4, 32, 400)
