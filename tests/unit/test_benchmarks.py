@@ -301,6 +301,10 @@ def test_random_weights():
     stored = torch.zeros(128, 1024).to(torch.float8_e4m3fn).t()
     model.fp8.weight = torch.nn.Parameter(stored, requires_grad=False)
     model.fp8.input_size_per_partition = 1024
+    # With one scale a block of 128 x 128.
+    model.fp8_blocks = part(weight_scale_inv=(8, 1))
+    stored = torch.zeros(1024, 128).to(torch.float8_e4m3fn)
+    model.fp8_blocks.weight = torch.nn.Parameter(stored, requires_grad=False)
     randomize(model)
     assert spread(model.embed_tokens.weight) == pytest.approx(1, rel=0.05)
     assert spread(model.lm_head.weight) == pytest.approx(1 / 8, rel=0.05)
@@ -318,6 +322,8 @@ def test_random_weights():
     real = model.fp8.weight.float() * model.fp8.weight_scale
     assert spread(real) == pytest.approx(1 / 32, rel=0.05)
     assert model.fp8.weight.stride() == (1, 1024)
+    scale = model.fp8_blocks.weight_scale_inv.repeat_interleave(128, 0)
+    assert spread(model.fp8_blocks.weight.float() * scale) == pytest.approx(128**-0.5, rel=0.05)
     model.lm_head.weight = model.embed_tokens.weight
     randomize(model)
     assert spread(model.lm_head.weight) == pytest.approx(1 / 8, rel=0.05)
