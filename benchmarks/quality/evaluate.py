@@ -149,12 +149,11 @@ def as_if_alone(config: dict, options: dict) -> tuple[dict, dict]:
     """LazyLLM's configuration and vLLM's options with which each request of a batch may revive as
     much as it could alone, for which fewer run at once if need be."""
     fields = LazyLLMConfig(**config)
-    of_turn = fields.revive_per_turn if fields.reuse == DEEP else 0
     at_most = min(fields.revive_budget, options["max_model_len"])
     alone = min(at_most, fields.revive_per_request)
-    rows = max(alone, min(at_most, of_turn))
-    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(rows, 1)))
-    config = config | {"revive_budget": rows * at_once, "revive_per_request": max(alone, 1)}
+    at_once = max(1, min(options["max_num_seqs"], REVIVED_ROWS // max(alone, 1)))
+    budget = max(alone * at_once, min(at_most, fields.revive_per_turn))  # which a turn has whole
+    config = config | {"revive_budget": budget, "revive_per_request": max(alone, 1)}
     return config, options | {"max_num_seqs": at_once}
 
 

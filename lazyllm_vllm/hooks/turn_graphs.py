@@ -82,9 +82,8 @@ class TurnGraphs:
 
     def shape(self, num_turns: int, num_decodes: int, num_rows: int) -> TurnShape | None:
         """The least that holds so much; None: there is none."""
-        fits = (s for s in self._captured if s.decodes >= num_decodes and s.rows >= num_rows)
-        # Turns share the rows for what they revive with those of padding: these are fewer.
-        fits = (s for s in fits if num_turns <= s.turns < 2 * num_turns)
+        fits = (s for s in self._captured if s.turns >= num_turns and s.rows >= num_rows)
+        fits = (s for s in fits if s.decodes >= num_decodes)
         # Turns alone bring no decodes to a graph that has them.
         return min((s for s in fits if bool(s.decodes) == bool(num_decodes)), default=None)
 

@@ -91,11 +91,9 @@ def turns_of(
             turns.append(Turn(i, seeing, int(end[i]) - 1, []))
     turns.sort(key=lambda turn: turn.is_decode)
     shape = turn_shape(state, batch, num_decodes, turns) if turns else None
-    count = shape.turns if shape else sum(not turn.is_decode for turn in turns)
-    most = schedule.turn_quota(count) if count else 0
     for at, turn in enumerate(turns):
         req_id = batch.req_ids[turn.request]
-        revived = state.continuations.revivable(req_id, plans[req_id], most)
+        revived = state.continuations.revivable(req_id, plans[req_id], schedule.turn_quota)
         turns[at] = turn._replace(revived=revived)
     return turns, shape
 

@@ -84,8 +84,8 @@ class LazyLLMConfig(BaseModel):
         revive_per_request: most of them that one request may use.
         revive_per_turn: how many tokens a request that goes on from what an earlier one left
             (``reuse: deep``) brings back at each boundary as it begins, for its last
-            ``score_window`` tokens. All that begin in one step share as many rows as
-            ``revive_budget`` says, beside those of the requests that decode.
+            ``score_window`` tokens, ``revive_budget`` at most. At most eight requests begin so in
+            one step; their rows are beside those of the requests that decode.
         revive_min_score: least score with which a token is revived, its neighbours' counted as
             ``score_pool`` says: a share of one head's attention. With ``mean`` 0 unless it is set.
         revive_reserve: share of a stage's dropped tokens that the stage has room to take back.

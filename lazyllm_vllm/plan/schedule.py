@@ -11,6 +11,7 @@ from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
+TURNS_A_STEP = 8  # that begin in one step, at most
 _TURNS = 8  # for which every prompt has room, where turns go on from each other
 
 
@@ -166,7 +167,7 @@ class Schedule:
             keeps = self._keeps(setting)
             kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in keeps)
         reserve = config.revive_reserve if self.has_aux and setting.revive else 0
-        least = _TURNS * self.turn_quota(1) if reserve and config.reuse == DEEP else 0
+        least = _TURNS * self.turn_quota if reserve and config.reuse == DEEP else 0
 
         def room(dropped: int) -> int:
             return max(ceil_share(reserve, dropped), min(least, dropped))
@@ -178,7 +179,7 @@ class Schedule:
         """Whether a prompt after which so many turns went on from each other has room for all that
         one more may bring back. Where nothing is ever brought back it needs none."""
         rooms = [(most - k, plan.num_prompt - k) for most, k in zip(plan.capacity, plan.kept)]
-        needed = (num_turns + 1) * self.turn_quota(1)
+        needed = (num_turns + 1) * self.turn_quota
         has_none = not any(room for room, _ in rooms)
         return has_none or all(min(needed, dropped) <= room for room, dropped in rooms)
 
@@ -203,11 +204,10 @@ class Schedule:
         """
         return self.revive_quota(num_decodes // 2 + 1)
 
-    def turn_quota(self, num_turns: int) -> int:
-        """Most tokens that each of the last tokens of ``num_turns`` turns may revive at a boundary
-        of a step."""
-        config = self.config
-        return min(config.revive_budget // num_turns, config.revive_per_turn)
+    @property
+    def turn_quota(self) -> int:
+        """Most tokens that the last token of a turn may revive at a boundary."""
+        return min(self.config.revive_budget, self.config.revive_per_turn)
 
     def revive_rows(self, num_decodes: int) -> int:
         """Rows that hold every revived token of a step with at most ``num_decodes`` decodes."""

@@ -13,7 +13,7 @@ from lazyllm_vllm.kernels.rank import rank_of
 from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
-from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
 from lazyllm_vllm.runtime.piece_rows import PieceRows
 from lazyllm_vllm.runtime.turns import Turns
 
@@ -57,8 +57,9 @@ class StepBuffers:
         self.device = device
         stages, batch = schedule.num_stages, len(counts.num_prompt)
         self.budget = max_num_tokens
-        self.max_rows = max_num_tokens + 2 * schedule.config.revive_budget  # of turns, and others
-        self.max_rows += batch * schedule.config.score_window
+        # With revived tokens, of decodes and of turns.
+        self.max_rows = max_num_tokens + schedule.config.revive_budget
+        self.max_rows += TURNS_A_STEP * schedule.turn_quota + batch * schedule.config.score_window
         ints = {"dtype": torch.int32, "device": device}
         self.index = torch.full((batch,), -1, **ints)
         self.num_prompt = torch.zeros(batch, **ints)

@@ -98,7 +98,7 @@ class Step:
         self.revives = selects and schedule.has_aux
         self.turn_quota = self.revive_rows = self.max_revived = 0
         if self.revives and self.num_turns:
-            self.turn_quota = schedule.turn_quota(self.num_turns)
+            self.turn_quota = schedule.turn_quota
             self.revive_rows = self.num_turns * self.turn_quota
         if self.revives and n > self.num_turns:
             self.revive_rows += schedule.revive_rows(n - self.num_turns)

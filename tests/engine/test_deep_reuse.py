@@ -24,7 +24,7 @@ OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": BLOCK,
     "max_model_len": 640,
-    "max_num_seqs": 16,
+    "max_num_seqs": 40,
     "max_num_batched_tokens": BUDGET,
     "scheduling_policy": "priority",
 }
@@ -102,8 +102,10 @@ def test_a_turn_in_a_graph_is_the_same_turn(engine):
             engine.run("run_turns_as_in_graphs")
     shapes = engine.run("turns_as_in_graphs")
     engine.run("run_turns_as_in_graphs", graphs=False)
-    assert shapes[:5] == [(1, 0, 64), (1, 0, 16), (1, 0, 33), (1, 4, 64), (1, 4, 16)]
-    assert shapes[5:] == [(2, 0, 80), (4, 0, 110), (4, 2, 120)]
+    # One that is too long for a graph of its own has that of more.
+    assert shapes[:4] == [(1, 0, 64), (1, 0, 16), (4, 0, 110), (1, 0, 33)]
+    assert shapes[4:6] == [(1, 4, 64), (1, 4, 16)]
+    assert shapes[6:] == [(2, 0, 80), (4, 0, 110), (4, 2, 120)]
     for what in ("tokens", "prefills", "decodes", "free_blocks"):
         plain, padded = ([one[what] for one in (*alone, *beside)] for alone, beside in results)
         assert plain == padded, what
@@ -126,6 +128,22 @@ def test_questions_about_one_document_do_not_disturb_each_other(engine):
         assert result["free_blocks"][0] == result["free_blocks"][1]
         for at, i in enumerate(order):
             assert result["tokens"][at] == singly[i]["tokens"][0]
+
+
+def test_no_more_than_eight_begin_in_one_step(engine):
+    """The others in the next; each brings back as much as alone."""
+    prompts = [DOCUMENTS[0] + [3 + i, *QUESTIONS[1]] for i in range(10)]
+    once = {"max_tokens": 1}
+    engine.fresh()
+    engine.run("set_budget", tokens=512)
+    engine.generate([DOCUMENTS[0]], 1)
+    alone = [engine.run("serve", requests=[asked(prompt, params=once)]) for prompt in prompts]
+    result = engine.run("serve", requests=[asked(prompt, params=once) for prompt in prompts])
+    assert all(goes_on(result, i) for i in range(10))
+    first, last = min(result["finished"]), max(result["finished"])
+    assert last == first + 1 and result["finished"].count(first) == 8
+    for what in ("tokens", "prefills", "decodes"):
+        assert result[what] == [one[what][0] for one in alone], what
 
 
 def test_what_is_shared_is_never_written(engine):

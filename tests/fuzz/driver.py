@@ -264,7 +264,8 @@ class Driver:
         """Since the last call."""
         counts, self.counts = self.counts, Counter()
         if ran := getattr(_state(self.llm).model.turn_graphs, "ran", None):
-            counts["turns as in graphs"] = len(ran)
+            counts["turns as in graphs"] = sum(shape.turns == 1 for shape in ran)
+            counts["several as in graphs"] = len(ran) - counts["turns as in graphs"]
             ran.clear()
         return dict(counts)
 

@@ -77,6 +77,7 @@ ADD = _event("add", **BEGINNING, **MORE, **OWN)
 EVENTS = st.one_of(
     *3 * [ADD],
     *2 * [_event("next_turn", which=INDEX, **TURN, **OWN)],
+    *2 * [_event("converse", **BEGINNING, **TURN, **OWN)],
     _event("add_by_grammar", **BEGINNING),
     _event("add_what_is_refused", which=st.integers(0, len(REFUSED) - 1)),
     _event("abort", which=INDEX),
@@ -187,6 +188,13 @@ class Lives(RuleBasedStateMachine):
             for i in range(crowd):
                 tail = DOCUMENTS[1][50 + 40 * i :][:more]
                 self._add(self.asked[name]["prompt"] + said + tail, **own)
+
+    def converse(self, document, length, more, crowd, **own):
+        """Something is said, and when it has been answered the next turn comes, for some time."""
+        self._add(DOCUMENTS[document][:length], **own)
+        for _ in range(3):
+            self.wait()
+            self.next_turn(len(self.ended) - 1, more, crowd, **own)
 
     def _add(self, prompt, max_tokens, setting, stop, n, priority, salt):
         prompt = prompt[: LONGEST - MOST_TOKENS]

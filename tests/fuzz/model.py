@@ -8,7 +8,7 @@ from harness.tiny import SIZES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-LONGEST, SEATS, BLOCK = 320, 6, 16
+LONGEST, SEATS, BLOCK = 320, 14, 16
 MOST_TOKENS = 24  # of an answer
 END = 2  # the token that ends a text
 # Blocks of the KV cache, as multiples of what the neediest request takes, which is 140 at most.
@@ -27,7 +27,7 @@ OPTIONS = {
 }
 if ON_GPU:
     OPTIONS |= {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.1}
-    OPTIONS |= {"cudagraph_capture_sizes": [1, 2, 4, 8]}
+    OPTIONS |= {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 CONFIG = {
     "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
     "schedules": {"mild": [{"layer": 2, "keep": 0.7}]},

@@ -210,18 +210,16 @@ def test_a_prompt_has_room_for_eight_turns():
 
 
 def test_the_graph_of_a_turn():
-    """The least that holds it; with decodes if there are any, and only then; and not for twice as
-    many turns, which would leave a half of what may be revived to nobody."""
+    """The least that holds it; with decodes if there are any, and only then."""
     graphs = TurnGraphs()
     shapes = [TurnShape(1, d, r) for d in (0, 8, 32) for r in (32, 64)]
     shapes += [TurnShape(t, d, 100 * t) for t in (2, 4, 8) for d in (0, 32)]
     graphs._captured = dict.fromkeys(shapes)
-    found = {(d, r): graphs.shape(1, d, r) for d in (0, 1, 8, 9, 33) for r in (1, 32, 33, 65)}
-    assert {shape for (d, r), shape in found.items() if d == 33 or r == 65} == {None}
-    assert [found[0, r] for r in (1, 32, 33)] == [(1, 0, 32), (1, 0, 32), (1, 0, 64)]
-    assert [found[d, 33] for d in (1, 8, 9)] == [(1, 8, 64), (1, 8, 64), (1, 32, 64)]
-    several = [(2, 200), (3, 200), (3, 401), (4, 400), (4, 401), (5, 30), (8, 800), (9, 30)]
-    found = [graphs.shape(count, 0, rows) for count, rows in several]
-    found = [shape and shape.turns for shape in found]
-    assert found == [2, 4, None, 4, None, 8, 8, None]
+    assert [graphs.shape(1, 0, r) for r in (1, 32, 33)] == [(1, 0, 32), (1, 0, 32), (1, 0, 64)]
+    assert [graphs.shape(1, d, 33) for d in (1, 8, 9)] == [(1, 8, 64), (1, 8, 64), (1, 32, 64)]
+    several = [(1, 65), (2, 200), (3, 200), (3, 401), (4, 400), (5, 30), (8, 800)]
+    found = [graphs.shape(count, 0, rows).turns for count, rows in several]
+    assert found == [2, 2, 4, 8, 4, 8, 8]
     assert graphs.shape(3, 1, 20) == (4, 32, 400)
+    too_much = [(1, 33, 1), (1, 0, 801), (8, 0, 801), (9, 0, 30)]
+    assert [graphs.shape(*needed) for needed in too_much] == [None] * 4

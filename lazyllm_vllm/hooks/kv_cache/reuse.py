@@ -17,7 +17,7 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
 from lazyllm_vllm.hooks.turns import PLACES
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
-from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
 
 CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
 
@@ -102,8 +102,9 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     0: it waits for a step that has more room.
 
     A request that goes on, if its last token is to select, takes up to three places in the batch
-    (``hooks.turns``). Where not even one such request finds them, that token is left to a step of
-    its own. The tokens that see what it revives come with it: a chunk before leaves them all.
+    (``hooks.turns``), and ``TURNS_A_STEP`` of them have rows for what they revive. Where not even
+    one finds places, that token is left to a step of its own. The tokens that see what it revives
+    come with it: a chunk before leaves them all.
     """
     if size == 1:  # as in every decode step
         return size
@@ -120,7 +121,7 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
         return cut if cut > 0 else _later(scheduler, window, size)
     queues = scheduler.running, scheduler.waiting, scheduler.kv_holding_waiting
     room = scheduler.max_num_running_reqs - 1 - sum(map(len, queues))
-    if (PLACES - 1) * (snapshots.turns + 1) <= room:
+    if snapshots.turns < TURNS_A_STEP and (PLACES - 1) * (snapshots.turns + 1) <= room:
         snapshots.turns += 1
         return size
     return _later(scheduler, window, size - 1) if snapshots.turns else size - 1
