@@ -36,7 +36,7 @@ AUX = STATE | {"SLOT_SIZE": 4096, "BLOCK": 2048}  # in bf16
 def _variants(kernels):
     """Each kernel, with constants that an engine gives it."""
     for stage in (0, 2):
-        keys = {"IDENTITY": stage == 0, "BLOCK_SIZE": 16}
+        keys = {"IDENTITY": stage == 0, "BLOCK_SIZE": 64}
         for window, group, head_dim, block_n in ((0, 16, 128, 128), (128, 4, 256, 64)):
             yield (
                 kernels.attention._attention_kernel,
@@ -57,7 +57,7 @@ def _variants(kernels):
             kernels.combine_splits._combine_kernel,
             LLAMA | {"IDENTITY": stage == 0, "SINKS": stage > 0},
         )
-        copied = {"WORDS": 16384, "SLOTS": 16, "SLOTS_PAD": 16, "AT_ONCE": 4096}
+        copied = {"WORDS": 65536, "SLOTS": 64, "SLOTS_PAD": 64, "AT_ONCE": 4096}
         yield kernels.copy_blocks._copy_blocks_kernel, copied
         gathered = {"HEADS": 8, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK": 32}
         yield kernels.gather_keys._gather_keys_kernel, gathered | keys
@@ -100,11 +100,12 @@ def _variants(kernels):
         constants = {"BACK": back, "MAX_BATCH": 256}
         yield kernels.dense_scores._dense_scores_kernel, blocks | constants
     yield kernels.begin_step._begin_step_kernel, {"BLOCK": 1024}
-    yield kernels.place._place_kernel, {"BLOCK_SIZE": 16, "BLOCK": 256}
+    yield kernels.place._place_kernel, {"BLOCK_SIZE": 64, "BLOCK": 256}
     for heads, pad, kv_heads, kv_pad, head_dim, half in (
         (9, 16, 3, 4, 64, 32),
         (32, 32, 8, 8, 128, 64),
         (32, 32, 8, 8, 128, 48),
+        (64, 64, 4, 4, 128, 64),
     ):
         yield (
             kernels.rotary._rotate_and_write_kernel,
@@ -117,7 +118,7 @@ def _variants(kernels):
                 "HEAD_PAD": head_dim,
                 "HALF": half,
                 "HALF_PAD": 32 if half == 32 else 64,
-                "BLOCK_SIZE": 16,
+                "BLOCK_SIZE": 64,
             },
         )
     for head_dim, head_pad, sinks in ((64, 64, True), (80, 128, False), (256, 256, False)):
@@ -134,9 +135,9 @@ def _variants(kernels):
                 "BLOCK": 1024,
             },
         )
-    for hidden, width in ((4096, 2048), (576, 384), (576, 192)):
+    for hidden, width in ((8192, 4096), (2880, 960), (576, 192)):
         pad, whole = (1 << (n - 1).bit_length() for n in (width, hidden))
-        page = {"HIDDEN": hidden, "WIDTH": width, "WIDTH_PAD": pad, "BLOCK_SIZE": 16}
+        page = {"HIDDEN": hidden, "WIDTH": width, "WIDTH_PAD": pad, "BLOCK_SIZE": 64}
         yield kernels.parked._fetch_kernel, page
         for has_residual in (False, True):
             constants = {"HIDDEN_PAD": whole, "HAS_RESIDUAL": has_residual}
