@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from benchmarks.quality.rules import Rule
 from lazyllm_vllm.kernels.paged import StageKeys
-from lazyllm_vllm.kernels.score import Queries
+from lazyllm_vllm.kernels.queries import Queries
 from lazyllm_vllm.kernels.selection import Selection
 from lazyllm_vllm.runtime.scorers import AttentionScorer
 

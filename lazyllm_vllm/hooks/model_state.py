@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -23,7 +21,7 @@ from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
 from lazyllm_vllm.hooks.kv_cache.spread import LEGS
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
-from lazyllm_vllm.hooks.turns import split, turns_of
+from lazyllm_vllm.hooks.turns import give_places
 from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
@@ -246,16 +244,12 @@ class LazyModelState(DefaultModelState):
             num_decodes = int((~input_batch.is_prefilling_np).sum())
         else:
             num_decodes = int((input_batch.num_scheduled_tokens == 1).sum())
-        is_plain = kind is StepKind.RUN and step_plans.is_plain(self, input_batch, num_decodes)
-        turns, runs = None, kind is StepKind.RUN
-        found, shape = turns_of(self, input_batch, num_decodes) if runs else ([], None)
-        if found:
-            input_batch, turns = split(input_batch, num_decodes, found, self.block_tables, shape)
+        is_plain, turns = False, None
+        if kind is StepKind.RUN:
+            is_plain = step_plans.is_plain(self, input_batch, num_decodes)
+            given = input_batch, slot_mappings
+            input_batch, slot_mappings, turns = give_places(self, num_decodes, *given)
             num_decodes = int((~input_batch.is_prefilling_np).sum())
-            if not self.boundary.scorer.every_layer:  # it asks the last token alone
-                turns = turns._replace(last_rows=np.full_like(turns.last_rows, -1))
-            slot_mappings = slot_mappings[:, turns.rows].masked_fill_(turns.rows < 0, PAD_SLOT_ID)
-            slot_mappings[:, : len(turns.tokens)] = PAD_SLOT_ID  # nobody's rows
         if num_decodes or not is_plain:
             self._fill_batch(kind, input_batch, num_decodes, turns)
         if kind is StepKind.REPLAY:

@@ -17,7 +17,7 @@ from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.kernels.gather_keys import gather_keys
 from lazyllm_vllm.kernels.layer_form import LayerForm, attend
 from lazyllm_vllm.kernels.paged import FP8, StageKeys
-from lazyllm_vllm.kernels.score import last_rows_lse
+from lazyllm_vllm.kernels.queries import last_rows_lse
 from lazyllm_vllm.kernels.selection import Segments
 from lazyllm_vllm.kernels.window_attention import KeptRows, window_attention
 from lazyllm_vllm.runtime.step import Step

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from lazyllm_vllm.hooks.step_plans import turn_shape
@@ -73,6 +74,22 @@ class _Members(NamedTuple):
     @property
     def all(self) -> list[_Member]:
         return [*self.decodes, *self.prefills, *self.padding]
+
+
+def give_places(
+    state: "LazyModelState", num_decodes: int, batch: InputBatch, slot_mappings: torch.Tensor
+) -> tuple[InputBatch, torch.Tensor, Turns | None]:
+    """A batch and its slot mappings, ``[groups, rows]``, as they are if no turn is in it; else with
+    every turn in its places, and what the step's plan knows of the turns."""
+    found, shape = turns_of(state, batch, num_decodes)
+    if not found:
+        return batch, slot_mappings, None
+    batch, turns = split(batch, num_decodes, found, state.block_tables, shape)
+    if not state.boundary.scorer.every_layer:  # it asks the last token alone
+        turns = turns._replace(last_rows=np.full_like(turns.last_rows, -1))
+    slot_mappings = slot_mappings[:, turns.rows].masked_fill_(turns.rows < 0, PAD_SLOT_ID)
+    slot_mappings[:, : len(turns.tokens)] = PAD_SLOT_ID  # nobody's rows
+    return batch, slot_mappings, turns
 
 
 def turns_of(

@@ -8,8 +8,8 @@ from lazyllm_vllm.kernels.paged import FP8, StageKeys
 from lazyllm_vllm.kernels.park_fetch import fetch, park
 from lazyllm_vllm.kernels.parked import fetch_tokens, park_tokens
 from lazyllm_vllm.kernels.place import place_rows
+from lazyllm_vllm.kernels.queries import Queries
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens
-from lazyllm_vllm.kernels.score import Queries
 from lazyllm_vllm.kernels.select_decode import select_decode
 from lazyllm_vllm.kernels.select_prefill import PrefillRows, select_prefill
 from lazyllm_vllm.plan.schedule import Schedule

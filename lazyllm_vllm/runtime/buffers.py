@@ -9,8 +9,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from lazyllm_vllm.kernels.parked import ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
+from lazyllm_vllm.kernels.queries import WindowPart
 from lazyllm_vllm.kernels.rank import rank_of
-from lazyllm_vllm.kernels.score import WindowPart
 from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
@@ -32,7 +32,7 @@ class StepBuffers:
         no_prefills: the prefill rows of a step that has none.
         part_rows: by stage, the rows of a part of a step (``Step.part``).
         budget: most rows that run at once, but for what is revived and scores.
-        window: ``[3, stages, max_num_reqs]`` int32, the prefills' ``kernels.score.WindowPart``;
+        window: ``[3, stages, max_num_reqs]`` int32, the prefills' ``kernels.queries.WindowPart``;
             window_parts, the same by stage; decode_window, that of decodes.
 
     Once vLLM has made the KV cache (``attach_kv_cache``):

@@ -95,7 +95,7 @@ class Prefills:
         return not self.is_pruned.any() and bool((self.caught_up == self.first).all())
 
     def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``kernels.score.WindowPart`` in stage 0, of prompts that are pruned and of turns."""
+        """``kernels.queries.WindowPart`` in stage 0, of prompts that are pruned and of turns."""
         window_first = np.maximum(self.num_prompt - window, 0)
         count = np.maximum(self.end - np.maximum(self.first, window_first), 0)
         count *= self.sees_revived | (self.is_pruned & (self.ran[0] == 0))

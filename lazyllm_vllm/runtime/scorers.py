@@ -2,7 +2,8 @@
 ``SCORERS`` before an engine starts."""
 
 from lazyllm_vllm.kernels.paged import StageKeys
-from lazyllm_vllm.kernels.score import Queries, ScoreRule, score_tokens
+from lazyllm_vllm.kernels.queries import Queries, ScoreRule
+from lazyllm_vllm.kernels.score import score_tokens
 from lazyllm_vllm.kernels.selection import Selection
 
 

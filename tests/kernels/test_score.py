@@ -7,11 +7,8 @@ import torch
 from harness.world import LONG, World, close, make_world
 
 from lazyllm_vllm.kernels.paged import FP8
+from lazyllm_vllm.kernels.queries import Queries, ScoreRule, WindowPart, last_rows_lse
 from lazyllm_vllm.kernels.score import (
-    Queries,
-    ScoreRule,
-    WindowPart,
-    last_rows_lse,
     score_tokens_reference,
     score_tokens_triton,
 )

@@ -6,10 +6,8 @@ import pytest
 import torch
 from harness.world import World, close, make_world
 
+from lazyllm_vllm.kernels.queries import Queries, ScoreRule, WindowPart
 from lazyllm_vllm.kernels.score import (
-    Queries,
-    ScoreRule,
-    WindowPart,
     score_tokens_reference,
     score_tokens_triton,
 )

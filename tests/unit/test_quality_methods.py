@@ -11,8 +11,8 @@ from benchmarks.quality.rivals import FASTKV, UNIPREFILL
 from benchmarks.quality.rules import RULES
 from benchmarks.quality.scorers import SCORERS
 from lazyllm_vllm.kernels.paged import StageKeys, physical_slots
+from lazyllm_vllm.kernels.queries import Queries, WindowPart
 from lazyllm_vllm.kernels.rank import RankRule, rank_tokens_reference
-from lazyllm_vllm.kernels.score import Queries, WindowPart
 from lazyllm_vllm.kernels.selection import Selection
 from lazyllm_vllm.kernels.top_k import best_mask
 from lazyllm_vllm.plan.config import LazyLLMConfig
