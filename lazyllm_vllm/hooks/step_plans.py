@@ -99,7 +99,8 @@ def planned_step(
         has_turns = turns is not None and len(turns.tokens) > 0
         selects = has_turns or not state.selecting.keys().isdisjoint(req_ids[:num_decodes])
         state.stats.selecting_steps += selects
-        caught_up = np.maximum(prefills.end, prefills.caught_up) - prefills.is_held_back
+        later_end = prefills.later_end(state.buffers.budget)
+        caught_up = np.maximum(later_end, prefills.caught_up) - prefills.is_held_back
         state.caught_up.update(zip(prefilled, caught_up.tolist()))
         if turns is not None and turns.shape is not None:
             prefills = prefills.padded(batch.num_scheduled_tokens[end:].tolist())

@@ -58,13 +58,11 @@ class Trace:
         p, seen = prefills, self.prefills[req_id]
         if p.ran[0, at]:  # its last token comes again, with more rows of the later stages
             return
-        num_prompt, first, end, caught_up = (
-            int(x[at]) for x in (p.num_prompt, p.first, p.end, p.caught_up)
-        )
+        num_prompt, first, end = (int(x[at]) for x in (p.num_prompt, p.first, p.end))
         if is_rest:
             seen[-1]["chunks"][-1] = (seen[-1]["chunks"][-1][0], end)
             return
-        goes_on = seen and seen[-1]["chunks"][-1][1] == first <= caught_up  # not after preemption
+        goes_on = seen and seen[-1]["chunks"][-1][1] == first and p.caught_up[at]  # not preempted
         if not (goes_on and first < seen[-1]["num_prompt"]):
             seen.append({"num_prompt": num_prompt, "chunks": []})
             self.keys[req_id] = {}

@@ -4,7 +4,8 @@ A prompt that is pruned runs stage 0 chunk by chunk; its last chunk runs the lat
 tokens that are kept. Where these are spread over several steps (``plan.spread``), its last token
 comes again in each, with some of the rows, stage after stage. A prompt that is not pruned runs all
 stages chunk by chunk. What shared keys spared it in stage 0 it must still run in the later stages,
-which are its own: it catches up. A prompt that goes on from what an earlier request left runs all
+which are its own: it catches up, with no more of it in a step than the step has tokens
+(``later_end``). A prompt that goes on from what an earlier request left runs all
 stages chunk by chunk, too: behind stage 0 only what comes after that, in slots after what it took
 over.
 
@@ -89,6 +90,13 @@ class Prefills:
         """``[stages, prefills]``, whether the last tokens that are chosen run in this step."""
         return self.crosses & (self.until >= self.kept)
 
+    def later_end(self, budget: int) -> np.ndarray:
+        """``[prefills]``, position up to which the later stages have run after this step, of
+        prompts that are not pruned in it: this chunk's end, unless more than ``budget`` tokens are
+        to catch up with and the prompt has more to come."""
+        waits = ~self.is_pruned & ~self.is_last_chunk & (self.first - self.caught_up > budget)
+        return np.where(waits, self.caught_up + budget, self.end)
+
     @property
     def runs_alike(self) -> bool:
         """Whether all stages run this chunk's rows, and nothing else."""
@@ -146,7 +154,8 @@ class RowPlan:
         p, stages = prefills, len(prefills.kept)
         spans, parts = [Span(p.first, p.end)], [[]]
         room = budget - num_decodes - int((p.end - p.first)[~p.is_pruned].sum())
-        new = np.minimum(np.maximum(p.first, p.caught_up), p.end)
+        later_end = p.later_end(budget)
+        new = np.minimum(np.maximum(p.first, p.caught_up), later_end)
         completes = p.completes
         for stage in range(1, stages):
             kept = np.where(p.prunes, p.kept[stage], 0)
@@ -156,10 +165,11 @@ class RowPlan:
             done = ran + _first(rows - at_least, int(rows.sum()) - room)
             parts.append(_cut(ran, done, budget))
             first = np.where(p.is_pruned, done, new + p.shift[stage])
-            end = p.end + p.shift[stage] - p.sees_revived
+            end = later_end + p.shift[stage] - p.sees_revived
             spans.append(Span(first, np.where(p.is_pruned, until, end)))
         is_behind = ~p.is_pruned & (p.caught_up < p.first)
-        catch_up = _cut(p.caught_up * is_behind, p.first * is_behind, budget)
+        until = np.minimum(p.first, later_end)
+        catch_up = _cut(p.caught_up * is_behind, until * is_behind, budget)
         return cls(spans, parts, catch_up)
 
     def padded(self, rows: list[int]) -> "RowPlan":

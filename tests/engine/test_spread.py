@@ -106,6 +106,23 @@ def test_beside_decodes(engines):
 
 
 @pytest.mark.parametrize("engines", ["peak"], indirect=True)
+def test_a_cached_prompt_that_is_not_pruned(engines):
+    """The later stages must run what the cache has in the first: no more of it in a step than the
+    step has tokens. At once it would be 5 times as many layer-rows."""
+    request = asked(LONG[0], FEW)
+    request["params"]["extra_args"] = {"lazyllm": "off"}
+    cold, _ = engines.serve([request])
+    found, decode = 192, asked(SHORT[0], MANY)
+    result = engines.engine.run("serve", requests=[decode, request | {"at": 4}])
+    steps = engines.engine.run("steps")
+    assert result["found"][1] == [found] and result["computed"][1][:7] == [4] * 7
+    assert result["tokens"] == [[engines.short["tokens"][0]], cold["tokens"][0]]
+    mine, theirs = (each["prefills"][at][-1] for each, at in ((result, 1), (cold, 0)))
+    assert len(mine["chunks"]) == 7 and mine | {"chunks": theirs["chunks"]} == theirs
+    assert max(step["layer_rows"] for step in steps) <= BUDGET * LAYERS < found * LAYERS / 5
+
+
+@pytest.mark.parametrize("engines", ["peak"], indirect=True)
 def test_decodes_that_end_meanwhile(engines):
     """The rest runs by itself, or beside a chunk of another prompt, whose own later stages do not
     run yet."""

@@ -109,10 +109,18 @@ def draw_until(w: Work, prompt: Prompt, data) -> tuple[int, ...]:
     return tuple(prompt.kept)
 
 
-def end_step(prompt: Prompt, size: int) -> None:
+def later_end(w: Work, prompt: Prompt, size: int) -> int:
+    """Where the later stages of a prompt that is not pruned end in a step."""
+    end = prompt.done + size
+    waits = end < prompt.length and prompt.done - prompt.caught_up > w.budget
+    return prompt.caught_up + w.budget if waits else end
+
+
+def end_step(w: Work, prompt: Prompt, size: int) -> None:
     """A prompt of which rows are left gives its last token again."""
+    ran = prompt.done + size if prompt.is_pruned else later_end(w, prompt, size)
+    prompt.caught_up = max(prompt.caught_up, ran)
     prompt.done += size
-    prompt.caught_up = max(prompt.caught_up, prompt.done)
     if prompt.is_pruned and prompt.done == prompt.length:
         prompt.before = prompt.until
         prompt.done -= prompt.until != tuple(prompt.kept)
@@ -156,12 +164,13 @@ def test_every_token_runs_once_in_each_of_its_stages(w, data):
             assert 0 < part.num_rows <= w.budget
 
         run(chunks, plan.spans[0], range(1))
-        for (prompt, _), first, end in zip(
+        for (prompt, size), first, end in zip(
             chunks, *(sum_of(plan.catch_up, at, prefills.caught_up) for at in ("first", "end"))
         ):
             is_behind = not prompt.is_pruned and prompt.caught_up < prompt.done
             if is_behind:
-                assert (first, end) == (prompt.caught_up, prompt.done)
+                assert first == prompt.caught_up
+                assert end == min(prompt.done, later_end(w, prompt, size))
             else:
                 assert first == end
         for stage in range(1, w.stages):
@@ -174,7 +183,7 @@ def test_every_token_runs_once_in_each_of_its_stages(w, data):
             run(chunks, plan.spans[stage], range(stage, stage + 1))
         for prompt, size in chunks:
             ends = prompt.done + size == prompt.length
-            end_step(prompt, size)
+            end_step(w, prompt, size)
             if prompt.is_pruned and not ends:
                 assert not any(prompt.ran[1:]), "its tokens are chosen when all have run stage 0"
             if prompt.is_pruned and ends:
@@ -202,7 +211,7 @@ def check_main_rows(
     for (prompt, size), first, end in zip(chunks, span.first.tolist(), span.end.tolist()):
         if not prompt.is_pruned:
             end -= prompt.shift[stage]
-            assert end == prompt.done + size
+            assert end == later_end(w, prompt, size)
             new = max(prompt.done, prompt.taken)  # behind stage 0
             assert first == min(new, end) + prompt.shift[stage]
         elif prompt.done + size < prompt.length:
@@ -227,7 +236,7 @@ def test_the_window_scores_once_whatever_the_chunks(w, data):
             mine = next(s for p, s in zip(w.prompts, scored_by) if p is prompt)
             first, end = prompt.done, prompt.done + size
             is_first_time = not prompt.before[0]
-            end_step(prompt, size)
+            end_step(w, prompt, size)
             assert 0 <= count <= min(size, w.window) * is_first_time
             if count:
                 assert later == prompt.length - end

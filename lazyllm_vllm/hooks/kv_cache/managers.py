@@ -27,6 +27,8 @@ _SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
 _WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
 # Rows that have run in each stage, of prompts whose later stages run in several steps (``spread``).
 _RAN: WeakKeyDictionary[BlockPool, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
+# Tokens that requests found in the prefix cache when they began, see ``catch_up``.
+_HITS: WeakKeyDictionary[BlockPool, dict[str, int]] = WeakKeyDictionary()
 
 
 class PlannedManager(FullAttentionManager):
@@ -50,6 +52,7 @@ class PlannedManager(FullAttentionManager):
         self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
         self.watchdog = _WATCHDOGS.setdefault(self.block_pool, Watchdog())
         self.ran = _RAN.setdefault(self.block_pool, {})
+        self.hits = _HITS.setdefault(self.block_pool, {})
         self.enough_for: dict[str, float] = {}
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
@@ -127,6 +130,7 @@ class PlannedManager(FullAttentionManager):
         self.settings.pop(request_id, None)
         self.snapshots.taken.pop(request_id, None)
         self.ran.pop(request_id, None)
+        self.hits.pop(request_id, None)
         self.enough_for.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 

@@ -9,6 +9,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from lazyllm_vllm.hooks.kv_cache.catch_up import catch_up_chunk, leave_tokens
 from lazyllm_vllm.hooks.kv_cache.managers import (
     PlannedManager,
     PromptManager,
@@ -40,7 +41,8 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     snapshots.taken.pop(request.request_id, None)
     if reuse == OFF and schedule.plan(request.num_tokens, setting).is_pruned:
         request.skip_reading_prefix_cache = True
-    found, snapshot, ways = lookup(), snapshots.own(request), (True,)
+    found = leave_tokens(planned[0], request, lookup())
+    snapshot, ways = snapshots.own(request), (True,)
     if snapshot is None and reuse == DEEP:
         wanted = replace(setting, reuse=None)
         snapshot = snapshots.find(request, planned[0].block_size, wanted)
@@ -109,9 +111,12 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     if size == 1:  # as in every decode step
         return size
     planned = planned_managers(scheduler.kv_cache_manager)
-    taken = planned[0].snapshots.taken.get(request.request_id) if planned else None
-    if taken is None:
+    if not planned:
         return size
+    taken = planned[0].snapshots.taken.get(request.request_id)
+    if taken is None:
+        budget = scheduler.scheduler_config.max_num_batched_tokens
+        return catch_up_chunk(planned[0], request, first, size, budget)
     snapshots, schedule = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule
     if not schedule.selects(taken.snapshot.plan):
         return size
