@@ -14,6 +14,24 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 
+_QWEN3_MOE = _COMMON | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "attention_bias": False,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+
 
 def _layer_types(num_layers: int, every: int) -> list[str]:
     """Layer ``every`` and its multiples attend to all tokens, the others have a sliding window."""
@@ -58,52 +76,22 @@ FAMILY_SHAPES = {
         "rope_theta": 1000000.0,
         "sliding_window": None,
     },
-    "Qwen3-30B-A3B": _COMMON
+    "Qwen3-30B-A3B": _QWEN3_MOE
     | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         "hidden_size": 2048,
         "intermediate_size": 6144,
         "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "attention_bias": False,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
     },
-    "Qwen3-235B-A22B-FP8": _COMMON
+    "Qwen3-235B-A22B-FP8": _QWEN3_MOE
     | {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
         "quantization_config": _FP8_BLOCKS,
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "moe_intermediate_size": 1536,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
         "num_hidden_layers": 94,
         "num_attention_heads": 64,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "attention_bias": False,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
     },
     "gpt-oss-20b": _COMMON
     | {
