@@ -44,6 +44,11 @@ class Case:
     warm: int = 1
     engines: tuple[Pruning, ...] = ()
 
+    @property
+    def batch(self) -> int:
+        """Requests at once, as rows have it."""
+        return self.arguments.get("batch", self.arguments.get("requests", 1))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -189,7 +194,7 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
         shape=plan.name or plan.shape,
         engine=name_of(pruning),
         tokens=tokens,
-        batch=case.arguments.get("batch", case.arguments.get("requests", 1)),
+        batch=case.batch,
         unit=case.unit,
     )
     shape = SHAPES[plan.shape]

@@ -14,7 +14,16 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 
-_QWEN3_MOE = _COMMON | {
+_QWEN3 = _COMMON | {
+    "head_dim": 128,
+    "attention_bias": False,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+_QWEN3_MOE = _QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "num_experts": 128,
@@ -23,13 +32,6 @@ _QWEN3_MOE = _COMMON | {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "num_key_value_heads": 4,
-    "head_dim": 128,
-    "attention_bias": False,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rope_theta": 1000000.0,
-    "use_sliding_window": False,
-    "sliding_window": None,
 }
 
 
@@ -44,7 +46,7 @@ def _layer_types(num_layers: int, every: int) -> list[str]:
 # Mistral's context is stretched to hold a prompt of 32,768 tokens and more, which costs nothing.
 # Gemma is the text model of Gemma-3-4B. gpt-oss is in bf16, not in MXFP4 as it is published.
 FAMILY_SHAPES = {
-    "Qwen3-8B": _COMMON
+    "Qwen3-8B": _QWEN3
     | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -53,13 +55,6 @@ FAMILY_SHAPES = {
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "head_dim": 128,
-        "attention_bias": False,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
     },
     "Mistral-7B": _COMMON
     | {

@@ -64,17 +64,11 @@ def questions_at_once(llm: LLM, tokens: int, more: int, batch: int) -> dict:
     (document,), (question, *others) = new_ids(1, tokens), new_ids(1 + batch, more)
     _check_cold(_ask(llm, document, 1))
     _ask(llm, document + question, 1)
-    engine, start, times, cached = llm.llm_engine, time.monotonic(), {}, {}
-    for other in others:
-        name = f"ask-{next(_NAMES)}"
-        engine.add_request(name, {"prompt_token_ids": document + other}, params(1))
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            times[output.request_id] = 1000 * (time.monotonic() - start)
-            cached[output.request_id] = output.num_cached_tokens or 0
-    for name, found in cached.items():
-        _reused(llm, _Answer(name, times[name], [], found), tokens, goes_on=True)
-    return {"value": statistics.mean(times.values()), "longest": max(times.values())}
+    answers = _ask_at_once(llm, [document + other for other in others], 1)
+    for answer in answers:
+        _reused(llm, answer, tokens, goes_on=True)
+    times = [answer.ttft for answer in answers]
+    return {"value": statistics.mean(times), "longest": max(times)}
 
 
 def _again(
@@ -145,14 +139,25 @@ def _statistics(llm: LLM, name: str) -> tuple[int, bool]:
 
 
 def _ask(llm: LLM, prompt: list[int], max_tokens: int) -> _Answer:
-    engine, name, first = llm.llm_engine, f"ask-{next(_NAMES)}", None
+    (answer,) = _ask_at_once(llm, [prompt], max_tokens)
+    return answer
+
+
+def _ask_at_once(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[_Answer]:
+    engine, firsts, lasts = llm.llm_engine, {}, {}
+    names = [f"ask-{next(_NAMES)}" for _ in prompts]
     start = time.monotonic()
-    engine.add_request(name, {"prompt_token_ids": prompt}, params(max_tokens))
+    for name, prompt in zip(names, prompts):
+        engine.add_request(name, {"prompt_token_ids": prompt}, params(max_tokens))
     while engine.has_unfinished_requests():
         for output in engine.step():
-            if first is None:
-                first = 1000 * (time.monotonic() - start)
-    return _Answer(name, first, list(output.outputs[0].token_ids), output.num_cached_tokens or 0)
+            firsts.setdefault(output.request_id, 1000 * (time.monotonic() - start))
+            lasts[output.request_id] = output
+    tokens = {name: list(last.outputs[0].token_ids) for name, last in lasts.items()}
+    return [
+        _Answer(name, firsts[name], tokens[name], lasts[name].num_cached_tokens or 0)
+        for name in names
+    ]
 
 
 def arrival(llm: LLM, tokens: int, batch: int, decoded: int = 2048) -> dict:

@@ -21,10 +21,7 @@ from benchmarks.speed.shared import (
     TURN,
 )
 
-_ARGUMENTS = {
-    (case.benchmark, case.arguments["tokens"], case.arguments.get("batch")): case.arguments
-    for case in PLAN.cases
-}
+_ARGUMENTS = {(c.benchmark, c.arguments["tokens"], c.batch): c.arguments for c in PLAN.cases}
 _WHAT = {
     TURN: "second turn, {answer:,} + {more:,} tokens after {tokens:,}",
     QUESTION: "second question, {more:,} tokens after a document of {tokens:,}",
@@ -135,20 +132,16 @@ def _of_deep(engines: list[str]) -> str:
 def _cases(rows: list[Row], *benchmarks: str) -> list[list[Row]]:
     """Of each case stock vLLM's row, then LazyLLM's."""
     return [
-        [stock, *(r for r in _like(rows, stock) if r.engine != "stock")]
+        [stock, *(r for r in alike if r.engine != "stock")]
         for benchmark in benchmarks
         for stock in pick(rows, benchmark, engine="stock")
+        for alike in [pick(rows, benchmark, tokens=stock.tokens, batch=stock.batch)]
     ]
-
-
-def _like(rows: list[Row], row: Row) -> list[Row]:
-    return pick(rows, row.benchmark, tokens=row.tokens, batch=row.batch)
 
 
 def _told(row: Row, words: dict[str, str]) -> str:
     """A text of the case's arguments."""
-    keys = ((row.benchmark, row.tokens, batch) for batch in (row.batch, None))
-    return words[row.benchmark].format(**next(filter(None, map(_ARGUMENTS.get, keys))))
+    return words[row.benchmark].format(**_ARGUMENTS[row.benchmark, row.tokens, row.batch])
 
 
 def _begin(row: Row) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """From vLLM's batch to the plan of a step: which kind of ``Step`` it is, and what that is told."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +12,10 @@ from lazyllm_vllm.runtime.plain_step import PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.step import Batch, Step
 from lazyllm_vllm.runtime.step_kind import StepKind
-from lazyllm_vllm.runtime.turns import Turns, TurnShape
+from lazyllm_vllm.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from lazyllm_vllm.hooks.model_state import LazyModelState
-    from lazyllm_vllm.hooks.turns import Turn
 
 
 def sort_prefills(state: "LazyModelState", batch) -> bool:
@@ -64,21 +62,6 @@ def plain_step(
     )
     starts = batch.query_start_loc[: batch.num_reqs + 1]
     return PlainStep(of_step, lengths, starts, state.schedule, state.buffers)
-
-
-def turn_shape(
-    state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: "Sequence[Turn]"
-) -> TurnShape | None:
-    """Of the CUDA graph that a batch runs in: of turns that have caught up, and decodes. None: it
-    runs in none."""
-    graphs, first = state.model.turn_graphs, batch.num_computed_prefill_tokens_np
-    is_alike = batch.num_reqs == num_decodes + len(turns) and not turns[-1].is_decode
-    if graphs is None or not is_alike or not state.wants_prompt.isdisjoint(batch.req_ids):
-        return None
-    if any(state.caught_up[batch.req_ids[turn.request]] < first[turn.request] for turn in turns):
-        return None
-    num_rows = int(batch.num_scheduled_tokens[num_decodes:].sum())
-    return graphs.shape(len(turns), num_decodes, num_rows)
 
 
 def planned_step(

@@ -23,7 +23,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from lazyllm_vllm.hooks.step_plans import turn_shape
 from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
@@ -107,12 +106,27 @@ def turns_of(
             seeing = max(int(first[i]), state.caught_up[req_id], window_first)
             turns.append(Turn(i, seeing, int(end[i]) - 1, []))
     turns.sort(key=lambda turn: turn.is_decode)
-    shape = turn_shape(state, batch, num_decodes, turns) if turns else None
+    shape = _shape_of(state, batch, num_decodes, turns) if turns else None
     for at, turn in enumerate(turns):
         req_id = batch.req_ids[turn.request]
         revived = state.continuations.revivable(req_id, plans[req_id], schedule.turn_quota)
         turns[at] = turn._replace(revived=revived)
     return turns, shape
+
+
+def _shape_of(
+    state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: Sequence[Turn]
+) -> TurnShape | None:
+    """Of the CUDA graph that a batch runs in: of turns that have caught up, and decodes. None: it
+    runs in none."""
+    graphs, first = state.model.turn_graphs, batch.num_computed_prefill_tokens_np
+    is_alike = batch.num_reqs == num_decodes + len(turns) and not turns[-1].is_decode
+    if graphs is None or not is_alike or not state.wants_prompt.isdisjoint(batch.req_ids):
+        return None
+    if any(state.caught_up[batch.req_ids[turn.request]] < first[turn.request] for turn in turns):
+        return None
+    num_rows = int(batch.num_scheduled_tokens[num_decodes:].sum())
+    return graphs.shape(len(turns), num_decodes, num_rows)
 
 
 def split(
@@ -133,10 +147,8 @@ def split(
         come before all else.
     """
     members = _members(batch, num_decodes, turns, shape)
-    places, count = np.arange(len(members.all)), len(members.decodes)
-    requests = np.array([member.request for member in members.all])
-    counts = np.array([member.count for member in members.all], np.int32)
-    firsts = np.array([member.first for member in members.all], np.int32)
+    requests, firsts, counts = np.array(members.all, np.int32).T
+    places, count = np.arange(len(requests)), len(members.decodes)
     begin = batch.query_start_loc_np[requests] + firsts
     begin -= batch.num_computed_prefill_tokens_np[requests]
     rows = np.concatenate([np.arange(at, at + n) for at, n in zip(begin, counts)])

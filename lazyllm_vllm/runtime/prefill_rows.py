@@ -168,8 +168,8 @@ class RowPlan:
             end = later_end + p.shift[stage] - p.sees_revived
             spans.append(Span(first, np.where(p.is_pruned, until, end)))
         is_behind = ~p.is_pruned & (p.caught_up < p.first)
-        until = np.minimum(p.first, later_end)
-        catch_up = _cut(p.caught_up * is_behind, until * is_behind, budget)
+        behind_end = np.minimum(p.first, later_end)
+        catch_up = _cut(p.caught_up * is_behind, behind_end * is_behind, budget)
         return cls(spans, parts, catch_up)
 
     def padded(self, rows: list[int]) -> "RowPlan":

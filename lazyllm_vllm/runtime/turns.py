@@ -45,7 +45,7 @@ class Turns(NamedTuple):
         revived: ``[stages, turns]`` int32, tokens that it revives.
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
-        requests: ``[requests of the batch]`` int64, which of vLLM's each is: some come twice or
+        requests: ``[requests of the batch]``, which of vLLM's each is: some come twice or
             three times; -1: none, of padding.
         rows: ``[rows]`` int64, which of vLLM's each row of the batch is; -1: none.
         sampled: ``[vLLM's requests]`` int64, where in the batch each is sampled from.

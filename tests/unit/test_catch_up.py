@@ -1,7 +1,9 @@
 """Cached prompts that are not pruned: how many tokens the steps have in which they catch up."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +12,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from lazyllm_vllm.hooks.kv_cache.catch_up import catch_up_chunk, leave_tokens
 from lazyllm_vllm.plan.config import parse_config
 from lazyllm_vllm.plan.schedule import Schedule
+from lazyllm_vllm.runtime.prefill_rows import Prefills
 
 BLOCK = 64
 
@@ -26,7 +29,7 @@ def scheduler_of(config: dict, extra_args: dict | None = None):
 
 
 def request_of(num_tokens: int):
-    return SimpleNamespace(request_id="r", num_tokens=num_tokens, num_computed_tokens=0)
+    return SimpleNamespace(request_id="r", num_tokens=num_tokens)
 
 
 def found_of(hit: int) -> tuple:
@@ -46,15 +49,14 @@ def test_no_step_catches_up_with_more_than_it_has_tokens(num_tokens, new, budget
     first, caught_up = hit, 0
     while first < num_tokens:
         size = min(budget, num_tokens - first)
-        chunk = catch_up_chunk(manager, request, first, size, budget)
+        chunk = catch_up_chunk(manager, request, size, budget)
         assert 0 < chunk <= size and (chunk == size or hit > budget)
         end = first + chunk
-        # As ``Prefills.later_end`` has it.
-        waits = end < num_tokens and first - caught_up > budget
-        later_end = caught_up + budget if waits else end
-        assert later_end - max(caught_up, 0) <= budget + chunk
+        arrays = (np.array([at], np.int32) for at in (first, end, caught_up))
+        step = dict(zip(("first", "end", "caught_up"), arrays))
+        (later_end,) = replace(Prefills.whole([num_tokens], 3), **step).later_end(budget).tolist()
+        assert later_end - caught_up <= budget + chunk
         first, caught_up = end, later_end
-        request.num_computed_tokens = first
     assert caught_up == num_tokens
 
 
@@ -64,4 +66,4 @@ def test_who_does_not_catch_up_is_left_alone():
         manager, request = scheduler_of(config), request_of(100_001)
         found = found_of(99_968)
         assert leave_tokens(manager, request, found) is found
-        assert catch_up_chunk(manager, request, 99_968, 33, 8192) == 33
+        assert catch_up_chunk(manager, request, 33, 8192) == 33

@@ -16,29 +16,31 @@ from lazyllm_vllm.plan.request_setting import DEFAULT
 _STEP = 2048
 
 
+def cut(found: tuple, num_blocks: int, block_size: int) -> tuple:
+    """The first blocks of what vLLM's ``get_computed_blocks`` finds; never vLLM's own empty
+    ones, for which it would not tell the managers of an admission."""
+    blocks, _, *others = found
+    kept = KVCacheBlocks(tuple(list(of_group[:num_blocks]) for of_group in blocks.blocks))
+    return kept, num_blocks * block_size, *others
+
+
 def leave_tokens(planned: PlannedManager, request: Request, found: tuple) -> tuple:
-    """What vLLM's ``get_computed_blocks`` finds for a request, less so many blocks that there is a
-    new token for each step that it needs."""
-    blocks, hit, *others = found
+    """What vLLM's ``get_computed_blocks`` finds for a request that begins, less so many blocks that
+    there is a new token for each step that it needs. Its chunks go by what is left."""
+    hit, size = found[1], planned.block_size
     missing = cdiv(request.num_tokens, _STEP) - (request.num_tokens - hit)
-    if hit <= _STEP or missing <= 0 or not _catches_up(planned, request):
-        return found
-    size = planned.block_size
-    hit = max(hit - cdiv(missing, size) * size, 0)
-    kept = tuple(list(of_group[: hit // size]) for of_group in blocks.blocks)
-    return KVCacheBlocks(kept), hit, *others
+    if hit > _STEP and missing > 0 and _catches_up(planned, request):
+        found = cut(found, hit // size - cdiv(missing, size), size)
+    planned.hits[request.request_id] = found[1]
+    return found
 
 
-def catch_up_chunk(
-    planned: PlannedManager, request: Request, first: int, size: int, budget: int
-) -> int:
-    """Tokens of a chunk, from position ``first`` on, if vLLM would give it ``size``.
+def catch_up_chunk(planned: PlannedManager, request: Request, size: int, budget: int) -> int:
+    """Tokens of a chunk, if vLLM would give it ``size``.
 
     Args:
         budget: tokens that a step has.
     """
-    if not request.num_computed_tokens:  # it begins, with what was found
-        planned.hits[request.request_id] = first
     hit, num_tokens = planned.hits.get(request.request_id, 0), request.num_tokens
     if hit <= budget or not _catches_up(planned, request):
         return size

@@ -3,6 +3,7 @@
 They ask vLLM's shared block pool for what a request's plan says, and nothing else.
 """
 
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from vllm.utils.math_utils import cdiv
@@ -18,17 +19,29 @@ from lazyllm_vllm.hooks.kv_cache.watchdog import Watchdog
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEFAULT, RequestSetting
 
-# The plans of the requests of each block pool: all its managers see one plan for a request.
-_PLANS: WeakKeyDictionary[BlockPool, dict[str, RequestPlan]] = WeakKeyDictionary()
-# What requests set for themselves, until they leave.
-_SETTINGS: WeakKeyDictionary[BlockPool, dict[str, RequestSetting]] = WeakKeyDictionary()
-# What requests that ended have left, and who goes on from it.
-_SNAPSHOTS: WeakKeyDictionary[BlockPool, Snapshots] = WeakKeyDictionary()
-_WATCHDOGS: WeakKeyDictionary[BlockPool, Watchdog] = WeakKeyDictionary()
-# Rows that have run in each stage, of prompts whose later stages run in several steps (``spread``).
-_RAN: WeakKeyDictionary[BlockPool, dict[str, tuple[int, ...]]] = WeakKeyDictionary()
-# Tokens that requests found in the prefix cache when they began, see ``catch_up``.
-_HITS: WeakKeyDictionary[BlockPool, dict[str, int]] = WeakKeyDictionary()
+
+@dataclass
+class _OfPool:
+    """What all managers of a block pool know.
+
+    Attributes:
+        plans: of its requests: every manager sees one plan for a request.
+        settings: what requests set for themselves, until they leave.
+        hits: tokens that requests found in the prefix cache when they began, see ``catch_up``.
+        ran: rows that have run in each stage, of prompts whose later stages run in several steps
+            (``spread``).
+        snapshots: what requests that ended have left, and who goes on from it.
+    """
+
+    plans: dict[str, RequestPlan] = field(default_factory=dict)
+    settings: dict[str, RequestSetting] = field(default_factory=dict)
+    hits: dict[str, int] = field(default_factory=dict)
+    ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+
+_OF_POOLS: WeakKeyDictionary[BlockPool, _OfPool] = WeakKeyDictionary()
 
 
 class PlannedManager(FullAttentionManager):
@@ -47,12 +60,9 @@ class PlannedManager(FullAttentionManager):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.plans = _PLANS.setdefault(self.block_pool, {})
-        self.settings = _SETTINGS.setdefault(self.block_pool, {})
-        self.snapshots = _SNAPSHOTS.setdefault(self.block_pool, Snapshots())
-        self.watchdog = _WATCHDOGS.setdefault(self.block_pool, Watchdog())
-        self.ran = _RAN.setdefault(self.block_pool, {})
-        self.hits = _HITS.setdefault(self.block_pool, {})
+        shared = _OF_POOLS.setdefault(self.block_pool, _OfPool())
+        self.plans, self.settings, self.hits = shared.plans, shared.settings, shared.hits
+        self.ran, self.snapshots, self.watchdog = shared.ran, shared.snapshots, shared.watchdog
         self.enough_for: dict[str, float] = {}
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:

@@ -4,12 +4,12 @@ blocks, and with every one that gives its blocks back."""
 from collections.abc import Callable
 from dataclasses import replace
 
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from lazyllm_vllm.hooks.kv_cache.catch_up import catch_up_chunk, leave_tokens
+from lazyllm_vllm.hooks.kv_cache.catch_up import catch_up_chunk, cut, leave_tokens
 from lazyllm_vllm.hooks.kv_cache.managers import (
     PlannedManager,
     PromptManager,
@@ -74,13 +74,11 @@ def _go_on(
         found: as ``find_blocks`` returns it.
         ways: of ``Taken.adopts``, the first that there is room for.
     """
-    blocks, hit, *others = found
     planned, pool = planned_managers(manager)[0], manager.block_pool
     # Tokens after the snapshot's run in all stages.
-    full_blocks = min(hit, snapshot.num_tokens) // planned.block_size
-    hit = full_blocks * planned.block_size
-    # Not vLLM's own empty ones, for which it would not tell the managers of an admission.
-    blocks = KVCacheBlocks(tuple(list(of_group[:full_blocks]) for of_group in blocks.blocks))
+    full_blocks = min(found[1], snapshot.num_tokens) // planned.block_size
+    found = cut(found, full_blocks, planned.block_size)
+    blocks, hit, *_ = found
     for adopts in ways:
         planned.snapshots.taken[request.request_id] = Taken(snapshot, adopts)
         needed = manager.coordinator.get_num_blocks_to_allocate(
@@ -94,7 +92,7 @@ def _go_on(
             apply_admission_cap=True,
         )
         if needed + manager.watermark_blocks <= pool.get_num_free_blocks():
-            return blocks, hit, *others
+            return found
     del planned.snapshots.taken[request.request_id]
     return None
 
@@ -106,7 +104,7 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     A request that goes on, if its last token is to select, takes up to three places in the batch
     (``hooks.turns``), and ``TURNS_A_STEP`` of them have rows for what they revive. Where not even
     one finds places, that token is left to a step of its own. The tokens that see what it revives
-    come with it: a chunk before leaves them all.
+    come with it: a chunk before leaves them all. For others see ``catch_up``.
     """
     if size == 1:  # as in every decode step
         return size
@@ -116,7 +114,7 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     taken = planned[0].snapshots.taken.get(request.request_id)
     if taken is None:
         budget = scheduler.scheduler_config.max_num_batched_tokens
-        return catch_up_chunk(planned[0], request, first, size, budget)
+        return catch_up_chunk(planned[0], request, size, budget)
     snapshots, schedule = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule
     if not schedule.selects(taken.snapshot.plan):
         return size
