@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from lazyllm_vllm.hooks import step_plans
 from lazyllm_vllm.hooks.attention_backend import StageMetadata
 from lazyllm_vllm.hooks.held_back import HeldBack
-from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
+from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION, WHOLE
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, StageSpec
 from lazyllm_vllm.hooks.kv_cache.spread import LEGS
 from lazyllm_vllm.hooks.prompt_cache import parked_states, prompt_cache
@@ -26,6 +27,7 @@ from lazyllm_vllm.observe.startup_log import log_start
 from lazyllm_vllm.observe.stats import RequestStats
 from lazyllm_vllm.observe.trace import Trace
 from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import OFF
 from lazyllm_vllm.plan.spread import Leg
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
@@ -90,10 +92,15 @@ class LazyModelState(DefaultModelState):
         setting = self.schedule.setting(params and params.extra_args)
         continuation = getattr(new_req_data, CONTINUATION, None)
         if continuation is None:
-            plan = self.schedule.plan(len(new_req_data.prefill_token_ids), setting)
-            prompt_keys = plan.kept
             # Where no prompt is pruned, later stages' keys are shared like the first's.
-            caught_up = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+            known = 0 if self.schedule.prunes else new_req_data.num_computed_tokens
+            caught_up = getattr(new_req_data, WHOLE, known)
+            num_prompt = len(new_req_data.prefill_token_ids)
+            plan = self.schedule.plan(num_prompt, setting)
+            if caught_up and plan.is_pruned:  # it goes on from prompts that were not
+                self.continuations.note(req_id, caught_up)
+                plan = self.schedule.plan(num_prompt, replace(setting, schedule=OFF))
+            prompt_keys = plan.kept
         else:
             self.copier.copy(continuation.copies)
             row = self.continuations.begin(req_id, continuation)

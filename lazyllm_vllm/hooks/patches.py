@@ -243,15 +243,10 @@ def _preempt_request(original, self, request, *args, **kwargs):
 
     if lazyllm_config(self.vllm_config) is None:
         return original(self, request, *args, **kwargs)
+    from lazyllm_vllm.hooks.kv_cache.reuse import promised_blocks
+
     manager = self.kv_cache_manager
-    first_promised = request.num_computed_tokens // self.block_size
-    groups = self.kv_cache_config.kv_cache_groups
-    promised = {
-        block.block_id
-        for group, blocks in zip(groups, manager.get_blocks(request.request_id).blocks)
-        if group.kv_cache_spec.prefix_cacheable
-        for block in blocks[first_promised:]
-    }
+    promised = promised_blocks(manager, request, self.block_size)
     result = original(self, request, *args, **kwargs)
     manager.evict_blocks(promised)
     return result

@@ -178,7 +178,7 @@ class PrefillAttention:
         few see many keys, so that this costs little."""
         k, v, positions = self._gather(keys, step, query.dtype)
         segments, starts = step.segments[keys.stage], step.key_starts[keys.stage]
-        if step.batch.prefills.shift.any():  # what was revived lies among what was decoded
+        if step.is_shifted:  # what was revived lies among what was decoded
             prefill = torch.arange(len(starts) - 1, device=k.device)
             prefill = prefill.repeat_interleave(starts.diff().long(), output_size=len(k))
             order = torch.argsort(prefill * 2**32 + positions)

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from lazyllm_vllm.plan.spread import Leg
-from lazyllm_vllm.runtime.plain_step import PlainStep
+from lazyllm_vllm.runtime.plain_step import Chunks, PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.step import Batch, Step
 from lazyllm_vllm.runtime.step_kind import StepKind
@@ -40,7 +40,6 @@ def is_plain(state: "LazyModelState", batch: InputBatch, num_decodes: int) -> bo
         state.batch_runs_alike
         and num_decodes < len(req_ids)
         and state.trace is None  # which looks at every boundary's rows
-        and not batch.num_computed_prefill_tokens_np[num_decodes:].any()
         and state.wants_prompt.isdisjoint(req_ids)
         and not any(state.plans[req_id].is_pruned for req_id in req_ids[:num_decodes])
     )
@@ -50,8 +49,9 @@ def plain_step(
     state: "LazyModelState", batch: InputBatch, num_decodes: int, slot_mappings: torch.Tensor
 ) -> PlainStep:
     """The plan of a batch that ``is_plain``; its decodes come first."""
-    lengths = batch.num_scheduled_tokens[num_decodes:].tolist()
-    state.caught_up.update(zip(batch.req_ids[num_decodes:], lengths))
+    first = batch.num_computed_prefill_tokens_np[num_decodes:]
+    lengths = batch.num_scheduled_tokens[num_decodes:]
+    state.caught_up.update(zip(batch.req_ids[num_decodes:], (first + lengths).tolist()))
     of_step = Batch(
         req_ids=batch.req_ids,
         num_decodes=num_decodes,
@@ -61,7 +61,8 @@ def plain_step(
         slot_mappings=slot_mappings,
     )
     starts = batch.query_start_loc[: batch.num_reqs + 1]
-    return PlainStep(of_step, lengths, starts, state.schedule, state.buffers)
+    chunks = Chunks(first.tolist(), lengths.tolist(), starts, batch.seq_lens)
+    return PlainStep(of_step, chunks, state.schedule, state.buffers)
 
 
 def planned_step(

@@ -63,6 +63,11 @@ class Continuations:
         self._shifts[req_id] = np.array(row.prompt_keys, np.int32) - row.num_prompt
         return row
 
+    def note(self, req_id: str, num_tokens: int) -> None:
+        """A request has so many tokens of prompts that were not pruned, and is not pruned either;
+        else nothing is told of it here."""
+        self._num_tokens[req_id] = num_tokens
+
     def may_leave(self, req_id: str, prompt_block: int) -> None:
         """A request may leave a snapshot whose first block in the prompt's group is this."""
         self._blocks[req_id] = prompt_block

@@ -239,6 +239,11 @@ class Step:
         return self.batch.prefills.runs_alike and not selects
 
     @property
+    def is_shifted(self) -> bool:
+        """Whether tokens have other slots than positions, though none are chosen."""
+        return bool(self.batch.prefills.shift.any())
+
+    @property
     def decodes(self) -> range:
         """Batch indices."""
         return range(self.num_decodes)

@@ -14,7 +14,8 @@ from benchmarks.passkey import passkey_prompt
 BLOCK, WINDOW, BUDGET = 32, 16, 128
 # Prompts of 300 and 200 tokens are pruned, those of 110 and less are not. Stage 0 has one layer and
 # one page of hidden states, each a KV cache group of its own: groups 0 and 1, which are shared. The
-# later stages' layers make five more, which are not.
+# later stages' layers make five more, which are shared by prompts that are not pruned, once these
+# have run.
 CONFIG = {
     "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
     "min_prompt_tokens": 120,
@@ -22,7 +23,7 @@ CONFIG = {
     "score_pool": 3,
     "revive_budget": 0,
 }
-SHARED_GROUPS = {0, 1}
+SHARED_GROUPS, LATER_GROUPS = {0, 1}, {2, 3, 4, 5, 6}
 OPTIONS = {
     "skip_tokenizer_init": True,
     "block_size": BLOCK,
@@ -211,8 +212,8 @@ def blocks_of(events: list[dict], group: int) -> list[tuple]:
 
 
 def test_events_are_stock_vllms(ours, stock):
-    """The blocks of a cold prompt, each once in each group that is shared; nothing of the others.
-    And that the cache was cleared."""
+    """The blocks of a cold prompt, each once in each group that is shared, in all if it is not
+    pruned; nothing of the others. And that the cache was cleared."""
     cases = [(n, {}) for n in LENGTHS] + [(200, {"cache_salt": "a"})]
     events = {}
     for engine in (ours, stock):
@@ -226,17 +227,19 @@ def test_events_are_stock_vllms(ours, stock):
     for (n, _), mine, theirs in zip(cases, events[ours], events[stock], strict=True):
         expected = blocks_of(theirs, 0)
         assert len(expected) == (n + 8 - 1) // BLOCK  # the last token of an answer has no keys
-        for group in SHARED_GROUPS:
+        is_pruned = n >= CONFIG["min_prompt_tokens"]
+        shared = SHARED_GROUPS if is_pruned else SHARED_GROUPS | LATER_GROUPS
+        for group in shared:
             blocks = blocks_of(mine, group)
             # Of what was said after a pruned prompt, another answer, there are as many.
-            alike = n // BLOCK if n >= CONFIG["min_prompt_tokens"] else len(expected)
+            alike = n // BLOCK if is_pruned else len(expected)
             assert blocks[:alike] == expected[:alike] and len(blocks) == len(expected)
         for first, *others in (mine, theirs):
             assert first["type"] == "AllBlocksCleared"
             assert all(event["type"] == "BlockStored" for event in others)
             assert all(event["kv_cache_spec_kind"] == "full_attention" for event in others)
         groups = {event["group_idx"] for event in mine[1:]}
-        assert groups == (SHARED_GROUPS if expected else set())
+        assert groups == (shared if expected else set())
 
 
 @pytest.mark.parametrize("engine_name, room", (("stock", 20), ("ours", 75)))

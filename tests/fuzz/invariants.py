@@ -55,6 +55,7 @@ def scheduler_forgets(llm) -> None:
             assert manager.plans.keys() <= there, "the plan of a request that left"
             assert manager.settings.keys() <= there, "the setting of a request that left"
             assert manager.enough_for.keys() <= running, "room of a request that left"
+            assert manager.found.keys() <= there, "what a request found that left"
             for name in manager.ran:
                 assert name in running, "rows of a request that left"
                 left = manager.plans[name].num_prompt - scheduler.requests[name].num_computed_tokens
@@ -105,6 +106,7 @@ def nothing_is_left(llm) -> None:
             left |= {"plans": manager.plans, "settings": manager.settings}
             left |= {"goes on": manager.snapshots.taken, "enough for": manager.enough_for}
             left |= {"own": manager.snapshots.preempted, "held back": manager.ran}
+            left |= {"found": manager.found}
         assert not (there := {what: one for what, one in left.items() if one}), there
     pool = scheduler.kv_cache_manager.block_pool
     held = len(getattr(pool, "held_by_test", ())) + 1

@@ -72,6 +72,7 @@ def results(tmp_path_factory):
 
 def test_they_run_in_graphs(results):
     with_graphs, without = results
+    print(with_graphs["shapes"])
     assert with_graphs["shapes"][:4] == [[1, 0, rows] for rows in (64, 64, 384, 512)]
     assert with_graphs["shapes"][4:7] == [[1, 8, rows] for rows in (64, 64, 384)]
     assert with_graphs["shapes"][7:] == [[2, 0, 256], [4, 0, 512]]

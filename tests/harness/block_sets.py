@@ -32,17 +32,21 @@ def shared_sets(manager: KVCacheManager) -> set[BlockSet]:
 
 def blocks_add_up(manager: KVCacheManager, others: Iterable[KVCacheBlock] = ()) -> None:
     """A block is free, or as many hold it as it counts. Behind stage 0 it has one holder, but full
-    blocks of a snapshot: those are held by all that went on from it, first in their tables.
+    blocks of a snapshot, which are held by all that went on from it, first in their tables, and
+    those of prompts that are not pruned, which are no snapshot's.
 
     Args:
         others: blocks held by nobody's table, once for each time.
     """
-    pool, holders, own = manager.block_pool, Counter(ids(others)), []
+    pool, holders, own, unpruned = manager.block_pool, Counter(ids(others)), [], set()
     for each in manager.coordinator.single_type_managers:
         for name, blocks in each.req_to_blocks.items():
             held = ids(blocks)
             holders.update(held)
             if each.kv_cache_spec.prefix_cacheable:
+                continue
+            if blocks and not each.plans[name].is_pruned:
+                unpruned.update(held)
                 continue
             taken = each.snapshots.taken.get(name) if blocks else None
             given = ids(taken.snapshot.full_of(each.kv_cache_group_id)) if taken else []
@@ -61,7 +65,8 @@ def blocks_add_up(manager: KVCacheManager, others: Iterable[KVCacheBlock] = ()) 
         assert (held == 0) == (block.block_id in free), f"{block} is lost, or free and held"
     shared = [block for block in own if holders[block] != 1]
     assert not shared, f"blocks {shared} of a stage are not one request's own"
-    _snapshots_are_whole(manager, set(own))
+    assert unpruned.isdisjoint(own), "a pruned request's block is shared"
+    _snapshots_are_whole(manager, unpruned | set(own))
 
 
 def _snapshots_are_whole(manager: KVCacheManager, own: set[int]) -> None:

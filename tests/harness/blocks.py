@@ -75,7 +75,9 @@ def _stock_config():
     return config
 
 
-def _manager(specs: dict, longest: int, num_blocks: int, pages: int, caches: bool):
+def _manager(
+    specs: dict, longest: int, num_blocks: int, pages: int, caches: bool, hash_size: int = BLOCK
+):
     vllm_config = _stock_config()
     vllm_config.model_config.max_model_len = longest
     memory = num_blocks * pages * PAGE
@@ -85,19 +87,27 @@ def _manager(specs: dict, longest: int, num_blocks: int, pages: int, caches: boo
     (config,) = get_kv_cache_configs(vllm_config, [specs], [memory], *groups)
     assert config.num_blocks == num_blocks
     return KVCacheManager(
-        config, longest, scheduler_block_size=BLOCK, hash_block_size=BLOCK, enable_caching=caches
+        config,
+        longest,
+        scheduler_block_size=BLOCK,
+        hash_block_size=hash_size,
+        enable_caching=caches,
     )
 
 
 def manager_of(
-    needs: BlockNeeds, longest: int, num_blocks: int, caches: bool = False
+    needs: BlockNeeds,
+    longest: int,
+    num_blocks: int,
+    caches: bool = False,
+    hash_size: int = BLOCK,
 ) -> KVCacheManager:
     """vLLM's own, for a cache of so many blocks. Raises ValueError as an engine's start does.
 
     Args:
-        caches: whether prefixes are shared.
+        caches: whether prefixes are shared; hash_size: tokens of a hash (``prefix_match_unit``).
     """
-    return _manager(specs_of(needs), longest, num_blocks, needs.pages, caches)
+    return _manager(specs_of(needs), longest, num_blocks, needs.pages, caches, hash_size)
 
 
 def stock_manager(longest: int, num_blocks: int) -> KVCacheManager:
@@ -108,17 +118,18 @@ def stock_manager(longest: int, num_blocks: int) -> KVCacheManager:
     return _manager({"layers.0": spec}, longest, num_blocks, 1, True)
 
 
-def request_of(name: str, prompt: int | list[int]) -> Request:
+def request_of(name: str, prompt: int | list[int], hash_size: int = BLOCK) -> Request:
     """
     Args:
         prompt: its tokens, or how many.
+        hash_size: tokens of a hash.
     """
     return Request(
         name,
         prompt_token_ids=prompt if isinstance(prompt, list) else [1] * prompt,
         sampling_params=SamplingParams(max_tokens=10**6),
         pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
+        block_hasher=get_request_block_hasher(hash_size, sha256),
     )
 
 

@@ -4,10 +4,11 @@ import time
 
 
 class Steps:
-    """Of one engine with a trace, from now on.
+    """Of one engine, from now on.
 
     Attributes:
-        done: of each step ``tokens``, by request, and ``layer_rows``.
+        done: of each step ``tokens``, by request, ``layer_rows``, ``rows`` of each stage, those that
+            run before the others among them, and whether it ``is_plain``.
     """
 
     def __init__(self, state) -> None:
@@ -16,13 +17,19 @@ class Steps:
 
     def _note(self, step) -> None:
         sizes, plan, prefills = self._state.schedule.stage_sizes, step.plan, step.batch.prefills
-        rows = sum(size * step.num_rows(stage) for stage, size in enumerate(sizes))
-        for size, parts in zip(sizes, plan.parts):
-            rows += size * sum(part.num_rows for part in parts)
-        rows += sum(sizes[1:]) * sum(part.num_rows for part in plan.catch_up)
-        tokens = [1] * step.num_decodes + (prefills.end - prefills.first).tolist()
-        tokens = dict(zip(step.batch.req_ids, tokens, strict=True))
-        self.done.append({"tokens": tokens, "layer_rows": rows})
+        behind = sum(part.num_rows for part in plan.catch_up)
+        rows = [
+            step.num_rows(stage) + sum(part.num_rows for part in parts) + behind * (stage > 0)
+            for stage, parts in enumerate(plan.parts)
+        ]
+        if step.is_plain:
+            tokens = step.segments[0].start.diff().tolist()
+        else:
+            tokens = (prefills.end - prefills.first).tolist()
+        tokens = dict(zip(step.batch.req_ids, [1] * step.num_decodes + tokens, strict=True))
+        layer_rows = sum(size * count for size, count in zip(sizes, rows))
+        step_done = {"tokens": tokens, "layer_rows": layer_rows, "rows": rows}
+        self.done.append(step_done | {"is_plain": step.is_plain})
         return self._begin(step)
 
     def take(self) -> list[dict]:

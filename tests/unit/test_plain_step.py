@@ -1,5 +1,6 @@
 """A plain step tells attention and boundaries what a planned one does, of the same batch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.boundary import Boundary
 from lazyllm_vllm.runtime.buffers import StepBuffers
-from lazyllm_vllm.runtime.plain_step import PlainStep
+from lazyllm_vllm.runtime.plain_step import Chunks, PlainStep
 from lazyllm_vllm.runtime.prefill_rows import Prefills
 from lazyllm_vllm.runtime.request_table import RequestRow, RequestTable, RowCopy
 from lazyllm_vllm.runtime.state_parts import StateParts
@@ -34,22 +35,25 @@ class World:
     """Requests of whose prompts nothing is dropped, the first of which decode.
 
     Args:
-        decodes: for each, its prompt's length and the position it is at; prefills: lengths.
+        decodes: for each, its prompt's length and the position it is at.
+        chunks: for each, tokens that ran before, and that run.
     """
 
-    def __init__(self, decodes: list[tuple[int, int]], prefills: list[int]) -> None:
+    def __init__(self, decodes: list[tuple[int, int]], chunks: list[tuple[int, int]]) -> None:
+        self.first, prefills = ([*of_each] for of_each in zip(*chunks))
         config = LazyLLMConfig(prune=[{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.2}])
         self.schedule = Schedule.build(config, 6)
         self.lengths, self.num_decodes = prefills, len(decodes)
-        prompts = [prompt for prompt, _ in decodes] + prefills
+        prompts = [prompt for prompt, _ in decodes] + [sum(chunk) for chunk in chunks]
         self.positions = torch.tensor(
-            [at for _, at in decodes] + [p for n in prefills for p in range(n)]
+            [at for _, at in decodes] + [first + p for first, n in chunks for p in range(n)]
         )
         self.of_row = [*range(len(decodes))]
         self.of_row += [len(decodes) + i for i, n in enumerate(prefills) for _ in range(n)]
         ends = np.cumsum([1] * len(decodes) + prefills).tolist()
         self.starts = torch.tensor([0, *ends], dtype=torch.int32)
         self.last_rows = torch.tensor(ends) - 1
+        self.num_keys = self.positions[self.last_rows].int() + 1
         self.tables = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(0))
         self.tables = self.tables.int().view(4, -1)[:, : MOST * 6].reshape(4, MOST, 6)
         self.slots = torch.stack([self._slots(group) for group in range(4)])
@@ -78,12 +82,27 @@ class World:
         )
 
     def plain(self) -> Step:
-        batch = self.batch(None)
-        return PlainStep(batch, self.lengths, self.starts, self.schedule, self.buffers)
+        chunks = Chunks(self.first, self.lengths, self.starts, self.num_keys)
+        return PlainStep(self.batch(None), chunks, self.schedule, self.buffers)
 
     def planned(self) -> Step:
-        batch = self.batch(Prefills.whole(self.lengths, STAGES))
+        first, new = np.array(self.first, np.int32), np.array(self.lengths, np.int32)
+        whole = Prefills.whole((first + new).tolist(), STAGES)
+        batch = self.batch(replace(whole, first=first, caught_up=first))
         return Step(StepKind.RUN, batch, self.schedule, self.buffers, False)
+
+    @staticmethod
+    def _goes_on(step: Step, stage: int) -> dict:
+        return {
+            "first slots": step.segments[stage].first.tolist(),
+            "keys": step.rows[stage].num_keys[step.prefills].tolist(),
+            "first keys": step.key_starts[stage].tolist(),
+            "most keys": step.longest_keys[stage],
+            "all keys": step.num_keys[stage],
+            "pairs": step.num_pairs[stage],
+            "requests' rows": step.row_starts[stage].tolist(),
+            "most rows of a request": step.longest_request[stage],
+        }
 
     def run(self, step: Step) -> list[dict]:
         """What attention is told in each stage."""
@@ -108,18 +127,27 @@ class World:
                     "decodes' keys": step.rows[stage].num_keys[: step.num_decodes].tolist(),
                     "prefills' rows": [mine.of(n) for n in range(mine.count)],
                     "most rows": step.longest_prefill[stage],
-                    "scores": step.prefills_score(stage) or step.continues(stage),
+                    "scores": step.prefills_score(stage),
+                    "shifted": step.is_shifted,
+                    "goes on": step.continues(stage) and self._goes_on(step, stage),
                 }
             )
         return told
 
 
 @pytest.mark.parametrize(
-    "decodes, prefills",
-    [([], [17]), ([], [5, 1, 20]), ([(9, 20), (3, 3)], [17]), ([(1, 6)], [1, 2, 3])],
+    "decodes, chunks",
+    [
+        ([], [(0, 17)]),
+        ([], [(0, 5), (0, 1), (0, 20)]),
+        ([(9, 20), (3, 3)], [(0, 17)]),
+        ([(1, 6)], [(0, 1), (0, 2), (0, 3)]),
+        ([], [(8, 9)]),
+        ([(9, 20), (3, 3)], [(4, 1), (0, 3), (16, 5)]),
+    ],
 )
-def test_attention_is_told_the_same(decodes, prefills):
-    world = World(decodes, prefills)
+def test_attention_is_told_the_same(decodes, chunks):
+    world = World(decodes, chunks)
     plain, planned = world.run(world.plain()), world.run(world.planned())
     assert plain == planned
     for stage, told in enumerate(plain):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request
 
+from lazyllm_vllm.hooks.kv_cache.managers import planned_managers
 from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.schedule import Schedule
 
@@ -45,13 +46,17 @@ def most_found(schedule: Schedule, length: int) -> int:
 
 
 def check_owners(manager: KVCacheManager, live: list[Request]) -> None:
-    """A block is one request's, or the same block of a shared group in several."""
+    """A block is one request's, or the same block in several that are not pruned, or of the first
+    stage."""
     owners = {}
     for request in live:
         held = manager.get_blocks(request.request_id).blocks
+        planned = planned_managers(manager)  # none: no prompt is pruned
+        is_pruned = planned and planned[0].plans[request.request_id].is_pruned
         for group, (of, blocks) in enumerate(zip(manager.kv_cache_config.kv_cache_groups, held)):
+            is_own = is_pruned and not of.kv_cache_spec.prefix_cacheable
             for at, block in enumerate(blocks):
-                owner = (group, at, None if of.kv_cache_spec.prefix_cacheable else request)
+                owner = (group, at, request if is_own else None)
                 assert owners.setdefault(block.block_id, owner) == owner
     held_by = manager.block_pool.num_gpu_blocks - 1 - manager.block_pool.get_num_free_blocks()
     assert held_by == len(owners)

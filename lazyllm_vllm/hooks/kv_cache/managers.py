@@ -3,21 +3,39 @@
 They ask vLLM's shared block pool for what a request's plan says, and nothing else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
 
 from lazyllm_vllm.hooks.kv_cache.snapshots import Snapshots
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
 from lazyllm_vllm.hooks.kv_cache.watchdog import Watchdog
 from lazyllm_vllm.plan.request_plan import RequestPlan
 from lazyllm_vllm.plan.request_setting import DEFAULT, RequestSetting
+
+
+class Found(NamedTuple):
+    """What a prompt that is not pruned found in the prefix cache when it began.
+
+    Attributes:
+        tokens: those with keys in the first stage.
+        whole: of these, those with keys in all stages.
+        is_behind: whether its later stages may be behind until all of it has run; else they have
+            caught up after its first chunk.
+    """
+
+    tokens: int
+    whole: int
+    is_behind: bool
 
 
 @dataclass
@@ -27,7 +45,7 @@ class _OfPool:
     Attributes:
         plans: of its requests: every manager sees one plan for a request.
         settings: what requests set for themselves, until they leave.
-        hits: tokens that requests found in the prefix cache when they began, see ``catch_up``.
+        found: by request that is not pruned, see ``catch_up``.
         ran: rows that have run in each stage, of prompts whose later stages run in several steps
             (``spread``).
         snapshots: what requests that ended have left, and who goes on from it.
@@ -35,7 +53,7 @@ class _OfPool:
 
     plans: dict[str, RequestPlan] = field(default_factory=dict)
     settings: dict[str, RequestSetting] = field(default_factory=dict)
-    hits: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Found] = field(default_factory=dict)
     ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
     snapshots: Snapshots = field(default_factory=Snapshots)
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -61,7 +79,7 @@ class PlannedManager(FullAttentionManager):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         shared = _OF_POOLS.setdefault(self.block_pool, _OfPool())
-        self.plans, self.settings, self.hits = shared.plans, shared.settings, shared.hits
+        self.plans, self.settings, self.found = shared.plans, shared.settings, shared.found
         self.ran, self.snapshots, self.watchdog = shared.ran, shared.snapshots, shared.watchdog
         self.enough_for: dict[str, float] = {}
 
@@ -77,15 +95,27 @@ class PlannedManager(FullAttentionManager):
         """For which so many blocks suffice, once a request has its first ones."""
         raise NotImplementedError
 
-    def _missing_blocks(self, request_id: str, num_tokens: int) -> int:
-        held = len(self.req_to_blocks.get(request_id, ()))
+    def hashes(self, request: Request) -> Sequence[BlockHash]:
+        """vLLM's, of a request's full blocks."""
+        hash_size = self.block_pool.hash_block_size
+        return resolve_block_hashes(request.block_hashes, hash_size, self.block_size)
+
+    def _missing_blocks(self, request_id: str, num_tokens: int, num_found: int = 0) -> int:
+        """``num_found``: blocks that a request found which has none yet."""
+        held = num_found + len(self.req_to_blocks.get(request_id, ()))
         if (taken := self.snapshots.taken.get(request_id)) is not None:
             num_tokens = max(num_tokens, taken.snapshot.num_tokens)
             held = held or taken.num_given(self.kv_cache_group_id)
         return max(self.required_blocks(self.plans[request_id], num_tokens) - held, 0)
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args,
+        apply_admission_cap: bool = False,
+        **kwargs,
     ) -> int:
         if num_tokens <= self.enough_for.get(request_id, -1):
             return 0
@@ -98,7 +128,8 @@ class PlannedManager(FullAttentionManager):
                 schedule = self.kv_cache_spec.needs.schedule
                 setting = self.settings.get(request_id, DEFAULT)
                 self.plans[request_id] = schedule.plan(num_tokens, setting)
-        missing = self._missing_blocks(request_id, num_tokens)
+        missing = self._missing_blocks(request_id, num_tokens, len(new_computed_blocks))
+        missing += self._get_num_evictable_blocks(new_computed_blocks)
         if taken is None or is_held:
             return missing
         return missing + taken.num_free(self.kv_cache_group_id)
@@ -140,7 +171,7 @@ class PlannedManager(FullAttentionManager):
         self.settings.pop(request_id, None)
         self.snapshots.taken.pop(request_id, None)
         self.ran.pop(request_id, None)
-        self.hits.pop(request_id, None)
+        self.found.pop(request_id, None)
         self.enough_for.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -158,7 +189,7 @@ class PlannedManager(FullAttentionManager):
         self.req_to_blocks[request_id] = self.req_to_blocks[request_id][count:]
 
     def cache_blocks(self, *args, **kwargs) -> None:
-        """Nothing is shared between requests: a stage's keys depend on the whole prompt."""
+        """Nothing of a prompt that is pruned goes to the prefix cache."""
 
 
 _PLANNED: WeakKeyDictionary[KVCacheManager, list[PlannedManager]] = WeakKeyDictionary()
@@ -183,6 +214,21 @@ class StageManager(PlannedManager):
 
     def most_tokens(self, plan: RequestPlan, num_blocks: int) -> float:
         return num_blocks * self.block_size + plan.slots_saved[self.kv_cache_spec.stage]
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
+        """Share the blocks of a prompt that is not pruned, as vLLM's manager does; but none whose
+        later stages may not run in this step."""
+        name, plan = request.request_id, self.plans[request.request_id]
+        if plan.is_pruned:
+            return
+        if self.found[name].is_behind and request.num_computed_tokens < plan.num_prompt:
+            return
+        num_cached, num_full = self.num_cached_block.get(name, 0), num_tokens // self.block_size
+        if num_cached < num_full:
+            blocks, group = self.req_to_blocks[name], self.kv_cache_group_id
+            counts = num_cached, num_full, self.block_size
+            self.block_pool.cache_full_blocks(request, blocks, *counts, group)
+            self.num_cached_block[name] = num_full
 
 
 class SharedStageManager(FullAttentionManager):

@@ -9,10 +9,16 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from lazyllm_vllm.hooks.kv_cache.catch_up import catch_up_chunk, cut, leave_tokens
+from lazyllm_vllm.hooks.kv_cache.catch_up import (
+    begin_unpruned,
+    catch_up_chunk,
+    cut,
+    with_later_stages,
+)
 from lazyllm_vllm.hooks.kv_cache.managers import (
     PlannedManager,
     PromptManager,
+    StageManager,
     planned_managers,
 )
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
@@ -20,12 +26,14 @@ from lazyllm_vllm.hooks.turns import PLACES
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
 
-CONTINUATION = "lazyllm_continuation"  # where workers find it in a request's data
+# Where workers find it in a request's data; and of one that is not pruned how many tokens it has in
+# all stages.
+CONTINUATION, WHOLE = "lazyllm_continuation", "lazyllm_whole"
 
 
 def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: Request) -> tuple:
     """What vLLM's ``get_computed_blocks`` finds for a request, less what the request does not
-    want, or more: a snapshot to go on from.
+    want, or more: blocks of later stages, a snapshot to go on from.
 
     Args:
         lookup: vLLM's own, for this request.
@@ -33,25 +41,52 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     planned = planned_managers(manager)
     if not planned:
         return lookup()
-    schedule, snapshots = planned[0].kv_cache_spec.needs.schedule, planned[0].snapshots
-    setting = _note_setting(planned[0], request)
-    plan = planned[0].plans.get(request.request_id)
-    planned[0].watchdog.asks(manager.block_pool, request, plan)
+    first, name = planned[0], request.request_id
+    schedule, snapshots = first.kv_cache_spec.needs.schedule, first.snapshots
+    params = request.sampling_params
+    setting = first.settings[name] = schedule.setting(params and params.extra_args)
+    first.watchdog.asks(manager.block_pool, request, first.plans.pop(name, None))
+    snapshots.taken.pop(name, None)
+    first.found.pop(name, None)
+    is_pruned = schedule.plan(request.num_tokens, setting).is_pruned
     reuse = schedule.reuse(setting)
-    snapshots.taken.pop(request.request_id, None)
-    if reuse == OFF and schedule.plan(request.num_tokens, setting).is_pruned:
+    if reuse == OFF and is_pruned:
         request.skip_reading_prefix_cache = True
-    found = leave_tokens(planned[0], request, lookup())
-    snapshot, ways = snapshots.own(request), (True,)
-    if snapshot is None and reuse == DEEP:
-        wanted = replace(setting, reuse=None)
-        snapshot = snapshots.find(request, planned[0].block_size, wanted)
-        if snapshot is None or not _pays(schedule, snapshot, request, setting):
-            return found
-        # What others read now, more will want to go on from.
-        ways = (False,) if snapshot.is_read else (False, True)
+    found = lookup()
+    if (own := snapshots.own(request)) is not None:
+        return _go_on(manager, request, own, found, (True,)) or found
+    if not is_pruned:
+        return begin_unpruned(first, request, *with_later_stages(planned, request, found))
+    if reuse == DEEP:
+        return _go_on_from_others(manager, request, setting, found)
+    return found
+
+
+def _go_on_from_others(
+    manager: KVCacheManager, request: Request, setting: RequestSetting, found: tuple
+) -> tuple:
+    """The same for a request that would be pruned, and may go on from what others left: from a
+    snapshot, or, unpruned itself, from prompts that were not pruned; whichever spares more."""
+    planned = planned_managers(manager)
+    first = planned[0]
+    schedule, snapshots = first.kv_cache_spec.needs.schedule, first.snapshots
+    wanted = replace(setting, reuse=None)
+    snapshot = snapshots.find(request, first.hashes(request), first.block_size, wanted)
+    if snapshot is not None and not _pays(schedule, snapshot, request, setting):
+        snapshot = None
+    with_later, whole = with_later_stages(planned, request, found)
+    anew = schedule.plan(request.num_tokens, setting)
+    is_longer = snapshot is None or whole >= snapshot.num_tokens
+    if whole and is_longer and schedule.goes_on_sooner(whole, anew):
+        first.settings[request.request_id] = replace(setting, schedule=OFF)
+        if _has_room(manager, request, with_later):
+            return begin_unpruned(first, request, with_later, whole)
+        first.settings[request.request_id] = setting
+        first.plans.pop(request.request_id, None)
     if snapshot is None:
         return found
+    # What others read now, more will want to go on from.
+    ways = (False,) if snapshot.is_read else (False, True)
     return _go_on(manager, request, snapshot, found, ways) or found
 
 
@@ -74,27 +109,32 @@ def _go_on(
         found: as ``find_blocks`` returns it.
         ways: of ``Taken.adopts``, the first that there is room for.
     """
-    planned, pool = planned_managers(manager)[0], manager.block_pool
+    planned = planned_managers(manager)[0]
     # Tokens after the snapshot's run in all stages.
     full_blocks = min(found[1], snapshot.num_tokens) // planned.block_size
     found = cut(found, full_blocks, planned.block_size)
-    blocks, hit, *_ = found
     for adopts in ways:
         planned.snapshots.taken[request.request_id] = Taken(snapshot, adopts)
-        needed = manager.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=request.num_tokens,
-            new_computed_blocks=blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=hit,
-            num_local_computed_tokens=hit,
-            num_tokens_main_model=request.num_tokens,
-            apply_admission_cap=True,
-        )
-        if needed + manager.watermark_blocks <= pool.get_num_free_blocks():
+        if _has_room(manager, request, found):
             return found
     del planned.snapshots.taken[request.request_id]
     return None
+
+
+def _has_room(manager: KVCacheManager, request: Request, found: tuple) -> bool:
+    """Whether there are blocks for all of a request, which would begin with ``found``."""
+    blocks, hit, *_ = found
+    needed = manager.coordinator.get_num_blocks_to_allocate(
+        request_id=request.request_id,
+        num_tokens=request.num_tokens,
+        new_computed_blocks=blocks.blocks,
+        num_encoder_tokens=0,
+        total_computed_tokens=hit,
+        num_local_computed_tokens=hit,
+        num_tokens_main_model=request.num_tokens,
+        apply_admission_cap=True,
+    )
+    return needed + manager.watermark_blocks <= manager.block_pool.get_num_free_blocks()
 
 
 def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) -> int:
@@ -185,10 +225,11 @@ def _snapshot_of(
     full_blocks = num_tokens // first.block_size
     if request.is_finished():
         shares = first.kv_cache_spec.needs.schedule.reuse(setting) == DEEP
-        is_known = num_tokens <= request.num_tokens and 0 < full_blocks <= len(request.block_hashes)
+        hashes = first.hashes(request)
+        is_known = num_tokens <= request.num_tokens and 0 < full_blocks <= len(hashes)
         if not (shares and is_known):
             return None
-        name = request.block_hashes[full_blocks - 1]
+        name = hashes[full_blocks - 1]
     full, rest = BlockSet({}), BlockSet({})
     for each in planned:
         group = each.kv_cache_group_id
@@ -210,25 +251,31 @@ def _snapshot_of(
     )
 
 
+def promised_blocks(manager: KVCacheManager, request: Request, block_size: int) -> set[int]:
+    """Ids of a request's blocks in the prefix cache that nobody computes if the chunk that it was
+    just given is taken back."""
+    promised, name = set(), request.request_id
+    of_groups = manager.coordinator.single_type_managers
+    for each, blocks in zip(of_groups, manager.get_blocks(name).blocks):
+        first = request.num_computed_tokens
+        if isinstance(each, StageManager) and name in each.found:
+            found = each.found[name]  # with its first chunk it catches up with what it found
+            first = found.whole if first == found.tokens else first
+        promised |= {block.block_id for block in blocks[first // block_size :]}
+    return promised
+
+
 def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> None:
     """Tell workers, in the data of requests that were just scheduled for the first time, where
-    those that go on do so."""
+    those that go on do so, and what those have that found blocks of later stages."""
     planned = planned_managers(manager)
     if not planned:
         return
-    planned[0].snapshots.turns = 0
-    if not planned[0].snapshots.taken:
-        return
+    snapshots, found = planned[0].snapshots, planned[0].found
+    snapshots.turns = 0
     for data in new_requests:
-        continuation = planned[0].snapshots.hand_over(data.req_id, manager.block_pool)
+        if (mine := found.get(data.req_id)) is not None and mine.whole:
+            setattr(data, WHOLE, mine.whole)
+        continuation = snapshots.hand_over(data.req_id, manager.block_pool)
         if continuation is not None:
             setattr(data, CONTINUATION, continuation)
-
-
-def _note_setting(planned: PlannedManager, request: Request) -> RequestSetting:
-    if (setting := planned.settings.get(request.request_id)) is not None:
-        return setting  # of one that waits, and was asked about before
-    params = request.sampling_params
-    setting = planned.kv_cache_spec.needs.schedule.setting(params and params.extra_args)
-    planned.settings[request.request_id] = setting
-    return setting

@@ -8,6 +8,7 @@ Blocks that nobody holds are free to vLLM's pool, the last to be handed out; onc
 snapshots that have it are gone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.block_pool import BlockPool
@@ -171,15 +172,25 @@ class Snapshots:
         last = self._by_name.get(request.request_id, [None])[-1]
         return last if last is not None and last.num_tokens < request.num_tokens else None
 
-    def find(self, request: Request, block_size: int, setting: RequestSetting) -> Snapshot | None:
+    def find(
+        self,
+        request: Request,
+        hashes: Sequence[BlockHash],
+        block_size: int,
+        setting: RequestSetting,
+    ) -> Snapshot | None:
         """The longest that a request's tokens begin with, of a prompt that was pruned by the same
-        setting and is at least half as long as the request's."""
+        setting and is at least half as long as the request's.
+
+        Args:
+            hashes: of the request's full blocks.
+        """
         if not self._by_name:
             return None
         for full_blocks in range((request.num_tokens - 1) // block_size, 0, -1):
             begins = [
                 each
-                for each in self._by_name.get(request.block_hashes[full_blocks - 1], ())
+                for each in self._by_name.get(hashes[full_blocks - 1], ())
                 if each.setting == setting
                 and each.num_tokens < request.num_tokens <= 2 * each.plan.num_prompt
                 and each.tail == request.all_token_ids[full_blocks * block_size : each.num_tokens]
