@@ -1,5 +1,5 @@
-"""Prompts that are not pruned share the keys of all stages, as in stock vLLM; and with ``reuse: deep``
-one that would be pruned goes on from them."""
+"""Prompts that are not pruned share the keys of all stages, as in stock vLLM; and with ``reuse:
+deep`` one that would be pruned goes on from them."""
 
 import random
 
@@ -99,8 +99,8 @@ def test_who_comes_after_a_pruned_prompt_catches_up_once(ours, stock, reuse):
 
 @pytest.mark.parametrize("reuse", REUSES)
 def test_nobody_reads_what_has_not_run(ours, stock, reuse):
-    """Where more is to be caught up with than a step has tokens: three who ask at about the same time
-    for what a pruned prompt left of the first stage."""
+    """Where more is to be caught up with than a step has tokens: three who ask at about the same
+    time for what a pruned prompt left of the first stage."""
     ours.fresh()
     stock.fresh()
     ask(ours, DOCUMENT[:200], reuse)
@@ -119,8 +119,8 @@ def test_nobody_reads_what_has_not_run(ours, stock, reuse):
 
 
 def test_a_prompt_goes_on_from_those_that_were_not_pruned(ours, stock):
-    """Where it would be pruned, and ``reuse`` is ``deep``, and the tokens that are left are few: then
-    all of its tokens have keys, and its answer is stock vLLM's. Its statistics tell."""
+    """Where it would be pruned, and ``reuse`` is ``deep``, and few tokens are left: then all of its
+    tokens have keys, and its answer is stock vLLM's. Its statistics tell."""
     for reuse in REUSES:
         ours.fresh()
         stock.fresh()

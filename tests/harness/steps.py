@@ -7,8 +7,8 @@ class Steps:
     """Of one engine, from now on.
 
     Attributes:
-        done: of each step ``tokens``, by request, ``layer_rows``, ``rows`` of each stage, those that
-            run before the others among them, and whether it ``is_plain``.
+        done: of each step ``tokens``, by request, ``layer_rows``, ``rows`` of each stage, with
+            those that run before the others, and whether it ``is_plain``.
     """
 
     def __init__(self, state) -> None:

@@ -80,7 +80,7 @@ class World:
 
 
 def test_a_prompt_finds_what_one_before_left_in_all_stages():
-    """80 tokens and 8 more that were generated, of which the last has no keys: five blocks of 16."""
+    """80 tokens and 8 that were generated, of which the last has no keys: five blocks of 16."""
     world = World()
     first = world.begin(DOCUMENT[:80])
     assert world.told[first] is None
