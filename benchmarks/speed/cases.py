@@ -209,13 +209,14 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
 def _warm_bound(shape: dict, cuts: tuple[tuple[int, float], ...], details: dict) -> float:
     """Milliseconds that a prompt's operations take at the speed of the cold prompt before it: its
     new tokens' in the first stage and all of the later ones', or, if it goes on from what was kept,
-    its new tokens' in all."""
+    its new tokens' in all, as one does that is too short to be pruned."""
     tokens, shared = details["tokens"], details["shared"]
+    of_cold = cuts if details["cold_tokens"] >= PRUNED_FROM else ()
     if details["reused"]:
-        warm = extension_flops(shape, cuts, shared, tokens - shared)
+        warm = extension_flops(shape, of_cold, shared, tokens - shared)
     else:
-        warm = flops(shape, cuts, tokens, shared)
-    return details["cold"] * warm / flops(shape, cuts, details["cold_tokens"])
+        warm = flops(shape, cuts if tokens >= PRUNED_FROM else (), tokens, shared)
+    return details["cold"] * warm / flops(shape, of_cold, details["cold_tokens"])
 
 
 def _compare(row: Row, stock: Row) -> None:

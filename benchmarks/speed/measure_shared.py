@@ -102,7 +102,7 @@ def _check_cold(answer: _Answer) -> None:
 
 def _reused(llm: LLM, answer: _Answer, shared: int, goes_on: bool) -> int:
     """Tokens that a request had of the one from which it went on (``reuse: deep``), out of its
-    statistics.
+    statistics. One that is too short to be pruned shares all that was cached, and tells of none.
 
     Args:
         shared: tokens of the prompt before, and of its answer, whose last one never ran.
@@ -117,15 +117,16 @@ def _reused(llm: LLM, answer: _Answer, shared: int, goes_on: bool) -> int:
         raise RuntimeError(
             f"{cached} tokens of the second prompt were cached, which shares {shared}"
         )
-    found, is_deep = _statistics(llm, answer.name)
-    least = shared - 1 if goes_on and is_deep else 0
+    found, may_go_on = _statistics(llm, answer.name)
+    # From a prompt that was not pruned in whole blocks.
+    least = min(shared - 1, cached) if goes_on and may_go_on else 0
     if not least <= found <= (shared if least else 0):
         raise RuntimeError(f"the second prompt went on from {found} tokens, and shares {shared}")
     return found
 
 
 def _statistics(llm: LLM, name: str) -> tuple[int, bool]:
-    """Reused tokens of a request; whether the engine has ``reuse: deep``."""
+    """Reused tokens of a request; whether it may go on, by its length and the engine's ``reuse``."""
     from lazyllm_vllm import request_stats
     from lazyllm_vllm.hooks.engine_config import lazyllm_config
     from lazyllm_vllm.plan.request_setting import DEEP
@@ -135,7 +136,8 @@ def _statistics(llm: LLM, name: str) -> tuple[int, bool]:
         return 0, False
     # vLLM lets its own random word follow the name.
     mine = [r for r in request_stats(llm)["requests"] if r["request_id"].startswith(f"{name}-")]
-    return mine[-1]["reused"], config.reuse == DEEP
+    is_long = mine[-1]["prompt_tokens"] >= config.min_prompt_tokens
+    return mine[-1]["reused"], config.reuse == DEEP and is_long
 
 
 def _ask(llm: LLM, prompt: list[int], max_tokens: int) -> _Answer:

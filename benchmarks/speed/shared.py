@@ -45,6 +45,8 @@ PLAN = Plan(
     (MEASURED, DEEP),
     max_len=131072,
     cases=(
+        _turn(512, 7),  # too short to be pruned
+        _turn(768, 7),  # the second turn is not
         _turn(16384, 3),
         _turn(65536, 2),
         _question(QUESTION, "second_question"),

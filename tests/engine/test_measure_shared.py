@@ -39,6 +39,15 @@ def test_second_turns(engine):
     assert found["reused"] == (608 if engine.is_deep else 0)
 
 
+@pytest.mark.parametrize("tokens, reused", ((120, 0), (220, 224)))
+def test_second_turns_of_short_conversations(engine, tokens, reused):
+    """The first turn is not pruned. Nor is the second, if it is short, or goes on: from the whole
+    blocks of 228 tokens."""
+    found = engine.run("second_turn", tokens=tokens, answer=9, more=40)
+    assert found["cached"] == (tokens + 8) // 32 * 32
+    assert found["reused"] == (reused if engine.is_deep else 0)
+
+
 def test_second_questions(engine):
     for _ in range(2):  # other documents each time, or the second's first question would hit
         found = engine.run("second_question", tokens=640, more=24)

@@ -2,7 +2,8 @@
 
 Who was preempted, or reset while it ran, goes on from what it had. If others took that, it is
 prefilled anew with what it had said. So its answer may be in parts, and each is what a request says
-alone whose prompt is all that was prefilled.
+alone whose prompt is all that was prefilled. Where it was not pruned, since others left keys of all
+stages (``reuse: deep``), it is what such a request says that asks not to be.
 
 In bf16 a token depends on who else is in the batch: on a GPU only how answers end is looked at.
 """
@@ -42,10 +43,12 @@ def _check(name: str, request: dict, answer: dict, do: Callable | None) -> None:
     prompt, params, tokens = request["prompt"], request["params"], answer["tokens"]
     if answer["went_on"] or do is None:  # which may answer otherwise
         return _check_end(name, params, answer)
-    starts = [length - len(prompt) for length in answer["prefills"]]
+    starts = [length - len(prompt) for length, _ in answer["prefills"]]
     assert starts[0] == 0 and starts == sorted(starts), (name, starts)
-    for start, end in zip(starts, [*starts[1:], len(tokens)]):
+    ends, unpruned = [*starts[1:], len(tokens)], [of_one for _, of_one in answer["prefills"]]
+    for start, end, is_unpruned in zip(starts, ends, unpruned):
         own = (params["extra_args"] or {}) | {"lazyllm_reuse": "exact"}
+        own |= {"lazyllm": "off"} if is_unpruned else {}
         alone = {"max_tokens": MOST_TOKENS - start, "extra_args": own}
         expected = do("alone", prompt=prompt + tokens[:start], params=alone)
         part = tokens[start:end]

@@ -21,7 +21,7 @@ from vllm.v1.request import RequestStatus
 from fuzz import invariants
 from fuzz.model import ROOMS
 from lazyllm_vllm.hooks.kv_cache.managers import planned_managers
-from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION
+from lazyllm_vllm.hooks.kv_cache.reuse import CONTINUATION, WHOLE
 
 IDLE_STEPS = 4  # that may schedule nothing: steps in flight, and one that frees what was preempted
 MOST_STEPS = 6000  # to finish what there is
@@ -56,7 +56,8 @@ class Driver:
     """Attributes:
     counts: what was done, by kind.
     outputs: of each request that finished, by name.
-    prefills: of each answer, by name and index, how many tokens each of its prefills had.
+    prefills: of each answer, by name and index, how many tokens each of its prefills had, and
+        whether it was not pruned for what others had left.
     went_on: answers whose request went on from what another had left (``reuse: deep``).
     """
 
@@ -87,7 +88,13 @@ class Driver:
             known, goes_on = new_req_data.prefill_token_ids, hasattr(new_req_data, CONTINUATION)
             name = split_name(new_req_data.req_id)
             if not goes_on:
-                self.prefills[name].append(len(known))
+                schedule, params = state.schedule, new_req_data.sampling_params
+                setting = schedule.setting(params.extra_args)
+                # From prompts that were not pruned, perhaps from what it had itself.
+                is_unpruned = hasattr(new_req_data, WHOLE)
+                is_unpruned &= schedule.plan(len(known), setting).is_pruned
+                self.prefills[name].append((len(known), is_unpruned))
+                self.counts["went on unpruned"] += is_unpruned
             elif name not in self.prefills:  # else after a preemption, as if there had been none
                 self.counts["went on from another"] += 1
                 self.went_on.add(name)
@@ -223,7 +230,7 @@ class Driver:
 
         Returns:
             By request what it ``said``, of each answer the ``tokens``, ``text``, ``reason`` of its
-            end, lengths of its ``prefills``, and whether it ``went_on`` from another's.
+            end, its ``prefills``, and whether it ``went_on`` from another's.
         """
         self.resume()
         steps = self.counts["steps"]

@@ -1,5 +1,6 @@
 """Turns in CUDA graphs beside the same turns without, in one engine of a Llama with random weights;
-and that no request waits for Triton's compiler."""
+short prompts that share all keys of those before; and that no request waits for Triton's compiler.
+"""
 
 import json
 from statistics import fmean
@@ -43,7 +44,7 @@ def results(tmp_path_factory):
 
     # Of the document's tokens 16 are in no whole block: they run again in the first stage alone.
     document, others = ids(10_000), [ids(60 + i) for i in range(5)]
-    # Alone: as many rows, and one more than there is a graph for.
+    # Alone: as many rows; the last one more than a graph of one turn has.
     turns = [document + ids(n) for n in (40, 16, 264, 496, 600)]
     several = [[turns[0], turns[1]], [*turns[:3], document + ids(100)]]
     params = {"temperature": 0, "ignore_eos": True}
@@ -55,15 +56,37 @@ def results(tmp_path_factory):
         folder, CONFIG, {"random_weights": True, "compiled_ops": False}, **OPTIONS
     )
     found = []
+
     try:
         for graphs in (True, False):
             engine.run("watch_turns", graphs=graphs)
+            of_turns = []  # what turns revive, and no decode after them
+            for some in ([[turn] for turn in turns], several):
+                engine.fresh()
+                engine.generate([document], 1)
+                for each in some:
+                    of_turns += engine.generate(each, 1)["stats"]
             engine.fresh()
             engine.generate([document], 1)
             alone = engine.generate(turns, NEW_TOKENS, logprobs=1, together=False)
             beside = engine.run("serve", requests=served)
             at_once = [engine.generate(some, NEW_TOKENS, logprobs=1) for some in several]
             answers = {"alone": alone, "beside": beside, "at once": at_once}
+            answers["turns"] = [stats["revived"] for stats in of_turns]
+            answers["short"] = []
+            for known in ([], [document[:300]]):
+                engine.fresh()
+                for prompt in known:
+                    engine.generate([prompt], 1)
+                answers["short"].append(engine.generate([document[:400]], 8, logprobs=1))
+            late = {"prompt": document[:430], "params": params | {"max_tokens": 1}, "at": 8}
+            answers["short beside"] = [engine.generate([document[:430]], 1)["tokens"][0]]
+            for known in ([], [document[:300]]):
+                engine.fresh()
+                for prompt in known:
+                    engine.generate([prompt], 1)
+                beside = engine.run("serve", requests=[*served[:5], late])
+                answers["short beside"].append(beside["tokens"][-1][0])
             found.append(answers | engine.run("turns_watched"))
     finally:
         engine.close()
@@ -72,10 +95,10 @@ def results(tmp_path_factory):
 
 def test_they_run_in_graphs(results):
     with_graphs, without = results
-    print(with_graphs["shapes"])
-    assert with_graphs["shapes"][:4] == [[1, 0, rows] for rows in (64, 64, 384, 512)]
-    assert with_graphs["shapes"][4:7] == [[1, 8, rows] for rows in (64, 64, 384)]
-    assert with_graphs["shapes"][7:] == [[2, 0, 256], [4, 0, 512]]
+    alone = [[1, 0, rows] for rows in (64, 64, 384, 512)] + [[4, 0, 768]]
+    at_once = [[2, 0, 256], [4, 0, 512]]
+    beside = [[1, 8, rows] for rows in (64, 64, 384)]
+    assert with_graphs["shapes"] == alone + at_once + alone + beside + at_once
     assert not without["shapes"]
     for result in results:
         assert [one["reused"] > 0 for one in result["alone"]["stats"]] == [True] * 5
@@ -83,19 +106,28 @@ def test_they_run_in_graphs(results):
 
 
 def test_they_are_as_without(results):
-    """Log-probabilities before the first token that differs; revived tokens as many. The decodes
-    beside them say the same."""
+    """Log-probabilities before the first token that differs; each turn revives as many tokens, and
+    how many decodes revive afterwards goes by what they say. The decodes beside them say the
+    same."""
+    assert results[0]["turns"] == results[1]["turns"]
+    assert all(max(revived) > 0 for revived in results[0]["turns"])
     of_both = [[result["alone"], *result["at once"]] for result in results]
     for mine, theirs in zip(*of_both):
         drifts = drifts_between(mine, theirs)
         print(f"{max(drifts):.4f}, on average {fmean(drifts):.4f}")
         assert max(drifts) < 0.1 and fmean(drifts) < 0.01
-        for a, b in zip(mine["stats"], theirs["stats"]):
-            # With all that decodes revive afterwards, of close scores.
-            assert a["revived"] == pytest.approx(b["revived"], rel=0.1)
     mine, theirs = (result["beside"]["tokens"] for result in results)
     same = [a[0][:4] == b[0][:4] for a, b in zip(mine, theirs)]
     assert sum(same) >= len(same) - 1, "close scores may choose another token"
+
+
+def test_a_short_prompt_is_the_same_with_a_cached_prefix(results):
+    """It is not pruned; alone, and beside requests that decode."""
+    for result in results:
+        cold, hit = result["short"]
+        assert (cold["cached"], hit["cached"]) == ([0], [256])
+        assert max(drifts_between(cold, hit)) < 0.1
+        assert len({token for (token,) in result["short beside"]}) == 1
 
 
 def test_nothing_is_compiled_while_requests_wait(results):

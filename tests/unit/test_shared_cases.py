@@ -137,6 +137,20 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
         assert "<svg" in (tmp_path / name).read_text()
 
 
+def test_the_bound_of_a_short_conversation():
+    """A prompt under 1,024 tokens runs its new tokens in all layers; one that is longer does so if it
+    goes on from a short one, and else is pruned."""
+    shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
+    for tokens, reused, operations in (
+        (832, 0, flops(shape, (), 832, 576)),
+        (1088, 0, flops(shape, cuts, 1088, 576)),
+        (1088, 512, flops(shape, (), 1088, 576)),
+    ):
+        details = {"tokens": tokens, "reused": reused, "cold_tokens": 512}
+        bound = cases._warm_bound(shape, cuts, details | {"shared": 576, "cold": 15.0})
+        assert bound == pytest.approx(15 * operations / flops(shape, (), 512))
+
+
 def test_some_by_name(engines, tmp_path):
     """Rows of others stay; a part of the file makes a report too."""
     file, page = tmp_path / "shared.jsonl", tmp_path / "benchmarks.md"
