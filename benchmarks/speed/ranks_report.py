@@ -27,7 +27,7 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(
         (
             f"{places(rows, PLACE)} Tensor parallelism over GPUs of one host. Random weights of "
-            "the shapes named, in bf16. Stock vLLM → LazyLLM, medians; in brackets how many times "
+            "the shapes named, in bf16 but where the name says FP8. Stock vLLM → LazyLLM, medians; in brackets how many times "
             "sooner the first token comes, and the share of the bound (operations saved) that "
             "this is.",
             table(tuple(head), [_line(rows, *key) for key in in_order]),
@@ -67,11 +67,8 @@ def _costs(rows: list[Row], shape: str, engine: str) -> tuple[str, ...]:
         return ()
     (row,) = found
     mine, stock = row.details, stock_row(rows, row)
-    return (
-        shape,
-        engine,
-        f"{stock.median:.1f} → {row.median:.1f}",
-        f"{mine['scores']:.2f}",
-        f"{stock.details['decode']:.2f} → {mine['decode']:.2f}",
-        f"{max(mine['decode_scores'], 0):.3f}",
-    )
+    prefill = f"{stock.median:.1f} → {row.median:.1f}", f"{mine['scores']:.2f}"
+    if "decode" not in mine:
+        return shape, engine, *prefill, MISSING, MISSING
+    step = f"{stock.details['decode']:.2f} → {mine['decode']:.2f}"
+    return shape, engine, *prefill, step, f"{max(mine['decode_scores'], 0):.3f}"

@@ -112,7 +112,7 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
     line = "| 200 tokens after 16,384 + 64, beside 32 of 8,192 | `conservative, deep` | 100 | 50 |"
     assert f"{line} 0.50 | 100 | 25 | 0.25 |" in text
     line = "| 8 questions of 128 tokens about a document of 32,768 | `conservative, deep` | 100.0"
-    assert f"{line} (300.0) | 25.0 (75.0) | 0.25 |" in text
+    assert f"{line} | 25.0 (75.0) | 0.25 |" in text
     line = "| 64 requests of 8,192 tokens, 128 out | `conservative` | 1,000 | 2,000 | 2.00x |"
     assert line in text and "sharing 6,144" in text
     shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
@@ -122,7 +122,7 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
         turn = next(r for r in rows if r.benchmark == TURN and r.engine == engine.name)
         bound = 200 * operations / flops(shape, cuts, 16384)
         assert turn.details["bound"] == pytest.approx(bound)
-        line = f"| 200.0 | 100.0 | 200.0 | {took} | {bound:,.1f} | {took / bound:.2f} "
+        line = f"| 100.0 | 200.0 | {took} | {bound:,.1f} | {took / bound:.2f} "
         line = f"| `{engine.name}` {line}| {took / 100:.2f} |"
         assert f"| second turn, 64 + 256 tokens after 16,384 {line}" in text
     # Where the first question came with the document, the deep engine has the exact one's bound.
