@@ -126,7 +126,7 @@ def _reused(llm: LLM, answer: _Answer, shared: int, goes_on: bool) -> int:
 
 
 def _statistics(llm: LLM, name: str) -> tuple[int, bool]:
-    """Reused tokens of a request; whether it may go on, by its length and the engine's ``reuse``."""
+    """Reused tokens of a request; whether it may go on, by its length and ``reuse``."""
     from lazyllm_vllm import request_stats
     from lazyllm_vllm.hooks.engine_config import lazyllm_config
     from lazyllm_vllm.plan.request_setting import DEEP

@@ -27,9 +27,9 @@ def section(rows: list[Row]) -> str:
     return "\n\n".join(
         (
             f"{places(rows, PLACE)} Tensor parallelism over GPUs of one host. Random weights of "
-            "the shapes named, in bf16 but where the name says FP8. Stock vLLM → LazyLLM, medians; in brackets how many times "
-            "sooner the first token comes, and the share of the bound (operations saved) that "
-            "this is.",
+            "the shapes named, in bf16 but where the name says FP8. Stock vLLM → LazyLLM, medians; "
+            "in brackets how many times sooner the first token comes, and the share of the bound "
+            "(operations saved) that this is.",
             table(tuple(head), [_line(rows, *key) for key in in_order]),
             f"What the ranks do together, in ms on the first, waiting for the others included: in "
             f"a prefill of {ROOM:,} tokens and in a decode step after {DECODED:,}; and the part "

@@ -2,8 +2,8 @@
 
 Who was preempted, or reset while it ran, goes on from what it had. If others took that, it is
 prefilled anew with what it had said. So its answer may be in parts, and each is what a request says
-alone whose prompt is all that was prefilled. Where it was not pruned, since others left keys of all
-stages (``reuse: deep``), it is what such a request says that asks not to be.
+alone whose prompt is all that was prefilled. Where it was not pruned, since it, or others (``reuse:
+deep``), had left keys of all stages, it is what such a request says that asks not to be.
 
 In bf16 a token depends on who else is in the batch: on a GPU only how answers end is looked at.
 """

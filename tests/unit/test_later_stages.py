@@ -50,9 +50,19 @@ class World:
             by_engine: whether chunks go by ``reuse.chunk_size``, as in an engine whose steps have
                 8,192 tokens.
         """
-        manager, request = self.manager, request_of(f"r{next(self.names)}", prompt, self.hash_size)
+        request = request_of(f"r{next(self.names)}", prompt, self.hash_size)
+        return self.admit(request, chunk, by_engine)
+
+    def again(self, request: Request) -> Request:
+        """Preempt it, and have it begin again."""
+        self.manager.free(request)
+        request.num_preemptions, request.num_computed_tokens = 1, 0
+        return self.admit(request, 1000, True)
+
+    def admit(self, request: Request, chunk: int, by_engine: bool) -> Request:
+        manager = self.manager
         found, hit, *_ = manager.get_computed_blocks(request)
-        size = min(chunk, len(prompt) - hit)
+        size = min(chunk, request.num_tokens - hit)
         if by_engine:
             config = SimpleNamespace(max_num_batched_tokens=8192)
             parts = {"kv_cache_manager": manager, "scheduler_config": config}
@@ -129,6 +139,20 @@ def test_who_would_be_pruned_goes_on_from_prompts_that_were_not(mode, goes_on):
         request = world.begin(DOCUMENT[:length])
         assert world.plan(request).is_pruned != (goes_on and is_near)
         assert world.told[request] == (96 if goes_on and is_near else None)
+
+
+@pytest.mark.parametrize("mode", ("exact", "deep"))
+def test_who_was_not_pruned_is_not_after_a_preemption(mode):
+    """90 tokens, and 14 that were generated. A prompt of so many is pruned with ``exact``, also one
+    that finds them."""
+    world = World(mode)
+    request = world.begin(DOCUMENT[:90])
+    for token in DOCUMENT[90:104]:
+        assert grow(world.manager, request, token)
+    other = world.begin(DOCUMENT[:104])
+    assert world.plan(other).is_pruned == (mode == "exact")
+    assert not world.plan(world.again(request)).is_pruned
+    assert world.told[request] == 96
 
 
 def test_it_does_not_where_there_is_no_room_for_all():

@@ -138,8 +138,8 @@ def test_the_report_is_made_from_what_was_measured(engines, tmp_path):
 
 
 def test_the_bound_of_a_short_conversation():
-    """A prompt under 1,024 tokens runs its new tokens in all layers; one that is longer does so if it
-    goes on from a short one, and else is pruned."""
+    """A prompt under 1,024 tokens runs its new tokens in all layers; one that is longer does so if
+    it goes on from a short one, and else is pruned."""
     shape, cuts = SHAPES[PLAN.shape], MEASURED.cuts(SHAPES[PLAN.shape])
     for tokens, reused, operations in (
         (832, 0, flops(shape, (), 832, 576)),

@@ -24,7 +24,7 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
 from lazyllm_vllm.hooks.turns import PLACES
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
-from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
+from lazyllm_vllm.plan.schedule import TURNS_A_STEP
 
 # Where workers find it in a request's data; and of one that is not pruned how many tokens it has in
 # all stages.
@@ -57,32 +57,15 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
         return _go_on(manager, request, own, found, (True,)) or found
     if not is_pruned:
         return begin_unpruned(first, request, *with_later_stages(planned, request, found))
-    if reuse == DEEP:
-        return _go_on_from_others(manager, request, setting, found)
-    return found
-
-
-def _go_on_from_others(
-    manager: KVCacheManager, request: Request, setting: RequestSetting, found: tuple
-) -> tuple:
-    """The same for a request that would be pruned, and may go on from what others left: from a
-    snapshot, or, unpruned itself, from prompts that were not pruned; whichever spares more."""
-    planned = planned_managers(manager)
-    first = planned[0]
-    schedule, snapshots = first.kv_cache_spec.needs.schedule, first.snapshots
-    wanted = replace(setting, reuse=None)
-    snapshot = snapshots.find(request, first.hashes(request), first.block_size, wanted)
-    if snapshot is not None and not _pays(schedule, snapshot, request, setting):
-        snapshot = None
-    with_later, whole = with_later_stages(planned, request, found)
-    anew = schedule.plan(request.num_tokens, setting)
-    is_longer = snapshot is None or whole >= snapshot.num_tokens
-    if whole and is_longer and schedule.goes_on_sooner(whole, anew):
-        first.settings[request.request_id] = replace(setting, schedule=OFF)
-        if _has_room(manager, request, with_later):
-            return begin_unpruned(first, request, with_later, whole)
-        first.settings[request.request_id] = setting
-        first.plans.pop(request.request_id, None)
+    snapshot = _snapshot_for(first, request, setting) if reuse == DEEP else None
+    # A preempted request that was not pruned has outgrown the least of a prompt that is.
+    was_pruned = (
+        not request.num_preemptions or schedule.plan(request.num_prompt_tokens, setting).is_pruned
+    )
+    if reuse == DEEP or not was_pruned:
+        least = snapshot.num_tokens if snapshot else 1
+        if (unpruned := _go_on_unpruned(manager, request, setting, found, least)) is not None:
+            return unpruned
     if snapshot is None:
         return found
     # What others read now, more will want to go on from.
@@ -90,13 +73,38 @@ def _go_on_from_others(
     return _go_on(manager, request, snapshot, found, ways) or found
 
 
-def _pays(
-    schedule: Schedule, snapshot: Snapshot, request: Request, setting: RequestSetting
-) -> bool:
-    """Whether a request goes on from a snapshot, rather than being pruned anew."""
+def _snapshot_for(
+    planned: PlannedManager, request: Request, setting: RequestSetting
+) -> Snapshot | None:
+    """Of what others left, from which a request goes on rather than being pruned anew."""
+    schedule, wanted = planned.kv_cache_spec.needs.schedule, replace(setting, reuse=None)
+    hashes, size = planned.hashes(request), planned.block_size
+    snapshot = planned.snapshots.find(request, hashes, size, wanted)
+    if snapshot is None or not schedule.has_room(snapshot.plan, snapshot.turns):
+        return None
     anew = schedule.plan(request.num_tokens, setting)
-    has_room = schedule.has_room(snapshot.plan, snapshot.turns)
-    return has_room and schedule.goes_on_sooner(snapshot.num_tokens, anew)
+    return snapshot if schedule.goes_on_sooner(snapshot.num_tokens, anew) else None
+
+
+def _go_on_unpruned(
+    manager: KVCacheManager, request: Request, setting: RequestSetting, found: tuple, least: int
+) -> tuple | None:
+    """Have a request that would be pruned go on from prompts that were not, so that it is not
+    either. None: they had fewer than ``least`` tokens of its, or it takes less to prune it, or
+    there is no room for all of it."""
+    planned = planned_managers(manager)
+    first, name = planned[0], request.request_id
+    schedule = first.kv_cache_spec.needs.schedule
+    found, whole = with_later_stages(planned, request, found)
+    anew = schedule.plan(request.num_tokens, setting)
+    if whole < least or not schedule.goes_on_sooner(whole, anew):
+        return None
+    first.settings[name] = replace(setting, schedule=OFF)
+    if _has_room(manager, request, found):
+        return begin_unpruned(first, request, found, whole)
+    first.settings[name] = setting
+    del first.plans[name]
+    return None
 
 
 def _go_on(
