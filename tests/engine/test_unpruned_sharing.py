@@ -118,6 +118,23 @@ def test_nobody_reads_what_has_not_run(ours, stock, reuse):
     assert mine["found"][0] == [blocks(190)]
 
 
+@pytest.mark.parametrize("reuse", REUSES)
+def test_nobody_catches_up_on_what_runs_in_the_same_step(ours, stock, reuse):
+    """After a pruned prompt, two at once: the first catches up with 96 tokens and runs 32. The
+    other finds more of the first stage, and catches up before those 32 have run."""
+    ours.fresh()
+    stock.fresh()
+    ask(ours, DOCUMENT[:200], reuse)
+    params = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
+    asked = [{"prompt": DOCUMENT[:n], "params": params} for n in (128, 200)]
+    theirs = stock.run("serve", requests=asked)
+    for one in asked:
+        one["params"] = params | {"extra_args": {"lazyllm": "off", "lazyllm_reuse": reuse}}
+    mine = ours.run("serve", requests=asked)
+    assert mine["found"] == [[96], [192]]
+    assert mine["tokens"] == theirs["tokens"]
+
+
 def test_a_prompt_goes_on_from_those_that_were_not_pruned(ours, stock):
     """Where it would be pruned, and ``reuse`` is ``deep``, and few tokens are left: then all of its
     tokens have keys, and its answer is stock vLLM's. Its statistics tell."""

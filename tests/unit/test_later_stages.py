@@ -35,6 +35,7 @@ class World:
 
     Attributes:
         told: what workers are told of each request: tokens with keys in all stages.
+        is_in_step: whether requests begin in one step.
     """
 
     def __init__(self, mode: str = "exact", spare: int = 400, hash_size: int = BLOCK) -> None:
@@ -42,15 +43,21 @@ class World:
         self.manager = manager_of(needs(reuse=mode), LONGEST, 401, **size)
         self.others = self.manager.block_pool.get_new_blocks(400 - spare)
         self.names, self.told, self.hash_size = itertools.count(), {}, hash_size
+        self.is_in_step = False
 
-    def begin(self, prompt: list[int], chunk: int = 1000, by_engine: bool = True) -> Request:
-        """Its first chunk, as the scheduler does.
+    def begin(
+        self, prompt: list[int], chunk: int = 1000, by_engine: bool = True, off: bool = False
+    ) -> Request:
+        """Its first chunk, as the scheduler does, in a step of its own unless ``is_in_step``.
 
         Args:
             by_engine: whether chunks go by ``reuse.chunk_size``, as in an engine whose steps have
                 8,192 tokens.
+            off: whether it asks not to be pruned.
         """
         request = request_of(f"r{next(self.names)}", prompt, self.hash_size)
+        if off:
+            request.sampling_params.extra_args = {"lazyllm": "off"}
         return self.admit(request, chunk, by_engine)
 
     def again(self, request: Request) -> Request:
@@ -71,15 +78,20 @@ class World:
             assert reuse.chunk_size(scheduler, request, hit, size) == size
         assert manager.allocate_slots(request, size, hit, found, full_sequence_must_fit=True)
         request.num_computed_tokens = hit + size
-        data = SimpleNamespace(req_id=request.request_id)
-        reuse.hand_over(manager, [data])
-        self.told[request] = getattr(data, reuse.WHOLE, None)
+        if not self.is_in_step:
+            data = SimpleNamespace(req_id=request.request_id)
+            reuse.hand_over(manager, [data])
+            self.told[request] = getattr(data, reuse.WHOLE, None)
         blocks_add_up(manager, self.others)
         return request
 
     def end(self, request: Request) -> None:
         request.status = RequestStatus.FINISHED_STOPPED
         self.manager.free(request)
+
+    def found(self, request: Request) -> tuple[int, int]:
+        """Tokens with keys in the first stage, and in all."""
+        return planned_managers(self.manager)[0].found[request.request_id][:2]
 
     def plan(self, request: Request):
         return planned_managers(self.manager)[0].plans[request.request_id]
@@ -113,6 +125,23 @@ def test_what_a_pruned_prompt_left_is_the_first_stages():
     assert second.num_computed_tokens == 82 and world.told[second] is None
     third = world.begin(DOCUMENT[:80] + OTHER[:9], chunk=2)
     assert third.num_computed_tokens == 82 and world.told[third] == 80
+
+
+def test_who_catches_up_reads_what_ran_in_steps_before():
+    """Of a pruned prompt's first stage 112 tokens are found. Who runs 96 of them in all stages
+    shares these in the same step with one who finds no more. With one who does, and so catches up,
+    not before the next: catching up comes before the others' rows."""
+    world = World()
+    world.end(world.begin(DOCUMENT[:120]))
+    world.is_in_step = True
+    world.begin(DOCUMENT[:96])
+    assert world.found(world.begin(DOCUMENT[:98])) == (96, 96)
+    longer = DOCUMENT[:120]
+    first = world.begin(longer, off=True)
+    assert world.found(first) == (112, 0)
+    reuse.hand_over(world.manager, [])
+    world.end(first)
+    assert world.found(world.begin(longer, off=True)) == (112, 112)
 
 
 def test_nobody_reads_what_may_not_have_run():

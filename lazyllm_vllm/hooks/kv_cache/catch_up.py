@@ -39,6 +39,9 @@ def with_later_stages(
     hashes = islice(first.hashes(request), found[1] // size)
     of_hashes = (first.block_pool.get_cached_block(each, groups) for each in hashes)
     shared = list(takewhile(lambda blocks: blocks is not None, of_hashes))
+    if len(shared) * size < found[1]:  # it catches up, which comes first in a step
+        ran = (first.new.isdisjoint(block.block_id for block in of_one) for of_one in shared)
+        shared = shared[: sum(takewhile(bool, ran))]
     if not shared:
         return found, 0
     blocks = list(found[0].blocks)

@@ -46,6 +46,8 @@ class _OfPool:
         plans: of its requests: every manager sees one plan for a request.
         settings: what requests set for themselves, until they leave.
         found: by request that is not pruned, see ``catch_up``.
+        new: ids of the later stages' blocks that went to the prefix cache in the step that is being
+            scheduled, which runs the last of their tokens.
         ran: rows that have run in each stage, of prompts whose later stages run in several steps
             (``spread``).
         snapshots: what requests that ended have left, and who goes on from it.
@@ -54,6 +56,7 @@ class _OfPool:
     plans: dict[str, RequestPlan] = field(default_factory=dict)
     settings: dict[str, RequestSetting] = field(default_factory=dict)
     found: dict[str, Found] = field(default_factory=dict)
+    new: set[int] = field(default_factory=set)
     ran: dict[str, tuple[int, ...]] = field(default_factory=dict)
     snapshots: Snapshots = field(default_factory=Snapshots)
     watchdog: Watchdog = field(default_factory=Watchdog)
@@ -81,6 +84,7 @@ class PlannedManager(FullAttentionManager):
         shared = _OF_POOLS.setdefault(self.block_pool, _OfPool())
         self.plans, self.settings, self.found = shared.plans, shared.settings, shared.found
         self.ran, self.snapshots, self.watchdog = shared.ran, shared.snapshots, shared.watchdog
+        self.new = shared.new
         self.enough_for: dict[str, float] = {}
 
     def required_blocks(self, plan: RequestPlan, num_tokens: int) -> int:
@@ -228,6 +232,7 @@ class StageManager(PlannedManager):
             blocks, group = self.req_to_blocks[name], self.kv_cache_group_id
             counts = num_cached, num_full, self.block_size
             self.block_pool.cache_full_blocks(request, blocks, *counts, group)
+            self.new.update(block.block_id for block in blocks[num_cached:num_full])
             self.num_cached_block[name] = num_full
 
 

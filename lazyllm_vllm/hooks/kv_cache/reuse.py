@@ -281,6 +281,7 @@ def hand_over(manager: KVCacheManager, new_requests: list[NewRequestData]) -> No
         return
     snapshots, found = planned[0].snapshots, planned[0].found
     snapshots.turns = 0
+    planned[0].new.clear()
     for data in new_requests:
         if (mine := found.get(data.req_id)) is not None and mine.whole:
             setattr(data, WHOLE, mine.whole)
