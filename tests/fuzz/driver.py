@@ -52,6 +52,12 @@ def split_name(req_id: str) -> tuple[str, int]:
     return name, int(index[0]) if index else 0
 
 
+def _is_own(scheduler, req_id: str) -> bool:
+    """Whether a request goes on from what it left itself when it was preempted."""
+    taken = planned_managers(scheduler.kv_cache_manager)[0].snapshots.taken.get(req_id)
+    return taken is None or taken.snapshot.name == req_id
+
+
 class Driver:
     """Attributes:
     counts: what was done, by kind.
@@ -95,7 +101,8 @@ class Driver:
                 is_unpruned &= schedule.plan(len(known), setting).is_pruned
                 self.prefills[name].append((len(known), is_unpruned))
                 self.counts["went on unpruned"] += is_unpruned
-            elif name not in self.prefills:  # else after a preemption, as if there had been none
+            elif name not in self.prefills or not _is_own(scheduler, new_req_data.req_id):
+                # Else it was preempted, and goes on as if it had not been.
                 self.counts["went on from another"] += 1
                 self.went_on.add(name)
             return add(index, new_req_data)
