@@ -240,8 +240,10 @@ def test_what_a_request_may_take(engine):
         return engine.run("serve", requests=[request | salted | {"params": params}])
 
     serve(first, "a")
-    for extra in ({"lazyllm_keep": 1.2}, {"lazyllm_revive": "off"}, {"lazyllm": "off"}):
+    for extra in ({"lazyllm_keep": 1.2}, {"lazyllm_revive": "off"}):
         assert not goes_on(serve(second, "a", **extra))
+    serve(first, "d")  # for one that leaves the keys of all stages
+    assert not goes_on(serve(second, "d", lazyllm="off"))
     exact = serve(second, "a", lazyllm_reuse="exact")
     assert not goes_on(exact) and exact["found"] == [[320]]
     off = serve(second, "a", lazyllm_reuse="off")

@@ -107,11 +107,12 @@ def test_beside_decodes(engines):
 
 @pytest.mark.parametrize("engines", ["peak"], indirect=True)
 def test_a_cached_prompt_that_is_not_pruned(engines):
-    """The later stages must run what the cache has in the first: no more of it in a step than the
-    step has tokens. At once it would be 5 times as many layer-rows."""
+    """The later stages must run what a pruned prompt left of the first: no more of it in a step
+    than the step has tokens. At once it would be 5 times as many layer-rows."""
     request = asked(LONG[0], FEW)
     request["params"]["extra_args"] = {"lazyllm": "off"}
     cold, _ = engines.serve([request])
+    engines.serve([asked(LONG[0], FEW)])  # which leaves the first stage alone
     found, decode = 192, asked(SHORT[0], MANY)
     result = engines.engine.run("serve", requests=[decode, request | {"at": 4}])
     steps = engines.engine.run("steps")

@@ -86,7 +86,7 @@ def test_a_window_over_keys_in_any_order(device, dtype, monkeypatch):
         torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (end - first, end)
     )
     step = SimpleNamespace(
-        batch=SimpleNamespace(prefills=SimpleNamespace(shift=first)),
+        is_shifted=True,
         longest_keys={2: int(end.max())},
         num_keys={2: int(end.sum())},
         segments={2: Segments(starts, 0, w.ints(first.tolist()), w.ints([0] * len(end)))},

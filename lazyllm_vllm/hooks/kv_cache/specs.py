@@ -33,6 +33,8 @@ class StageSpec(FullAttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
+        """Not to vLLM, whose lookup would find no more of the first stage than of this one; see
+        ``catch_up.with_later_stages``."""
         return False
 
     @classmethod
