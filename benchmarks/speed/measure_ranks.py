@@ -1,6 +1,7 @@
 """What is measured on an engine of several ranks; see ``measure``."""
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -19,27 +20,41 @@ def collectives(llm: LLM, tokens: int, decode_tokens: int) -> dict:
     and ``decode_scores`` reduce LazyLLM's scores. Gathers of hidden states count with the gathers
     of logits, which stock vLLM has too."""
 
-    def run(tokens: int, count: int) -> None:
-        llm.generate(new_prompts(1, tokens), params(count), use_tqdm=False)
+    def run() -> None:
+        llm.generate(new_prompts(1, tokens), params(1), use_tqdm=False)
 
-    def profile(*args) -> Counter:
-        llm.collective_rpc(_start_profile)
-        run(*args)
-        return llm.collective_rpc(_stop_profile)[0]
-
-    run(tokens, 1)
-    run(decode_tokens, 1 + _STEPS)
-    prefill, first = profile(tokens, 1), profile(decode_tokens, 1)
-    steps = profile(decode_tokens, 1 + _STEPS)
-    step = {kind: (steps[kind] - first[kind]) / _STEPS for kind in steps | first}
+    run()
+    prefill, steps = _profiled(llm, run), _decode_steps(llm, decode_tokens)
+    step = Counter({kind: time / _STEPS for kind, time in steps.items()})
     return {
         "value": sum(prefill.values()) - prefill["scores' kernels"],
         "scores": prefill["scores"] + prefill["scores' kernels"],
         "gathers": prefill["gathers"],
-        "decode": sum(step.values()) - step.get("scores' kernels", 0),
-        "decode_scores": step.get("scores", 0) + step.get("scores' kernels", 0),
-        "decode_gathers": step.get("gathers", 0),
+        "decode": sum(step.values()) - step["scores' kernels"],
+        "decode_scores": step["scores"] + step["scores' kernels"],
+        "decode_gathers": step["gathers"],
     }
+
+
+def _profiled(llm: LLM, run: Callable[[], object]) -> Counter:
+    """Milliseconds by kind of kernel while ``run`` does, on the first rank."""
+    llm.collective_rpc(_start_profile)
+    run()
+    return llm.collective_rpc(_stop_profile)[0]
+
+
+def _decode_steps(llm: LLM, tokens: int) -> Counter:
+    """The same of ``_STEPS`` steps that decode one request after ``tokens`` tokens."""
+    engine, (prompt,), count = llm.llm_engine, new_prompts(1, tokens), 0
+    engine.add_request("collectives", prompt, params(8 + 2 * _STEPS))
+    while count < 3:
+        for output in engine.step():
+            count = len(output.outputs[0].token_ids)
+    found = _profiled(llm, lambda: [engine.step() for _ in range(_STEPS)])
+    engine.abort_request(["collectives"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return found
 
 
 def _start_profile(worker) -> None:
@@ -51,7 +66,8 @@ def _start_profile(worker) -> None:
 
 def _stop_profile(worker) -> Counter:
     """Milliseconds by kind of kernel."""
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     profile = worker.lazyllm_profile
     profile.stop()
     found: Counter = Counter()
