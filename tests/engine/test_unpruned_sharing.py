@@ -166,3 +166,17 @@ def test_it_is_pruned_where_that_takes_less(ours):
     ours.fresh()
     (stats,) = ask(ours, DOCUMENT[:170], "deep")["stats"]
     assert stats["kept"][-1] < 100
+
+
+def test_layers_with_a_window_too(tmp_path_factory, open_engine):
+    """In a model where two layers of three have one, of 64 tokens: stock vLLM's answers."""
+    folder = families.save_tiny("gemma3", tmp_path_factory.mktemp("gemma3"))
+    config = CONFIG | {"prune": [{"layer": 3, "keep": 0.5}, {"layer": 6, "keep": 0.2}]}
+    config["min_prompt_tokens"] = 400
+    mine, theirs = open_engine(folder, config, **OPTIONS), open_engine(folder, **OPTIONS)
+    prompt, known = DOCUMENT[:100], 0
+    for more in (5, 30, 1, 60, 0):
+        found, expected = (engine.generate([prompt], 8) for engine in (mine, theirs))
+        assert found["tokens"] == expected["tokens"] and found["cached"] == [known]
+        said = expected["tokens"][0]
+        known, prompt = blocks(len(prompt) + len(said) - 1), prompt + said + OTHER[:more]
