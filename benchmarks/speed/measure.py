@@ -91,10 +91,16 @@ def decode(llm: LLM, tokens: int, batch: int, steps: int) -> dict:
     result = {"value": 1000 * (end - start) / done}
     if revived is not None:
         result["revived"] = (_revived(llm) - revived) / (done * batch)
-    engine.abort_request(ids)
+    end_all(llm, ids)
+    return result
+
+
+def end_all(llm: LLM, names: list[str]) -> None:
+    """Abort requests, and wait until the engine has nothing to do."""
+    engine = llm.llm_engine
+    engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return result
 
 
 def _revived(llm: LLM) -> float | None:

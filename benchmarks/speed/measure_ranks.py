@@ -7,7 +7,7 @@ import torch
 
 from vllm import LLM
 
-from benchmarks.speed.measure import check, decode, new_prompts, params, room, ttft
+from benchmarks.speed.measure import check, decode, end_all, new_prompts, params, room, ttft
 
 __all__ = ["check", "collectives", "decode", "room", "ttft"]
 
@@ -51,9 +51,7 @@ def _decode_steps(llm: LLM, tokens: int) -> Counter:
         for output in engine.step():
             count = len(output.outputs[0].token_ids)
     found = _profiled(llm, lambda: [engine.step() for _ in range(_STEPS)])
-    engine.abort_request(["collectives"])
-    while engine.has_unfinished_requests():
-        engine.step()
+    end_all(llm, ["collectives"])
     return found
 
 
@@ -66,8 +64,7 @@ def _start_profile(worker) -> None:
 
 def _stop_profile(worker) -> Counter:
     """Milliseconds by kind of kernel."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     profile = worker.lazyllm_profile
     profile.stop()
     found: Counter = Counter()

@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from vllm import LLM
 
-from benchmarks.speed.measure import check_cold, core, new_ids, new_prompts, params, throughput
+from benchmarks.speed.measure import (
+    check_cold,
+    core,
+    end_all,
+    new_ids,
+    new_prompts,
+    params,
+    throughput,
+)
 
 __all__ = [
     "arrival",
@@ -211,9 +219,7 @@ def _among_decodes(
         if came is None and min(count.values()) >= _STEADY:
             came = time.monotonic()
             engine.add_request(newcomer, {"prompt_token_ids": prompt}, params(1))
-    engine.abort_request(names)
-    while engine.has_unfinished_requests():
-        engine.step()
+    end_all(llm, names)
     ttft = 1000 * (first - came)
     times = {"value": 1000 * max(during), "ttft": ttft, "usual": 1000 * statistics.median(before)}
     said = list(answer.outputs[0].token_ids)

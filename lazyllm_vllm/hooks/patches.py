@@ -246,7 +246,7 @@ def _preempt_request(original, self, request, *args, **kwargs):
     from lazyllm_vllm.hooks.kv_cache.reuse import promised_blocks
 
     manager = self.kv_cache_manager
-    promised = promised_blocks(manager, request, self.block_size)
+    promised = promised_blocks(manager, request)
     result = original(self, request, *args, **kwargs)
     manager.evict_blocks(promised)
     return result

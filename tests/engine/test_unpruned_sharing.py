@@ -97,6 +97,19 @@ def test_who_comes_after_a_pruned_prompt_catches_up_once(ours, stock, reuse):
         assert mine["plain"] == (known > 0)
 
 
+def ask_off(ours, stock, reuse: str, prompts: list[list[int]], at: tuple[int, ...]) -> dict:
+    """The answers of both to requests that ask not to be pruned and come after so many steps, which
+    are the same."""
+    params = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
+    asked = [{"prompt": p, "params": params, "at": n} for p, n in zip(prompts, at, strict=True)]
+    theirs = stock.run("serve", requests=asked)
+    for one in asked:
+        one["params"] = params | {"extra_args": {"lazyllm": "off", "lazyllm_reuse": reuse}}
+    mine = ours.run("serve", requests=asked)
+    assert mine["tokens"] == theirs["tokens"]
+    return mine
+
+
 @pytest.mark.parametrize("reuse", REUSES)
 def test_nobody_reads_what_has_not_run(ours, stock, reuse):
     """Where more is to be caught up with than a step has tokens: three who ask at about the same
@@ -104,17 +117,8 @@ def test_nobody_reads_what_has_not_run(ours, stock, reuse):
     ours.fresh()
     stock.fresh()
     ask(ours, DOCUMENT[:200], reuse)
-    args = {"lazyllm": "off", "lazyllm_reuse": reuse}
-    params = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
     prompts = [DOCUMENT[:190] + OTHER[:n] for n in (10, 40, 25)]
-    asked = [
-        {"prompt": prompt, "params": params, "at": at} for at, prompt in zip((0, 0, 1), prompts)
-    ]
-    theirs = stock.run("serve", requests=asked)
-    for one in asked:
-        one["params"] = params | {"extra_args": args}
-    mine = ours.run("serve", requests=asked)
-    assert mine["tokens"] == theirs["tokens"]
+    mine = ask_off(ours, stock, reuse, prompts, (0, 0, 1))
     assert mine["found"][0] == [blocks(190)]
 
 
@@ -125,14 +129,8 @@ def test_nobody_catches_up_on_what_runs_in_the_same_step(ours, stock, reuse):
     ours.fresh()
     stock.fresh()
     ask(ours, DOCUMENT[:200], reuse)
-    params = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
-    asked = [{"prompt": DOCUMENT[:n], "params": params} for n in (128, 200)]
-    theirs = stock.run("serve", requests=asked)
-    for one in asked:
-        one["params"] = params | {"extra_args": {"lazyllm": "off", "lazyllm_reuse": reuse}}
-    mine = ours.run("serve", requests=asked)
+    mine = ask_off(ours, stock, reuse, [DOCUMENT[:128], DOCUMENT[:200]], (0, 0))
     assert mine["found"] == [[96], [192]]
-    assert mine["tokens"] == theirs["tokens"]
 
 
 def test_a_prompt_goes_on_from_those_that_were_not_pruned(ours, stock):

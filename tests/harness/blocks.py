@@ -3,6 +3,7 @@
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from harness.tiny import tiny_model
+from lazyllm_vllm.hooks.kv_cache.reuse import chunk_size
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec, SharedStageSpec, StageSpec
 from lazyllm_vllm.plan.blocks import BlockNeeds
 from lazyllm_vllm.plan.config import LazyLLMConfig
@@ -138,11 +140,23 @@ def hit_of(manager: KVCacheManager, request: Request) -> int:
     return manager.get_computed_blocks(request)[1]
 
 
-def admit(manager: KVCacheManager, request: Request, chunk: int = 10**6) -> bool:
-    """Its first chunk, as the scheduler does with a waiting request that runs alone."""
+def admit(
+    manager: KVCacheManager, request: Request, chunk: int = 10**6, budget: int | None = None
+) -> bool:
+    """Its first chunk, as the scheduler does with a waiting request that runs alone.
+
+    Args:
+        budget: tokens of a step, if the request's chunks go by ``reuse.chunk_size``, which must
+            leave this one as it is.
+    """
     request.num_computed_tokens = 0
     found, hit, *_ = manager.get_computed_blocks(request)
     size = min(chunk, request.num_tokens - hit)
+    if budget is not None:
+        parts = {"running": [], "waiting": [], "kv_holding_waiting": [], "max_num_running_reqs": 8}
+        config = SimpleNamespace(max_num_batched_tokens=budget)
+        scheduler = SimpleNamespace(kv_cache_manager=manager, scheduler_config=config, **parts)
+        assert chunk_size(scheduler, request, hit, size) == size
     blocks = manager.allocate_slots(
         request, size, hit, found, full_sequence_must_fit=True, has_scheduled_reqs=False
     )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from harness.block_sets import blocks_add_up
-from harness.blocks import BLOCK, go_on, grow, manager_of, needs_of, request_of
+from harness.blocks import BLOCK, admit, go_on, grow, manager_of, needs_of, request_of
 
 from vllm.v1.request import Request, RequestStatus
 
@@ -58,26 +58,17 @@ class World:
         request = request_of(f"r{next(self.names)}", prompt, self.hash_size)
         if off:
             request.sampling_params.extra_args = {"lazyllm": "off"}
-        return self.admit(request, chunk, by_engine)
+        return self._admit(request, chunk, by_engine)
 
     def again(self, request: Request) -> Request:
         """Preempt it, and have it begin again."""
         self.manager.free(request)
-        request.num_preemptions, request.num_computed_tokens = 1, 0
-        return self.admit(request, 1000, True)
+        request.num_preemptions = 1
+        return self._admit(request, 1000, True)
 
-    def admit(self, request: Request, chunk: int, by_engine: bool) -> Request:
+    def _admit(self, request: Request, chunk: int, by_engine: bool) -> Request:
         manager = self.manager
-        found, hit, *_ = manager.get_computed_blocks(request)
-        size = min(chunk, request.num_tokens - hit)
-        if by_engine:
-            config = SimpleNamespace(max_num_batched_tokens=8192)
-            parts = {"kv_cache_manager": manager, "scheduler_config": config}
-            queues = {"running": [], "waiting": [], "kv_holding_waiting": []}
-            scheduler = SimpleNamespace(max_num_running_reqs=8, **parts, **queues)
-            assert reuse.chunk_size(scheduler, request, hit, size) == size
-        assert manager.allocate_slots(request, size, hit, found, full_sequence_must_fit=True)
-        request.num_computed_tokens = hit + size
+        assert admit(manager, request, chunk, budget=8192 if by_engine else None)
         if not self.is_in_step:
             data = SimpleNamespace(req_id=request.request_id)
             reuse.hand_over(manager, [data])
@@ -218,7 +209,7 @@ def test_a_chunk_that_is_taken_back_promises_nothing():
     first, *later = (len(blocks) for blocks in world.held(request)[1:])
     assert (first, *later) == (6, 6, 6)
     request.num_computed_tokens = 80
-    promised = reuse.promised_blocks(world.manager, request, BLOCK)
+    promised = reuse.promised_blocks(world.manager, request)
     expected = {block.block_id for blocks in world.held(request)[:2] for block in blocks[5:]}
     expected |= {block.block_id for blocks in world.held(request)[2:] for block in blocks}
     assert promised == expected

@@ -23,7 +23,8 @@ from lazyllm_vllm.hooks.kv_cache.managers import (
 )
 from lazyllm_vllm.hooks.kv_cache.snapshots import BlockSet, Snapshot, Taken
 from lazyllm_vllm.hooks.turns import PLACES
-from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
+from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF
 from lazyllm_vllm.plan.schedule import TURNS_A_STEP
 
 # Where workers find it in a request's data; and of one that is not pruned how many tokens it has in
@@ -48,23 +49,21 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     first.watchdog.asks(manager.block_pool, request, first.plans.pop(name, None))
     snapshots.taken.pop(name, None)
     first.found.pop(name, None)
-    is_pruned = schedule.plan(request.num_tokens, setting).is_pruned
-    reuse = schedule.reuse(setting)
-    if reuse == OFF and is_pruned:
+    anew, reuse = schedule.plan(request.num_tokens, setting), schedule.reuse(setting)
+    if reuse == OFF and anew.is_pruned:
         request.skip_reading_prefix_cache = True
     found = lookup()
     if (own := snapshots.own(request)) is not None:
         return _go_on(manager, request, own, found, (True,)) or found
-    if not is_pruned:
+    if not anew.is_pruned:
         return begin_unpruned(first, request, *with_later_stages(planned, request, found))
-    snapshot = _snapshot_for(first, request, setting) if reuse == DEEP else None
-    # A preempted request that was not pruned has outgrown the least of a prompt that is.
-    was_pruned = (
-        not request.num_preemptions or schedule.plan(request.num_prompt_tokens, setting).is_pruned
-    )
-    if reuse == DEEP or not was_pruned:
+    snapshot = _snapshot_for(first, request, anew) if reuse == DEEP else None
+    # By what it generated it may have outgrown the least of a prompt that is pruned.
+    first_life = schedule.plan(request.num_prompt_tokens, setting)
+    was_unpruned = request.num_preemptions > 0 and not first_life.is_pruned
+    if reuse == DEEP or was_unpruned:
         least = snapshot.num_tokens if snapshot else 1
-        if (unpruned := _go_on_unpruned(manager, request, setting, found, least)) is not None:
+        if (unpruned := _go_on_unpruned(manager, request, anew, found, least)) is not None:
             return unpruned
     if snapshot is None:
         return found
@@ -73,32 +72,30 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     return _go_on(manager, request, snapshot, found, ways) or found
 
 
-def _snapshot_for(
-    planned: PlannedManager, request: Request, setting: RequestSetting
-) -> Snapshot | None:
+def _snapshot_for(planned: PlannedManager, request: Request, anew: RequestPlan) -> Snapshot | None:
     """Of what others left, from which a request goes on rather than being pruned anew."""
-    schedule, wanted = planned.kv_cache_spec.needs.schedule, replace(setting, reuse=None)
+    schedule = planned.kv_cache_spec.needs.schedule
+    wanted = replace(planned.settings[request.request_id], reuse=None)
     hashes, size = planned.hashes(request), planned.block_size
     snapshot = planned.snapshots.find(request, hashes, size, wanted)
     if snapshot is None or not schedule.has_room(snapshot.plan, snapshot.turns):
         return None
-    anew = schedule.plan(request.num_tokens, setting)
     return snapshot if schedule.goes_on_sooner(snapshot.num_tokens, anew) else None
 
 
 def _go_on_unpruned(
-    manager: KVCacheManager, request: Request, setting: RequestSetting, found: tuple, least: int
+    manager: KVCacheManager, request: Request, anew: RequestPlan, found: tuple, least: int
 ) -> tuple | None:
-    """Have a request that would be pruned go on from prompts that were not, so that it is not
-    either. None: they had fewer than ``least`` tokens of its, or it takes less to prune it, or
-    there is no room for all of it."""
+    """Have a request that would be pruned, as ``anew`` says, go on from prompts that were not, so
+    that it is not either. None: they had fewer than ``least`` tokens of its, or it takes less to
+    prune it, or there is no room for all of it."""
     planned = planned_managers(manager)
     first, name = planned[0], request.request_id
     schedule = first.kv_cache_spec.needs.schedule
     found, whole = with_later_stages(planned, request, found)
-    anew = schedule.plan(request.num_tokens, setting)
     if whole < least or not schedule.goes_on_sooner(whole, anew):
         return None
+    setting = first.settings[name]
     first.settings[name] = replace(setting, schedule=OFF)
     if _has_room(manager, request, found):
         return begin_unpruned(first, request, found, whole)
@@ -259,7 +256,7 @@ def _snapshot_of(
     )
 
 
-def promised_blocks(manager: KVCacheManager, request: Request, block_size: int) -> set[int]:
+def promised_blocks(manager: KVCacheManager, request: Request) -> set[int]:
     """Ids of a request's blocks in the prefix cache that nobody computes if the chunk that it was
     just given is taken back."""
     promised, name = set(), request.request_id
@@ -269,7 +266,7 @@ def promised_blocks(manager: KVCacheManager, request: Request, block_size: int) 
         if isinstance(each, StageManager) and name in each.found:
             found = each.found[name]  # with its first chunk it catches up with what it found
             first = found.whole if first == found.tokens else first
-        promised |= {block.block_id for block in blocks[first // block_size :]}
+        promised |= {block.block_id for block in blocks[first // each.block_size :]}
     return promised
 
 
