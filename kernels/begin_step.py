@@ -12,12 +12,16 @@ from lazyllm_vllm.kernels.selection import Rows, Segments, Selection
 def _begin_step_kernel(
     num_prompt_ptr,
     is_pruned_ptr,
+    state_room_ptr,
+    revivable_ptr,
     active_ptr,  # [stages, max batch]
     limit_ptr,  # [stages, max batch]
     turn_limit_ptr,  # [stages, max batch]
     turn_row_ptr,
+    turn_end_ptr,
     index_ptr,
     prompts_ptr,  # the columns of PromptCounts
+    rooms_ptr,
     kept_ptr,
     capacity_ptr,
     prompt_keys_ptr,
@@ -56,6 +60,7 @@ def _begin_step_kernel(
         if tl.program_id(1) == 0:
             tl.store(num_prompt_ptr + batch, num_prompt)
             tl.store(is_pruned_ptr + batch, pruned)
+            tl.store(state_room_ptr + batch, tl.load(rooms_ptr + counts))
         nth = batch - num_decodes
         start = tl.load(start_ptr + nth)
         end = tl.load(start_ptr + nth + 1)
@@ -72,6 +77,7 @@ def _begin_step_kernel(
         return
     tl.store(num_prompt_ptr + batch, num_prompt)
     tl.store(is_pruned_ptr + batch, pruned)
+    tl.store(state_room_ptr + batch, tl.load(rooms_ptr + counts))
     position = tl.load(positions_ptr + batch)
     if index < 0:
         position = position * 0
@@ -81,6 +87,8 @@ def _begin_step_kernel(
     is_turn = batch < num_turns
     turn_row = tl.load(turn_row_ptr + batch, mask=is_turn, other=-1)
     is_elsewhere = turn_row >= 0
+    turn_end = tl.load(turn_end_ptr + batch, mask=is_turn, other=0)
+    tl.store(revivable_ptr + batch, tl.where(is_turn, turn_end, num_prompt))
     any_active = 0
     for stage in range(num_stages):
         at = stage * max_batch + batch
@@ -124,12 +132,16 @@ def begin_step_triton(s, rows, positions, segments, num_decodes, turns, revive_r
     _begin_step_kernel[(num_decodes + segments.count, splits)](
         s.num_prompt,
         s.is_pruned,
+        s.state_room,
+        s.revivable,
         s.active,
         s.limit,
         s.turn_limit,
         s.turn_row,
+        s.turn_end,
         s.index,
         counts.num_prompt,
+        counts.state_room,
         counts.kept,
         counts.capacity,
         counts.prompt_keys,
@@ -169,6 +181,9 @@ def begin_step_reference(
         x[index] for x in (s.counts.kept, s.counts.capacity, s.counts.prompt_keys)
     )
     s.num_prompt[:batch] = s.counts.num_prompt[index] * real
+    s.state_room[:batch] = s.counts.state_room[index]
+    s.revivable[:n] = s.num_prompt[:n]
+    s.revivable[:num_turns] = s.turn_end[:num_turns]
     s.is_pruned[:batch] = kept[:, -1] < s.num_prompt[:batch]
     pruned = s.is_pruned[:batch].bool()
     for nth in range(segments.count):
@@ -213,14 +228,14 @@ def begin_step(
     revive_rows: int,
     marks_always: bool,
 ) -> None:
-    """Fill what the boundaries of a step go by: ``num_prompt`` and ``is_pruned`` of ``s``, of
-    decodes ``active`` and ``limit`` too; the decodes' rows in every stage; the prefills' position
-    and request in stage 0.
+    """Fill what the boundaries of a step go by: ``num_prompt``, ``is_pruned`` and ``state_room`` of
+    ``s``, of decodes ``active``, ``limit`` and ``revivable`` too; the decodes' rows in every stage;
+    the prefills' position and request in stage 0.
 
     A turn goes on from what an earlier request left. Its last token is a decode that revives as
-    many tokens as ``s.turn_limit`` says, the best of those without keys. They have the slots before
-    those of the turn's last ``s.turn_tokens`` tokens, all of which see them. In stage 0 that token
-    may be a prefill's row, ``s.turn_row``: the decode has no keys there, and in stage 1 goes on
+    many tokens as ``s.turn_limit`` says, the best of those before ``s.turn_end`` without keys. They
+    have the slots before those of the turn's last ``s.turn_tokens`` tokens, all of which see them.
+    In stage 0 that token may be a prefill's row, ``s.turn_row``: the decode has no keys there, and in stage 1 goes on
     from that row.
 
     Args:

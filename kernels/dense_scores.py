@@ -46,7 +46,7 @@ def _dense_scores_kernel(
     first = tl.sum(tl.load(num_prompt_ptr + other, mask=is_active & (other < batch), other=0), 0)
     num_prompt = tl.load(num_prompt_ptr + batch)
     table = block_table_ptr + batch * block_table_stride
-    start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
+    start, end = split_bounds(0, num_prompt, tl.program_id(1), splits, BLOCK)
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end

@@ -55,4 +55,5 @@ def keep_by_mass(
         (s.counts.capacity, capacity),
     ):
         column[index, stage] = value.where(is_active, column[index, stage])
+    s.choice.count[stage, mine] = count
     return count

@@ -28,6 +28,7 @@ def _park_kernel(
     scale_ptr,  # planes of the prompt state: scale, fp32, for FP8
     place_ptr,
     num_prompt_ptr,
+    state_room_ptr,
     block_table_ptr,
     block_table_stride,
     page_stride,
@@ -51,7 +52,7 @@ def _park_kernel(
     dtype: tl.constexpr = aux_ptr.dtype.element_ty
     where, at = _addresses(
         block_table,
-        num_prompt,
+        tl.load(state_room_ptr + request),
         position,
         place_ptr,
         page_stride,
@@ -77,7 +78,7 @@ def _park_kernel(
 @triton.jit
 def _addresses(
     block_table_row,
-    num_prompt,
+    state_room,
     position,
     place_ptr,
     page_stride,
@@ -103,7 +104,7 @@ def _addresses(
     )
     at = aux_at(
         block_table_row,
-        num_prompt,
+        state_room,
         tl.load(place_ptr + where),
         page_stride,
         block_stride,
@@ -125,7 +126,7 @@ def _fetch_kernel(
     aux_ptr,
     scale_ptr,
     place_ptr,
-    num_prompt_ptr,
+    state_room_ptr,
     block_table_ptr,
     block_table_stride,
     page_stride,
@@ -150,7 +151,7 @@ def _fetch_kernel(
             block_table = block_table_ptr + request * block_table_stride
             where, at = _addresses(
                 block_table,
-                tl.load(num_prompt_ptr + request),
+                tl.load(state_room_ptr + request),
                 tl.load(row_position_ptr + row),
                 place_ptr,
                 page_stride,
@@ -188,6 +189,7 @@ def park_triton(hidden, rows, batch, is_pruned, aux):
         aux.state.scale,
         aux.state.place,
         aux.num_prompt,
+        aux.state_room,
         *aux.pages.kernel_args,
         batch.start,
         BLOCK=block,
@@ -220,7 +222,7 @@ def fetch_triton(out, hidden, rows, aux):
         constants = dict.fromkeys(("PAGES", "PER_PAGE", "PER_SLOT"), 1)
         constants["SLOT_SIZE"] = hidden.shape[1]
     else:
-        where = (aux.buffer, aux.state.scale, aux.state.place, aux.num_prompt)
+        where = (aux.buffer, aux.state.scale, aux.state.place, aux.state_room)
         where += aux.pages.kernel_args
         constants = aux.pages.kernel_constants
     _fetch_kernel[(len(out), parts)](

@@ -7,8 +7,9 @@ each cut into ``per_page`` slots as large as a hidden state:
             slot % per_page
 
 A slot holds the state of ``positions_per_slot`` positions, as six planes of four-byte numbers. The
-first ``ceil(N / positions_per_slot)`` slots of a prompt of N tokens are its state; those after them
-are the Aux Cache, which has a hidden state for each position with keys in stage 1.
+first ``ceil(room / positions_per_slot)`` slots are for the state of so many positions, those of the
+prompt and of what may come after it; those behind are the Aux Cache, which has a hidden state for
+each position with keys in stage 1.
 """
 
 from dataclasses import dataclass
@@ -118,11 +119,13 @@ class AuxCache:
     Attributes:
         buffer: flat, in the model's dtype or FP8 (e4m3), from the group's first page on.
         num_prompt: ``[batch]`` int32.
+        state_room: ``[batch]`` int32, positions for whose state there is room.
         state: of the same prompts, in the same pages.
     """
 
     buffer: torch.Tensor
     num_prompt: torch.Tensor
+    state_room: torch.Tensor
     pages: Pages
     state: PromptState
 
@@ -130,7 +133,7 @@ class AuxCache:
         """First element of each hidden state, int64; ``request`` holds batch indices."""
         request, position = request.long(), position.long()
         size = self.pages.positions_per_slot
-        state_slots = (self.num_prompt[request].long() + size - 1) // size
+        state_slots = (self.state_room[request].long() + size - 1) // size
         place = self.state.place[self.state.at(request, position)].long()
         return self.pages.slot_address(request, state_slots + place)
 
@@ -171,7 +174,7 @@ def state_at(
 @triton.jit
 def aux_at(
     block_table_row,
-    num_prompt,
+    state_room,
     place,
     page_stride,
     block_stride,
@@ -181,6 +184,6 @@ def aux_at(
     PER_SLOT: tl.constexpr,
 ):
     """First element of a hidden state of a request, by its place."""
-    slot = tl.cdiv(num_prompt, PER_SLOT) + place
+    slot = tl.cdiv(state_room, PER_SLOT) + place
     block = tl.load(block_table_row + slot // (PAGES * PER_PAGE))
     return _slot_address(block, slot, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE)

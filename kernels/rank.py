@@ -21,6 +21,7 @@ from lazyllm_vllm.kernels.top_k import (
     BLOCK,
     NO_CANDIDATE,
     add_digits,
+    bounds_of,
     histogram_of,
     num_splits,
     split_bounds,
@@ -71,6 +72,9 @@ def _rank_kernel(
     block_stride,
     histogram_ptr,
     num_prompt_ptr,
+    first_ptr,
+    end_ptr,
+    revivable_ptr,
     active_ptr,
     first_tokens,
     last_tokens,
@@ -82,6 +86,7 @@ def _rank_kernel(
     AFTER: tl.constexpr,
     STRICT: tl.constexpr,
     LISTS: tl.constexpr,
+    PREFILL: tl.constexpr,
     PAGES: tl.constexpr,
     PER_PAGE: tl.constexpr,
     SLOT_SIZE: tl.constexpr,
@@ -94,7 +99,8 @@ def _rank_kernel(
     num_prompt = tl.load(num_prompt_ptr + batch)
     table = block_table_ptr + batch * block_table_stride
     row = histogram_of(histogram_ptr, batch)
-    start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
+    first, last = bounds_of(batch, num_prompt_ptr, first_ptr, end_ptr, PREFILL)
+    start, end = split_bounds(first, last, tl.program_id(1), splits, BLOCK)
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
@@ -120,11 +126,12 @@ def _rank_kernel(
         tl.store(rank_ptr + at, tl.where(own, rank, -1), mask=valid)
         add_digits(row, rank, own, 0, 0)
         if LISTS == 2:
-            absent = own & (tl.load(level_ptr + at, mask=own, other=127) == stage)
+            here = own & (p < tl.load(revivable_ptr + batch))
+            absent = here & (tl.load(level_ptr + at, mask=here, other=127) == stage)
             add_digits(row, rank, absent, 0, 1)
 
 
-def rank_tokens_triton(s, stage, batch, lists, strict, rule):
+def rank_tokens_triton(s, stage, batch, lists, strict, rule, prefill=False):
     splits = num_splits(len(batch))
     state = s.state
     _rank_kernel[(len(batch), splits)](
@@ -135,6 +142,9 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
         *state.pages.kernel_args,
         s.search.histogram,
         s.num_prompt,
+        s.choice.first,
+        s.choice.end,
+        s.revivable,
         s.active[stage],
         rule.first_tokens,
         rule.last_tokens,
@@ -146,6 +156,7 @@ def rank_tokens_triton(s, stage, batch, lists, strict, rule):
         AFTER=rule.after,
         STRICT=strict,
         LISTS=lists,
+        PREFILL=prefill,
         BLOCK=BLOCK,
         **state.pages.kernel_constants,
     )
@@ -160,7 +171,7 @@ def _candidates(state, at, stage, strict):
     return candidate
 
 
-def rank_tokens_reference(s, stage, batch, lists, strict, rule):
+def rank_tokens_reference(s, stage, batch, lists, strict, rule, prefill=False):
     for i in batch:
         if not s.active[stage, i]:
             continue
@@ -173,11 +184,18 @@ def rank_tokens_reference(s, stage, batch, lists, strict, rule):
         rank = score.clamp(min=0).view(torch.int32)
         rank[: rule.first_tokens] = ALWAYS_KEPT
         rank[max(len(rank) - rule.last_tokens, 0) :] = ALWAYS_KEPT
-        s.state.rank[at] = rank.where(candidate, NO_CANDIDATE)
+        mine = slice(int(s.choice.first[i]), int(s.choice.end[i])) if prefill else slice(None)
+        s.state.rank[at[mine]] = rank.where(candidate, NO_CANDIDATE)[mine]
 
 
 def rank_tokens(
-    s: Selection, stage: int, batch: range, lists: int, strict: bool, rule: RankRule
+    s: Selection,
+    stage: int,
+    batch: range,
+    lists: int,
+    strict: bool,
+    rule: RankRule,
+    prefill: bool = False,
 ) -> None:
     """Turn scores into ranks for the boundary before ``stage``, for the active requests of
     ``batch``.
@@ -185,6 +203,7 @@ def rank_tokens(
     Args:
         lists: 1 or 2, as in ``top_k.find_best``.
         strict: only tokens that this step selected for the stage before are candidates.
+        prefill: whether these are prefills: only tokens of ``s.choice`` are ranked.
     """
     run = rank_tokens_triton if s.index.is_cuda else rank_tokens_reference
-    run(s, stage, batch, lists, strict, rule)
+    run(s, stage, batch, lists, strict, rule, prefill)

@@ -42,6 +42,7 @@ def _select_decode_kernel(
     page_stride,
     block_stride,
     num_prompt_ptr,
+    revivable_ptr,
     active_ptr,
     prompt_keys_ptr,  # [requests, stages]
     counts_stride,
@@ -73,7 +74,7 @@ def _select_decode_kernel(
         return
     clear_histogram(histogram_of(histogram_ptr, batch), split, splits)
     num_prompt = tl.load(num_prompt_ptr + batch)
-    start, end = split_bounds(num_prompt, split, splits, BLOCK)
+    start, end = split_bounds(0, num_prompt, split, splits, BLOCK)
     if start >= end:
         return
     counts = counts_of(counts_ptr, batch, MAX_SPLITS)
@@ -95,6 +96,7 @@ def _select_decode_kernel(
         left_out = tl.where(is_turn, tl.load(limit_ptr + batch), 0)  # slots that wait for them
         seeing = tl.load(turn_tokens_ptr + batch, mask=is_turn, other=0)
         first_slot = next_slot - left_out - seeing
+        revivable = tl.load(revivable_ptr + batch)
         # Prompt tokens with keys in the stage so far: slots less the tokens after the prompt.
         after_prompt = tl.load(row_position_ptr + batch).to(tl.int32) + 1 - num_prompt
         first_place = next_slot - left_out - after_prompt
@@ -114,7 +116,8 @@ def _select_decode_kernel(
             marked = valid if FIRST else taken
             tl.store(selected_ptr + at, tl.where(taken, stage, 0), mask=marked)
         if LISTS == 2:
-            absent = valid & (tl.load(level_ptr + at, mask=rank >= best, other=127) == stage)
+            here = (rank >= best) & (p < revivable)
+            absent = tl.load(level_ptr + at, mask=here, other=127) == stage
             better = absent & (rank > best)
             level_with = (absent & (rank == best)).to(tl.int32)
             on_order = on + tl.cumsum(level_with, 0)
@@ -157,6 +160,7 @@ def select_decode_triton(s, stage, num_decodes, num_turns, rows, lists, marks):
         state.place,
         *state.pages.kernel_args,
         s.num_prompt,
+        s.revivable,
         s.active[stage],
         s.counts.prompt_keys,
         s.counts.stride,
@@ -202,13 +206,13 @@ def select_decode_reference(s, stage, num_decodes, num_turns, rows, lists, marks
         if lists == 1:
             continue
         absent, limit = (rank >= 0) & (state.level[at] == stage), int(s.limit[stage, i])
-        is_turn = i < num_turns
+        absent[int(s.revivable[i]) :] = False
+        is_turn, without_keys = i < num_turns, rank[absent]
         if not is_turn:
             absent &= best & (rank >= s.least_revived)
         revived = min(int(absent.sum()), limit)
         chosen = best_mask(rank.where(absent, NO_CANDIDATE), revived).nonzero()[:, 0]
         # As the kernel orders them: what lies on the higher of both lists' thresholds goes last.
-        without_keys = rank[(rank >= 0) & (state.level[at] == stage)]
         higher = _least_of_best(without_keys, limit)
         if not is_turn:
             of_all = _least_of_best(rank[rank >= 0], int(s.counts.kept[index, stage]))

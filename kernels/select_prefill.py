@@ -45,6 +45,13 @@ def _select_prefill_kernel(
     block_stride,
     active_ptr,
     num_prompt_ptr,
+    choice_begin_ptr,
+    choice_first_ptr,
+    choice_end_ptr,
+    choice_before_ptr,  # [stages, max batch]
+    choice_count_ptr,
+    max_batch,
+    num_stages,
     index_ptr,
     before_start_ptr,  # [prefills + 1], first row of each prefill in the stage before
     before_first_ptr,  # [prefills], and its slot
@@ -81,7 +88,7 @@ def _select_prefill_kernel(
     if tl.load(active_ptr + batch) == 0:
         shift = tl.load(after_shift_ptr + nth)
         before_position = before_first - tl.load(before_shift_ptr + nth)
-        start, end = split_bounds(num_rows, split, splits, BLOCK)
+        start, end = split_bounds(0, num_rows, split, splits, BLOCK)
         for j0 in range(start, end, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             valid = j < end
@@ -104,7 +111,24 @@ def _select_prefill_kernel(
     met, all_met = counts_before(counts, split, splits, 1, MAX_SPLITS)
     num_seen, all_seen = counts_before(counts, split, splits, 2, MAX_SPLITS)
     num_kept = num_above + tl.minimum(met, ties)
-    start, end = split_bounds(tl.load(num_prompt_ptr + batch), split, splits, BLOCK)
+    choice = choice_before_ptr + stage * max_batch + batch
+    slots_before = tl.load(choice)
+    num_seen += tl.load(choice - max_batch)
+    first, last = tl.load(choice_first_ptr + batch), tl.load(choice_end_ptr + batch)
+    if (stage == 1) & (split == 0):
+        # What is not chosen among has keys in every stage, and what comes after has its place.
+        next_place = slots_before + tl.load(choice_count_ptr + stage * max_batch + batch)
+        begin, num_prompt = tl.load(choice_begin_ptr + batch), tl.load(num_prompt_ptr + batch)
+        for p0 in range(begin, num_prompt - (last - first), BLOCK):
+            p = p0 + tl.arange(0, BLOCK)
+            valid = p < num_prompt - (last - first)
+            p = tl.where(p < first, p, p + last - first)
+            at = state_at(
+                table, p, valid, page_stride, block_stride, PAGES, PER_PAGE, SLOT_SIZE, PER_SLOT
+            )
+            tl.store(level_ptr + at, num_stages, mask=valid)
+            tl.store(place_ptr + at, next_place + p - last, mask=valid & (p >= last))
+    start, end = split_bounds(first, last, split, splits, BLOCK)
     for p0 in range(start, end, BLOCK):
         p = p0 + tl.arange(0, BLOCK)
         valid = p < end
@@ -116,7 +140,7 @@ def _select_prefill_kernel(
         tie = (rank == threshold).to(tl.int32)
         kept = (rank > threshold) | ((tie != 0) & (met + tl.cumsum(tie, 0) <= ties))
         back = num_seen + tl.cumsum(candidate.to(tl.int32), 0) - 1 - before_first
-        slot = num_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
+        slot = slots_before + num_kept + tl.cumsum(kept.to(tl.int32), 0) - 1
         j = slot - after_first
         here = kept & (j >= 0) & (j < num_rows)
         tl.store(row_position_ptr + after + j, p.to(tl.int64), mask=here)
@@ -132,9 +156,9 @@ def _select_prefill_kernel(
 
 def select_prefill_triton(s, stage, batch, before, after, searches):
     if searches:
-        find_best(s, stage, batch, lists=1)
+        find_best(s, stage, batch, lists=1, prefill=True)
     splits = num_splits(len(batch))
-    state, search, rows = s.state, s.search, after.rows
+    state, search, rows, choice = s.state, s.search, after.rows, s.choice
     _select_prefill_kernel[(len(batch), splits)](
         search.thresholds,
         search.split_counts,
@@ -145,6 +169,13 @@ def select_prefill_triton(s, stage, batch, before, after, searches):
         *state.pages.kernel_args,
         s.active[stage],
         s.num_prompt,
+        choice.begin,
+        choice.first,
+        choice.end,
+        choice.before,
+        choice.count,
+        choice.before.stride(0),
+        s.num_stages,
         s.index,
         before.start,
         before.first,
@@ -168,22 +199,31 @@ def select_prefill_triton(s, stage, batch, before, after, searches):
 
 
 def select_prefill_reference(s, stage, batch, before, after, searches):
-    rows, state = after.rows, s.state
+    rows, state, choice = after.rows, s.state, s.choice
     for nth, i in enumerate(batch):
         new, first = after.segments.of(nth), int(after.segments.first[nth])
         slot = torch.arange(first, first + new.stop - new.start, device=rows.slot.device)
         position = slot - after.segments.shift[nth]
         before_slot = position + before.shift[nth]
         if s.active[stage, i]:
-            at = state.prompt_at(i, s.num_prompt)
+            begin, first, end = (int(x[i]) for x in (choice.begin, choice.first, choice.end))
+            had, count = int(choice.before[stage, i]), int(choice.count[stage, i])
+            whole = state.prompt_at(i, s.num_prompt)
+            at = whole[first:end]
             rank = state.rank[at]
             candidates = (rank >= 0).nonzero()[:, 0]
-            kept = best_mask(rank, int(s.counts.kept[s.index[i], stage]))
+            kept = best_mask(rank, count)
             state.level[at[candidates]] = stage + kept[candidates].int()
             if stage == 1:
-                state.place[at[kept]] = torch.arange(int(kept.sum()), device=at.device).int()
-            before_slot = kept[candidates].nonzero()[:, 0][slot]
-            position = candidates[before_slot]
+                places = torch.arange(had, had + int(kept.sum()), device=at.device)
+                state.place[at[kept]] = places.int()
+                others = torch.cat([whole[begin:first], whole[end:]])
+                state.level[others] = s.num_stages
+                places = torch.arange(len(whole) - end, device=at.device)
+                state.place[whole[end:]] = (had + count + places).int()
+            before_slot = kept[candidates].nonzero()[:, 0][slot - had]
+            position = first + candidates[before_slot]
+            before_slot = before_slot + choice.before[stage - 1, i]
         back = before_slot - int(before.first[nth])
         rows.position[new] = position
         is_there = s.index[i] >= 0
@@ -202,7 +242,7 @@ def select_prefill(
 ) -> None:
     """Choose each prefill's rows of ``stage``, or a part of them: fills those that
     ``after.segments`` names, and, of prompts that are pruned now (``s.active``), ``level`` and
-    ``place``.
+    ``place`` of the tokens that ``s.choice`` is about.
 
     Args:
         batch: the prefills' batch indices. Of one that is not pruned now the rows are tokens side

@@ -14,12 +14,14 @@ class PromptCounts:
 
     Attributes:
         num_prompt: ``[requests]`` int32, tokens of the prompt, as prefilled.
+        state_room: ``[requests]`` int32, positions for whose state there is room.
         kept: ``[requests, S]`` int32, tokens of it that each stage keeps.
         capacity: ``[requests, S]`` int32, most of them that may ever have keys in the stage.
         prompt_keys: ``[requests, S]`` int32, how many have keys there now.
     """
 
     num_prompt: torch.Tensor
+    state_room: torch.Tensor
     kept: torch.Tensor
     capacity: torch.Tensor
     prompt_keys: torch.Tensor
@@ -28,6 +30,31 @@ class PromptCounts:
     def stride(self) -> int:
         """Numbers from a request to the next."""
         return self.kept.stride(0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Among which tokens boundaries choose for prefills, by batch index: of a whole prompt among
+    all, of one that goes on (``plan.LongTurn``) among its own tokens but the last ones.
+
+    Attributes:
+        begin: ``[batch]`` int32, the first position whose state is not there yet. Those from here
+            on that are not chosen among have keys in every stage.
+        first, end: ``[batch]`` int32, the positions are ``first .. end - 1``.
+        before: ``[stages, batch]`` int32, slots before those of the chosen.
+        count: ``[stages, batch]`` int32, how many are chosen.
+    """
+
+    begin: torch.Tensor
+    first: torch.Tensor
+    end: torch.Tensor
+    before: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def of(cls, numbers: torch.Tensor) -> "Choice":
+        """Views of ``[3 + 2 * stages, batch]`` int32."""
+        return cls(*numbers[:3], *numbers[3:].view(2, -1, numbers.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,9 @@ class Selection:
         state: of the prompts' positions.
         counts: of all requests; index: ``[batch]`` int32, the batch's rows of it, -1: no request.
         num_prompt, is_pruned: ``[batch]`` int32.
+        state_room: ``[batch]`` int32, as in ``PromptCounts``.
+        choice: of prefills; revivable: ``[batch]`` int32, of decodes the position before which
+            tokens may be revived.
         active: ``[stages, batch]`` int32, whether the boundary before the stage chooses anew among
             the request's tokens in this step; of decodes 0: whether any does.
         limit: ``[stages, batch]`` int32, most tokens that the request may revive into the stage.
@@ -66,6 +96,7 @@ class Selection:
             of the turn see what it revives, itself included.
         turn_limit: ``[stages, batch]`` int32, how many it revives, no fewer.
         turn_row: ``[batch]`` int32, its row in stage 0; -1: that of the decode.
+        turn_end: ``[batch]`` int32, of a turn what ``revivable`` is to be.
         search: scratch.
     """
 
@@ -74,6 +105,9 @@ class Selection:
     index: torch.Tensor
     num_prompt: torch.Tensor
     is_pruned: torch.Tensor
+    state_room: torch.Tensor
+    choice: Choice
+    revivable: torch.Tensor
     active: torch.Tensor
     limit: torch.Tensor
     quota: torch.Tensor
@@ -82,6 +116,7 @@ class Selection:
     turn_tokens: torch.Tensor
     turn_limit: torch.Tensor
     turn_row: torch.Tensor
+    turn_end: torch.Tensor
     search: Search
 
     @property

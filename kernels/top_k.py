@@ -43,11 +43,19 @@ def num_splits(num_requests: int) -> int:
 
 
 @triton.jit
-def split_bounds(num_prompt, split, splits, BLOCK: tl.constexpr):
+def split_bounds(first, end, split, splits, BLOCK: tl.constexpr):
     """Positions of the split: all splits but the last have as many whole blocks."""
-    size = tl.cdiv(tl.cdiv(num_prompt, BLOCK), splits) * BLOCK
-    start = split * size
-    return start, tl.minimum(start + size, num_prompt)
+    size = tl.cdiv(tl.cdiv(end - first, BLOCK), splits) * BLOCK
+    start = first + split * size
+    return start, tl.minimum(start + size, end)
+
+
+@triton.jit
+def bounds_of(batch, num_prompt_ptr, first_ptr, end_ptr, PREFILL: tl.constexpr):
+    """The positions among which a request chooses."""
+    if PREFILL:
+        return tl.load(first_ptr + batch), tl.load(end_ptr + batch)
+    return 0, tl.load(num_prompt_ptr + batch)
 
 
 @triton.jit
@@ -108,6 +116,14 @@ def prefix_of(histogram_row, k, STEPS: tl.constexpr, LIST: tl.constexpr):
     return prefix, remaining
 
 
+@triton.jit
+def _count_of(batch, kept_ptr, counts_stride, index_ptr, stage, PREFILL: tl.constexpr):
+    """k: how many tokens are chosen; for a prefill that has a place of its own."""
+    if PREFILL:
+        return tl.load(kept_ptr + stage * counts_stride + batch)
+    return tl.load(kept_ptr + tl.load(index_ptr + batch) * counts_stride + stage)
+
+
 @step_jit
 def _refine_kernel(
     histogram_ptr,
@@ -118,6 +134,9 @@ def _refine_kernel(
     page_stride,
     block_stride,
     num_prompt_ptr,
+    first_ptr,
+    end_ptr,
+    revivable_ptr,
     active_ptr,
     limit_ptr,
     kept_ptr,
@@ -128,6 +147,7 @@ def _refine_kernel(
     stage,
     STEP: tl.constexpr,
     LISTS: tl.constexpr,
+    PREFILL: tl.constexpr,
     PAGES: tl.constexpr,
     PER_PAGE: tl.constexpr,
     SLOT_SIZE: tl.constexpr,
@@ -137,11 +157,11 @@ def _refine_kernel(
     batch = first_request + tl.program_id(0)
     if tl.load(active_ptr + batch) == 0:
         return
-    num_prompt = tl.load(num_prompt_ptr + batch)
-    start, end = split_bounds(num_prompt, tl.program_id(1), splits, BLOCK)
+    first, last = bounds_of(batch, num_prompt_ptr, first_ptr, end_ptr, PREFILL)
+    start, end = split_bounds(first, last, tl.program_id(1), splits, BLOCK)
     if start >= end:
         return
-    k = tl.load(kept_ptr + tl.load(index_ptr + batch) * counts_stride + stage)
+    k = _count_of(batch, kept_ptr, counts_stride, index_ptr, stage, PREFILL)
     row = histogram_of(histogram_ptr, batch)
     prefix_0, ties_0 = prefix_of(row, k, STEP, 0)
     prefix_1 = 0
@@ -158,7 +178,7 @@ def _refine_kernel(
         above = rank >> (30 - 10 * STEP)
         add_digits(row, rank, (rank >= 0) & (above == prefix_0), STEP, 0)
         if LISTS == 2:
-            listed = (rank >= 0) & (above == prefix_1)
+            listed = (rank >= 0) & (above == prefix_1) & (p < tl.load(revivable_ptr + batch))
             listed &= tl.load(level_ptr + at, mask=listed, other=127) == stage
             add_digits(row, rank, listed, STEP, 1)
 
@@ -175,6 +195,9 @@ def _count_kernel(
     page_stride,
     block_stride,
     num_prompt_ptr,
+    first_ptr,
+    end_ptr,
+    revivable_ptr,
     active_ptr,
     limit_ptr,
     kept_ptr,
@@ -186,6 +209,7 @@ def _count_kernel(
     least_revived,
     num_turns,
     LISTS: tl.constexpr,
+    PREFILL: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PAGES: tl.constexpr,
     PER_PAGE: tl.constexpr,
@@ -197,10 +221,10 @@ def _count_kernel(
     split = tl.program_id(1)
     if tl.load(active_ptr + batch) == 0:
         return
-    num_prompt = tl.load(num_prompt_ptr + batch)
-    k = tl.load(kept_ptr + tl.load(index_ptr + batch) * counts_stride + stage)
+    first, last = bounds_of(batch, num_prompt_ptr, first_ptr, end_ptr, PREFILL)
+    k = _count_of(batch, kept_ptr, counts_stride, index_ptr, stage, PREFILL)
     row = histogram_of(histogram_ptr, batch)
-    start, end = split_bounds(num_prompt, split, splits, BLOCK)
+    start, end = split_bounds(first, last, split, splits, BLOCK)
     counts = counts_of(counts_ptr, batch, MAX_SPLITS) + split
     if start >= end:
         for which in tl.static_range(3):
@@ -236,7 +260,8 @@ def _count_kernel(
         rank = tl.load(rank_ptr + at, mask=valid, other=-1)
         num_ties += tl.sum((rank == threshold).to(tl.int32), 0)
         if LISTS == 2:
-            absent = tl.load(level_ptr + at, mask=rank >= best, other=127) == stage
+            here = (rank >= best) & (p < tl.load(revivable_ptr + batch))
+            absent = tl.load(level_ptr + at, mask=here, other=127) == stage
             num_above += tl.sum((absent & (rank > best)).to(tl.int32), 0)
             num_third += tl.sum((absent & (rank == best)).to(tl.int32), 0)
         else:
@@ -247,7 +272,9 @@ def _count_kernel(
     tl.store(counts + 2 * MAX_SPLITS, num_third)
 
 
-def find_best(s: Selection, stage: int, batch: range, lists: int, num_turns: int = 0) -> None:
+def find_best(
+    s: Selection, stage: int, batch: range, lists: int, num_turns: int = 0, prefill: bool = False
+) -> None:
     """Fill the thresholds and split counts of the active requests of ``batch``, whose ranks and
     first digits ``rank_tokens`` left.
 
@@ -255,7 +282,9 @@ def find_best(s: Selection, stage: int, batch: range, lists: int, num_turns: int
         lists: 2: also the best of those that have no keys in the stage, as many as ``s.limit`` and
             of at least ``s.least_revived``.
         num_turns: of so many requests, the first of the batch, as many, whatever their rank.
+        prefill: whether these are prefills, which choose as ``s.choice`` says.
     """
+    count = s.choice.count if prefill else s.counts.kept
     pages, search = s.state.pages, s.search
     splits = num_splits(len(batch))
     common = (
@@ -264,16 +293,19 @@ def find_best(s: Selection, stage: int, batch: range, lists: int, num_turns: int
         s.state.level,
         *pages.kernel_args,
         s.num_prompt,
+        s.choice.first,
+        s.choice.end,
+        s.revivable,
         s.active[stage],
         s.limit[stage],
-        s.counts.kept,
-        s.counts.stride,
+        count,
+        count.stride(0),
         s.index,
         batch.start,
         splits,
         stage,
     )
-    constants = {"LISTS": lists, "BLOCK": BLOCK} | pages.kernel_constants
+    constants = {"LISTS": lists, "PREFILL": prefill, "BLOCK": BLOCK} | pages.kernel_constants
     for step in (1, 2):
         _refine_kernel[(len(batch), splits)](*common, STEP=step, **constants)
     _count_kernel[(len(batch), splits)](

@@ -103,8 +103,8 @@ class LazyModelState(DefaultModelState):
             prompt_keys = plan.kept
         else:
             self.copier.copy(continuation.copies)
-            row = self.continuations.begin(req_id, continuation)
-            plan, prompt_keys, caught_up = row.plan, row.prompt_keys, continuation.num_tokens
+            plan, prompt_keys = self.continuations.begin(req_id, continuation)
+            caught_up = continuation.num_tokens
         self.index_of[req_id] = req_index
         self.plans[req_id] = plan
         self.stats.aux_blocks += self.needs.prompt_blocks(plan)
@@ -183,7 +183,12 @@ class LazyModelState(DefaultModelState):
         self.needs = specs[stage_tables[0][0][0]].needs
         layers = self.vllm_config.compilation_config.static_forward_context
         state, aux, blocks = prompt_cache(
-            kv_cache_config, block_tables, layers, self.buffers.num_prompt, self.dtype
+            kv_cache_config,
+            block_tables,
+            layers,
+            self.buffers.num_prompt,
+            self.buffers.state_room,
+            self.dtype,
         )
         num_slots = kv_cache_config.num_blocks * block_size
         parts = StateParts(self.group, self.model_config.get_hidden_size())

@@ -126,13 +126,14 @@ def prompt_cache(
     block_tables: BlockTables,
     layers: dict,
     num_prompt: torch.Tensor,
+    state_room: torch.Tensor,
     dtype: torch.dtype,
 ) -> PromptCache:
     """Views of the backing buffer.
 
     Args:
         layers: vLLM's, by name; the group's are bound to the buffer.
-        num_prompt: ``[batch]`` int32.
+        num_prompt, state_room: ``[batch]`` int32, as in ``AuxCache``.
         dtype: of hidden states; an FP8 cache has them in FP8 too.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
@@ -164,4 +165,5 @@ def prompt_cache(
     dtype = FP8 if layers[names[0]].is_fp8 else dtype
     size = get_dtype_size(dtype)
     vectors = raw.view(dtype)[tensor.offset // size :]
-    return PromptCache(state, AuxCache(vectors, num_prompt, pages(size), state), blocks)
+    aux = AuxCache(vectors, num_prompt, state_room, pages(size), state)
+    return PromptCache(state, aux, blocks)

@@ -26,7 +26,8 @@ def sort_prefills(state: "LazyModelState", batch) -> bool:
         req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
         caught_up = state.caught_up[req_id] == first
         is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
-        if is_last and caught_up and req_id in state.continuations:
+        is_long = state.plans[req_id].long_turn is not None
+        if is_last and caught_up and req_id in state.continuations and not is_long:
             is_prefilling[i] = False
         elif not caught_up or state.plans[req_id].is_pruned:
             runs_alike = False
@@ -134,22 +135,36 @@ def _prefills(
         return ints(values).reshape(-1, state.schedule.num_stages).T
 
     goes_on = np.array([req_id in state.continuations for req_id in req_ids], bool)
+    is_long = np.array([plan.long_turn is not None for plan in plans], bool)
+    before = state.continuations.before(req_ids, plans)
     caught_up = ints(state.caught_up[req_id] for req_id in req_ids)
     shift = state.continuations.shift(req_ids)
-    sees_revived = np.zeros_like(goes_on) if turns is None else turns.sees
+    sees_revived, leads = np.zeros((2, len(plans)), bool)
     if turns is not None:
+        sees_revived, leads = turns.sees, turns.leads
         shift = shift + turns.seen  # which stand before them
         # The turn's tokens before them are a prefill of this step.
         caught_up = np.where(sees_revived, np.maximum(caught_up, first), caught_up)
+    kept = by_stage(plan.kept for plan in plans)
+    until = by_stage(leg.until for leg in legs)
+    ran = by_stage(leg.ran for leg in legs)
+    for at in is_long.nonzero()[0].tolist():
+        turn = plans[at].long_turn
+        kept[:, at] = before[:, at] + turn.chosen + (0 if leads[at] else turn.last)
+        until[:, at], ran[1:, at] = kept[:, at], before[1:, at]
     return Prefills(
         num_prompt=batch.prefill_len_np[mine].astype(np.int32),
         first=first,
         end=first + num_scheduled.astype(np.int32),
         caught_up=caught_up,
-        is_pruned=np.array([plan.is_pruned for plan in plans], bool) & ~goes_on,
+        is_pruned=np.array([plan.is_pruned for plan in plans], bool)
+        & (~goes_on | (is_long & ~sees_revived)),
         sees_revived=sees_revived,
-        kept=by_stage(plan.kept for plan in plans),
+        leads=leads,
+        begin=ints(plan.long_turn.begin if plan.long_turn else 0 for plan in plans),
+        before=before,
+        kept=kept,
         shift=shift,
-        ran=by_stage(leg.ran for leg in legs),
-        until=by_stage(leg.until for leg in legs),
+        ran=ran,
+        until=until,
     )

@@ -161,9 +161,11 @@ def made_up_step(state: "LazyModelState", shape: TurnShape) -> Step:
     turns = Turns(
         tokens=np.full(count, seeing, np.int32),
         last_rows=shape.num_decodes + rows * np.arange(1, count + 1, dtype=np.int32) - 1,
+        ends=np.full(count, state.max_model_len, np.int32),
         revived=np.zeros((stages, count), np.int32),
         sees=prefills.sees_revived,
         seen=np.zeros((stages, len(prefills.end)), np.int32),
+        leads=np.zeros(len(prefills.end), bool),
         requests=np.full(shape.num_requests, -1),
         rows=torch.full((shape.num_rows,), -1, device=device),
         sampled=torch.arange(shape.num_requests, device=device),

@@ -23,6 +23,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from lazyllm_vllm.plan.schedule import TURNS_A_STEP
 from lazyllm_vllm.runtime.turns import Turns, TurnShape
 
 if TYPE_CHECKING:
@@ -35,12 +36,15 @@ class Turn(NamedTuple):
     """Attributes:
     request: of vLLM's batch.
     seeing: position of the first token that sees what is revived; last: of the last token.
+    end: before which tokens may be revived; is_long: whether tokens of its own are dropped.
     revived: by stage, how many tokens are revived.
     """
 
     request: int
     seeing: int
     last: int
+    end: int
+    is_long: bool
     revived: list[int]
 
     @property
@@ -104,7 +108,12 @@ def turns_of(
         if req_id in state.continuations and ends[i] and schedule.selects(plans[req_id]):
             window_first = int(end[i]) - schedule.config.score_window
             seeing = max(int(first[i]), state.caught_up[req_id], window_first)
-            turns.append(Turn(i, seeing, int(end[i]) - 1, []))
+            long_turn = plans[req_id].long_turn
+            if long_turn and seeing > window_first:  # some of the last tokens have run in stage 0
+                continue
+            revivable = long_turn.begin if long_turn else plans[req_id].num_prompt
+            turns.append(Turn(i, seeing, int(end[i]) - 1, revivable, long_turn is not None, []))
+    turns = _with_places(turns, state.max_num_reqs - batch.num_reqs)
     turns.sort(key=lambda turn: turn.is_decode)
     shape = _shape_of(state, batch, num_decodes, turns) if turns else None
     for at, turn in enumerate(turns):
@@ -114,6 +123,15 @@ def turns_of(
     return turns, shape
 
 
+def _with_places(turns: list[Turn], room: int) -> list[Turn]:
+    """Those that find places beside so many others. The scheduler leaves them for all but the long
+    ones; of these one that finds none is no turn: its last tokens are chosen among like the rest,
+    and it revives nothing."""
+    shorts, longs = ([t for t in turns if t.is_long == is_long] for is_long in (False, True))
+    most = min(TURNS_A_STEP, room // (PLACES - 1)) - len(shorts)
+    return shorts + longs[: max(most, 0)] if longs else turns
+
+
 def _shape_of(
     state: "LazyModelState", batch: InputBatch, num_decodes: int, turns: Sequence[Turn]
 ) -> TurnShape | None:
@@ -121,6 +139,7 @@ def _shape_of(
     runs in none."""
     graphs, first = state.model.turn_graphs, batch.num_computed_prefill_tokens_np
     is_alike = batch.num_reqs == num_decodes + len(turns) and not turns[-1].is_decode
+    is_alike &= not any(turn.is_long for turn in turns)
     if graphs is None or not is_alike or not state.wants_prompt.isdisjoint(batch.req_ids):
         return None
     if any(state.caught_up[batch.req_ids[turn.request]] < first[turn.request] for turn in turns):
@@ -206,33 +225,38 @@ def _of_turns(turns: Sequence[Turn], members: _Members, row_ends: list[int]) -> 
         row_ends: of each member, the row after its last.
     """
     stages, prefills = len(turns[0].revived), members.prefills
-    tokens, last_rows = np.zeros(members.turns, np.int32), np.full(members.turns, -1, np.int32)
+    tokens, ends = np.zeros((2, members.turns), np.int32)
+    last_rows = np.full(members.turns, -1, np.int32)
     revived = np.zeros((stages, members.turns), np.int32)
-    sees, seen = np.zeros(len(prefills), bool), np.zeros((stages, len(prefills)), np.int32)
+    sees, leads = np.zeros((2, len(prefills)), bool)
+    seen = np.zeros((stages, len(prefills)), np.int32)
     places = {member[:2]: i for i, member in enumerate(prefills) if member.count}
     for i, turn in enumerate(turn for turn in turns if not turn.is_decode):
         place = places[turn.request, turn.seeing]
         tokens[i] = prefills[place].count
         last_rows[i] = row_ends[len(members.decodes) + place] - 1
+        ends[i] = turn.end
         revived[:, i] = seen[:, place] = turn.revived
         sees[place] = True
-    return tokens, last_rows, revived, sees, seen
+        leads[place - 1] |= turn.is_long
+    return tokens, last_rows, ends, revived, sees, seen, leads
 
 
 def _prefills(
     batch: InputBatch, num_decodes: int, turns: Sequence[Turn], keeps_empty: bool
 ) -> list[_Member]:
     """Each prefill, of a turn the tokens that see what it revives on their own. Turns have both
-    parts, one of them perhaps empty, if ``keeps_empty``. The last token of one that is a decode is
-    in none."""
+    parts, one of them perhaps empty, if ``keeps_empty``, and long ones always. The last token of
+    one that is a decode is in none."""
     prefills, of_turn = [], {turn.request: turn for turn in turns}
     for i in range(num_decodes, batch.num_reqs):
         first = int(batch.num_computed_prefill_tokens_np[i])
-        bounds = [first, first + int(batch.num_scheduled_tokens[i])]
+        bounds, keeps = [first, first + int(batch.num_scheduled_tokens[i])], keeps_empty
         if i in of_turn:
             turn = of_turn[i]
             bounds = [first, turn.seeing, turn.last + (not turn.is_decode)]
+            keeps |= turn.is_long
         parts = zip(bounds, bounds[1:])
-        parts = [(start, end) for start, end in parts if keeps_empty or start < end]
+        parts = [(start, end) for start, end in parts if keeps or start < end]
         prefills += [_Member(i, start, end - start) for start, end in parts]
     return prefills

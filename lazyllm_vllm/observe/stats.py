@@ -57,7 +57,7 @@ class RequestStats:
         """Count a request that leaves the engine, finished, aborted or preempted.
 
         Args:
-            row: its row of the request table: ``[1 + 3 * stages]`` int32 on the device, or what
+            row: its row of the request table: ``[2 + 3 * stages]`` int32 on the device, or what
                 is known without it.
             reused: tokens that it had from a request from which it went on.
         """

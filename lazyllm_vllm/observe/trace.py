@@ -99,6 +99,8 @@ class Trace:
             if prefills.is_pruned[at]:
                 if prefills.crosses[stage, at]:
                     self.places[req_id][stage] = self._places(s, i)
+                    if prefills.before[stage, at]:
+                        self._go_on(req_id, stage, resident(i))
             elif int(s.is_pruned[i]):
                 self._go_on(req_id, stage, resident(i))
         for i in decodes:

@@ -84,12 +84,13 @@ class BlockNeeds:
         """In the prompt's own group."""
         if not plan.is_pruned:
             return 0
-        slots = ceil_div(plan.state_slots, self.positions_per_slot) + plan.aux_slots
+        slots = ceil_div(plan.state_room, self.positions_per_slot) + plan.aux_slots
         return ceil_div(slots, self.slots_per_block)
 
     def most_prompt_blocks(self, longest: int) -> int:
         """The same whatever a request keeps of a prompt of up to ``longest`` tokens."""
-        return self.prompt_blocks(RequestPlan(longest, (longest - 1,) * 3, (longest,) * 3))
+        kept, room = (longest - 1,) * 3, self.schedule.state_room(longest)
+        return self.prompt_blocks(RequestPlan(longest, kept, (longest,) * 3, room))
 
     def total(self, num_prompt: int, num_total: int) -> int:
         """In all groups together."""

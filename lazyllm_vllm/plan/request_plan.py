@@ -5,6 +5,22 @@ from functools import cached_property
 from typing import NamedTuple
 
 
+class LongTurn(NamedTuple):
+    """Of a prompt that goes on from another, and of whose own tokens some are dropped too.
+
+    Attributes:
+        begin: tokens of the prompt that was pruned before.
+        first: tokens from which it goes on; those from ``begin`` on have keys in every stage.
+        chosen: by stage, how many are chosen of its own tokens but the last ones.
+        last: how many these are, which every stage keeps.
+    """
+
+    begin: int
+    first: int
+    chosen: tuple[int, ...]
+    last: int
+
+
 @dataclass(frozen=True)
 class RequestPlan:
     """Made once a prefill, by ``Schedule.plan``, and handed on to whoever needs a part of it.
@@ -16,11 +32,15 @@ class RequestPlan:
             most that it may keep.
         capacity: most prompt tokens that may ever have keys in each stage: the kept ones and a
             reserve for revived ones.
+        state_room: positions for whose prompt state there is room.
+        long_turn: None: the prompt goes on from no other, or keeps all of its own tokens.
     """
 
     num_prompt: int
     kept: tuple[int, ...]
     capacity: tuple[int, ...]
+    state_room: int = 0
+    long_turn: LongTurn | None = None
 
     @property
     def is_pruned(self) -> bool:
@@ -31,11 +51,6 @@ class RequestPlan:
     def slots_saved(self) -> tuple[int, ...]:
         """By stage, how many slots fewer than tokens the request needs, however long it gets."""
         return tuple(self.num_prompt - most for most in self.capacity)
-
-    @property
-    def state_slots(self) -> int:
-        """Positions whose prompt state is kept: every one, if any can be dropped."""
-        return self.num_prompt if self.is_pruned else 0
 
     @property
     def aux_slots(self) -> int:
@@ -52,8 +67,10 @@ class Continuation(NamedTuple):
         prompt_block: the snapshot's first block in the prompt's group, by which workers know it.
         copies: of the snapshot's blocks those that may yet be written, to be copied before the
             request's first step, ``(source, destination)``.
+        plan: of a long turn; None: the request has the plan of the prompt that was pruned.
     """
 
     num_tokens: int
     prompt_block: int
     copies: list[tuple[int, int]]
+    plan: RequestPlan | None = None

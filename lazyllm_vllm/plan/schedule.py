@@ -8,11 +8,13 @@ from functools import cache, cached_property
 from itertools import accumulate
 
 from lazyllm_vllm.plan.config import LazyLLMConfig, PruneAt
-from lazyllm_vllm.plan.request_plan import RequestPlan
+from lazyllm_vllm.plan.request_plan import LongTurn, RequestPlan
 from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 
 TURNS_A_STEP = 8  # that begin in one step, at most
 _TURNS = 8  # for which every prompt has room, where turns go on from each other
+_GROWS = 2  # times a prompt's length for which long turns after it find room
+_LEAST_OWN, _MOST_OWN = 512, 32768  # tokens of a turn that drops some of them
 
 
 @cache
@@ -173,7 +175,42 @@ class Schedule:
             return max(ceil_share(reserve, dropped), min(least, dropped))
 
         capacity = tuple(k + room(num_prompt - k) for k in kept)
-        return RequestPlan(num_prompt, kept, capacity)
+        state_room = self.state_room(num_prompt) if kept[-1] < num_prompt else 0
+        return RequestPlan(num_prompt, kept, capacity, state_room)
+
+    def state_room(self, num_prompt: int) -> int:
+        """Positions for whose state there is room with a prompt that is pruned."""
+        return num_prompt * (_GROWS if self.config.reuse == DEEP else 1)
+
+    def long_turn(
+        self, plan: RequestPlan, num_tokens: int, num_prompt: int, setting: RequestSetting
+    ) -> RequestPlan | None:
+        """The plan of a prompt that goes on from another, and of whose own tokens each stage keeps
+        its share. None: they are too few, or more than a step may run, all of them are kept, or
+        there is no room for their state.
+
+        Args:
+            plan: of the prompt that was pruned.
+            num_tokens: from which it goes on.
+        """
+        config, own, between = self.config, num_prompt - num_tokens, num_tokens - plan.num_prompt
+        least = min(_LEAST_OWN, config.min_prompt_tokens)
+        fits = least <= own <= _MOST_OWN and num_prompt <= plan.state_room
+        if self.is_strict or config.keep_mass is not None or not (fits and self.selects(plan)):
+            return None
+        mine = [max(ceil_share(k, own), min(own, self.least_kept)) for k in self._keeps(setting)]
+        if mine[-1] == own:
+            return None
+        last, reserve = config.score_window, config.revive_reserve
+        added = [between + k for k in mine]
+        rooms = [ceil_share(reserve, own - k) for k in mine]
+        return RequestPlan(
+            num_prompt=num_prompt,
+            kept=tuple(map(operator.add, plan.kept, added)),
+            capacity=tuple(map(sum, zip(plan.capacity, added, rooms))),
+            state_room=plan.state_room,
+            long_turn=LongTurn(plan.num_prompt, num_tokens, tuple(k - last for k in mine), last),
+        )
 
     def has_room(self, plan: RequestPlan, num_turns: int) -> bool:
         """Whether a prompt after which so many turns went on from each other has room for all that

@@ -180,7 +180,7 @@ class Boundary:
         if decodes_select:
             rank_tokens(s, stage, step.decodes, step.lists, self.strict, self.rule)
         if prefills_select:
-            rank_tokens(s, stage, step.prefills, 1, False, self.rule)
+            rank_tokens(s, stage, step.prefills, 1, False, self.rule, prefill=True)
         if residual is not None and not step.drops_nothing:
             hidden, residual = hidden + residual, None
         if stage > 1:

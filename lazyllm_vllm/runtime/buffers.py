@@ -11,7 +11,7 @@ from lazyllm_vllm.kernels.parked import ParkedStates
 from lazyllm_vllm.kernels.prompt_pages import AuxCache, PromptState
 from lazyllm_vllm.kernels.queries import WindowPart
 from lazyllm_vllm.kernels.rank import rank_of
-from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
+from lazyllm_vllm.kernels.selection import Choice, PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 from lazyllm_vllm.plan.schedule import TURNS_A_STEP, Schedule
 from lazyllm_vllm.runtime.piece_rows import PieceRows
@@ -32,6 +32,8 @@ class StepBuffers:
         no_prefills: the prefill rows of a step that has none.
         part_rows: by stage, the rows of a part of a step (``Step.part``).
         budget: most rows that run at once, but for what is revived and scores.
+        choice: ``[3 + 2 * stages, max_num_reqs]`` int32, of the prefills; see
+            ``kernels.selection.Choice``.
         window: ``[3, stages, max_num_reqs]`` int32, the prefills' ``kernels.queries.WindowPart``;
             window_parts, the same by stage; decode_window, that of decodes.
 
@@ -63,10 +65,13 @@ class StepBuffers:
         ints = {"dtype": torch.int32, "device": device}
         self.index = torch.full((batch,), -1, **ints)
         self.num_prompt = torch.zeros(batch, **ints)
+        self.state_room = torch.zeros(batch, **ints)
+        self.choice = torch.zeros(3 + 2 * stages, batch, **ints)
         self.quota = torch.zeros(1, **ints)
         self.first_row = torch.zeros(batch, **ints)
         self.turn_tokens = torch.zeros(batch, **ints)
         self.turn_row = torch.zeros(batch, **ints)
+        self.turn_end = torch.zeros(batch, **ints)
         self.turn_limit = torch.zeros(stages, batch, **ints)
         self._shown: tuple[list[int], int] | None = None
         self._quota = 0
@@ -112,10 +117,11 @@ class StepBuffers:
     def set_turns(self, turns: Turns) -> None:
         """The turns of a step; see ``Selection``."""
         count = len(turns.tokens)
-        packed = np.vstack([turns.tokens, turns.last_rows, turns.revived])
+        packed = np.vstack([turns.tokens, turns.last_rows, turns.ends, turns.revived])
         packed = async_tensor_h2d(packed, device=self.device)
-        self.turn_tokens[:count], self.turn_row[:count] = packed[:2]
-        self.turn_limit[:, :count] = packed[2:]
+        for ours, theirs in zip((self.turn_tokens, self.turn_row, self.turn_end), packed):
+            ours[:count] = theirs
+        self.turn_limit[:, :count] = packed[3:]
 
     def set_quota(self, quota: int) -> None:
         if quota != self._quota:
@@ -147,6 +153,9 @@ class StepBuffers:
             index=self.index,
             num_prompt=self.num_prompt,
             is_pruned=torch.zeros(batch, **ints),
+            state_room=self.state_room,
+            choice=Choice.of(self.choice),
+            revivable=torch.zeros(batch, **ints),
             active=torch.zeros(stages, batch, **ints),
             limit=torch.zeros(stages, batch, **ints),
             quota=self.quota,
@@ -155,6 +164,7 @@ class StepBuffers:
             turn_tokens=self.turn_tokens,
             turn_limit=self.turn_limit,
             turn_row=self.turn_row,
+            turn_end=self.turn_end,
             search=self.search,
         )
         self.slot_position = torch.zeros(num_slots, **ints)

@@ -20,7 +20,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prefills:
-    """The prefills of a step, each array ``[prefills]`` int32 but ``kept``.
+    """The prefills of a step, each array ``[prefills]`` int32 where nothing else is said.
 
     Attributes:
         num_prompt: tokens to be prefilled, over all chunks.
@@ -30,7 +30,13 @@ class Prefills:
         is_pruned: bool, whether the prompt is pruned in this prefill.
         sees_revived: bool, whether the rows are the last ones of a turn, and see what it revives;
             see ``kernels.begin_step``. Behind stage 0 the last of them is a decode's row.
-        kept: ``[stages, prefills]``, tokens that a pruned prompt keeps in each stage.
+        leads: bool, whether the rows are those of a long turn before these, of which the later
+            stages run some.
+        begin: tokens of the prompt that was pruned before a long turn; else 0.
+        before: ``[stages, prefills]``, slots before those of the tokens that are chosen: of a long
+            turn; else 0.
+        kept: ``[stages, prefills]``, slots with them: tokens that a pruned prompt keeps in each
+            stage.
         shift: ``[stages, prefills]``, the slot of a token less its position; 0 but behind stage 0
             of a prompt that goes on.
         ran, until: ``[stages, prefills]``, rows of a pruned prompt's stages that ran in steps
@@ -43,6 +49,9 @@ class Prefills:
     caught_up: np.ndarray
     is_pruned: np.ndarray
     sees_revived: np.ndarray
+    leads: np.ndarray
+    begin: np.ndarray
+    before: np.ndarray
     kept: np.ndarray
     shift: np.ndarray
     ran: np.ndarray
@@ -55,7 +64,7 @@ class Prefills:
         none = np.zeros_like(n)
         kept, zeros = (np.tile(x, (num_stages, 1)) for x in (n, none))
         never = none.astype(bool)
-        return cls(n, none, n, none, never, never, kept, zeros, zeros, kept)
+        return cls(n, none, n, none, never, never, never, none, zeros, kept, zeros, zeros, kept)
 
     def padded(self, counts: list[int]) -> "Prefills":
         """With some more, of nobody, which have so many rows."""
@@ -68,7 +77,7 @@ class Prefills:
 
     @property
     def is_last_chunk(self) -> np.ndarray:
-        return self.end == self.num_prompt
+        return (self.end == self.num_prompt) | self.leads
 
     @property
     def prunes(self) -> np.ndarray:
@@ -101,6 +110,12 @@ class Prefills:
     def runs_alike(self) -> bool:
         """Whether all stages run this chunk's rows, and nothing else."""
         return not self.is_pruned.any() and bool((self.caught_up == self.first).all())
+
+    @property
+    def choice(self) -> np.ndarray:
+        """``kernels.selection.Choice``, of the prompts that are pruned."""
+        first, end = self.before[0], np.where(self.leads, self.end, self.num_prompt)
+        return np.vstack([self.begin, first, end, self.before, self.kept - self.before])
 
     def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``kernels.queries.WindowPart`` in stage 0, of prompts that are pruned and of turns."""

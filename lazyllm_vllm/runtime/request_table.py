@@ -14,24 +14,26 @@ class RequestRow(NamedTuple):
     """One request's row, brought to the CPU; see ``kernels.selection.PromptCounts``."""
 
     num_prompt: int
+    state_room: int
     kept: list[int]
     capacity: list[int]
     prompt_keys: list[int]
 
     @classmethod
     def of(cls, numbers: list[int]) -> "RequestRow":
-        stages = (len(numbers) - 1) // 3
-        columns = (numbers[1 + at * stages : 1 + (at + 1) * stages] for at in range(3))
-        return cls(numbers[0], *columns)
+        stages = (len(numbers) - 2) // 3
+        columns = (numbers[2 + at * stages : 2 + (at + 1) * stages] for at in range(3))
+        return cls(*numbers[:2], *columns)
 
     @classmethod
     def unpruned(cls, plan: RequestPlan) -> "RequestRow":
         """Of a request that is not pruned, which the CPU knows."""
-        return cls(plan.num_prompt, list(plan.kept), list(plan.capacity), list(plan.kept))
+        return cls(plan.num_prompt, 0, list(plan.kept), list(plan.capacity), list(plan.kept))
 
     @property
     def plan(self) -> RequestPlan:
-        return RequestPlan(self.num_prompt, tuple(self.kept), tuple(self.capacity))
+        counts = tuple(self.kept), tuple(self.capacity)
+        return RequestPlan(self.num_prompt, *counts, self.state_room)
 
     @property
     def revived(self) -> list[int]:
@@ -48,7 +50,7 @@ class RowCopy:
     """A row of the request table on its way to the CPU, which waits only if it must."""
 
     def __init__(self, row: torch.Tensor | RequestRow) -> None:
-        """``row``: ``[1 + 3 * stages]`` int32 on the device, or one that has arrived."""
+        """``row``: ``[2 + 3 * stages]`` int32 on the device, or one that has arrived."""
         self._event = None
         if isinstance(row, torch.Tensor) and row.is_cuda:
             copy = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
@@ -81,15 +83,15 @@ class RequestTable:
 
     def __init__(self, num_stages: int, max_num_reqs: int, device: torch.device) -> None:
         self._rows = StagedWriteTensor(
-            (max_num_reqs, 1 + 3 * num_stages), dtype=torch.int32, device=device
+            (max_num_reqs, 2 + 3 * num_stages), dtype=torch.int32, device=device
         )
-        num_prompt, *others = self._rows.gpu.split([1] + 3 * [num_stages], dim=1)
-        self.counts = PromptCounts(num_prompt[:, 0], *others)
+        scalars, *others = self._rows.gpu.split([2] + 3 * [num_stages], dim=1)
+        self.counts = PromptCounts(*scalars.unbind(1), *others)
         self._staged: dict[int, list[int]] = {}
 
     @property
     def gpu(self) -> torch.Tensor:
-        """``[max_num_reqs, 1 + 3 * stages]`` int32, all columns side by side."""
+        """``[max_num_reqs, 2 + 3 * stages]`` int32, all columns side by side."""
         return self._rows.gpu
 
     def add(self, index: int, plan: RequestPlan, prompt_keys: tuple[int, ...]) -> None:
@@ -98,7 +100,8 @@ class RequestTable:
         Args:
             prompt_keys: prompt tokens that have keys in each stage once it was.
         """
-        self._staged[index] = [plan.num_prompt, *plan.kept, *plan.capacity, *prompt_keys]
+        scalars = plan.num_prompt, plan.state_room
+        self._staged[index] = [*scalars, *plan.kept, *plan.capacity, *prompt_keys]
 
     def apply_staged_writes(self) -> None:
         if not self._staged:
@@ -109,6 +112,6 @@ class RequestTable:
         self._rows.apply_write()
 
     def row(self, index: int) -> torch.Tensor:
-        """``[1 + 3 * stages]``, a copy made on the device's stream, for ``RowCopy``."""
+        """``[2 + 3 * stages]``, a copy made on the device's stream, for ``RowCopy``."""
         self.apply_staged_writes()
         return self._rows.gpu[index].clone()

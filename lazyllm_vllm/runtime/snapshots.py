@@ -42,6 +42,9 @@ class Continuations:
     def __init__(self, num_stages: int) -> None:
         self._none = np.zeros(num_stages, np.int32)
         self._num_tokens: dict[str, int] = {}
+        # By stage, the prompt tokens that had keys when a request went on, and slot less position
+        # of tokens that run behind what it goes on from.
+        self._had: dict[str, np.ndarray] = {}
         self._shifts: dict[str, np.ndarray] = {}
         # By request, the first block in the prompt's group; by that block, what its last request
         # left in the request table. It is a snapshot's as long as nobody else has the block.
@@ -52,16 +55,21 @@ class Continuations:
     def __contains__(self, req_id: str) -> bool:
         return req_id in self._shifts
 
-    def begin(self, req_id: str, continuation: Continuation) -> RequestRow:
-        """A request goes on; returns its row of the request table. Waits only for a request that
-        left its snapshot a moment ago."""
+    def begin(self, req_id: str, continuation: Continuation) -> tuple[RequestPlan, tuple[int, ...]]:
+        """A request goes on. Returns its plan, and how many prompt tokens have keys in each stage
+        once its own have run. Waits only for a request that left its snapshot a moment ago."""
         block = continuation.prompt_block
         if block in self._copies:
             self._rows[block] = self._copies.pop(block).read()
-        row = self._rows[block]
+        row, plan = self._rows[block], continuation.plan
         self._num_tokens[req_id] = continuation.num_tokens
-        self._shifts[req_id] = np.array(row.prompt_keys, np.int32) - row.num_prompt
-        return row
+        had = self._had[req_id] = keys = np.array(row.prompt_keys, np.int32)
+        if plan is None:
+            plan = row.plan
+        else:
+            keys = had + np.subtract(plan.kept, row.kept, dtype=np.int32)
+        self._shifts[req_id] = keys - plan.num_prompt
+        return plan, tuple(keys.tolist())
 
     def note(self, req_id: str, num_tokens: int) -> None:
         """A request has so many tokens of prompts that were not pruned, and is not pruned either;
@@ -74,8 +82,8 @@ class Continuations:
 
     def end(self, req_id: str, row: torch.Tensor) -> None:
         """``row``: as ``RequestTable.row`` gives it."""
-        self._num_tokens.pop(req_id, None)
-        self._shifts.pop(req_id, None)
+        for of_request in (self._num_tokens, self._had, self._shifts):
+            of_request.pop(req_id, None)
         block = self._blocks.pop(req_id, None)
         if block is None:
             return
@@ -90,11 +98,22 @@ class Continuations:
     def revivable(self, req_id: str, plan: RequestPlan, most: int) -> list[int]:
         """By stage, how many tokens a request's turn revives: ``most``, but for what it has room
         for and what was dropped."""
-        keys, counts = (self._shifts[req_id] + plan.num_prompt).tolist(), [0]
-        for stage in range(1, len(keys)):
-            dropped = keys[stage - 1] + counts[-1] - keys[stage]
-            counts.append(max(min(most, plan.capacity[stage] - keys[stage], dropped), 0))
+        had, now = self._had[req_id].tolist(), (self._shifts[req_id] + plan.num_prompt).tolist()
+        counts = [0]
+        for stage in range(1, len(had)):
+            dropped = had[stage - 1] + counts[-1] - had[stage]
+            counts.append(max(min(most, plan.capacity[stage] - now[stage], dropped), 0))
         return counts
+
+    def before(self, req_ids: list[str], plans: list[RequestPlan]) -> np.ndarray:
+        """``[stages, requests]`` int32: slots before those of the tokens that long turns choose; 0
+        for others."""
+        turns = [plan.long_turn for plan in plans]
+        slots = [
+            self._none if turn is None else self._had[req_id] + turn.first - turn.begin
+            for req_id, turn in zip(req_ids, turns)
+        ]
+        return np.array(slots, np.int32).reshape(-1, len(self._none)).T
 
     def shift(self, req_ids: list[str]) -> np.ndarray:
         """``[stages, requests]`` int32: slot less position of tokens that run behind what a request

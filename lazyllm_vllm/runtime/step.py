@@ -217,13 +217,18 @@ class Step:
             return [False] * stages
         packed = np.zeros((4, stages, self.num_prefills), np.int32)
         packed[:3, 0] = p.window_part(window)
-        packed[0, 1:] = np.minimum(p.num_prompt, window) * p.completes[1:]
+        packed[0, 1:] = np.minimum(p.num_prompt, window) * (p.completes[1:] & ~p.leads)
         packed[0, 1:] += (packed[0, 0] - 1) * p.sees_revived  # the last is a decode's row
         packed[1, 1:] += p.sees_revived
         packed[3] = p.crosses
-        on_device = async_tensor_h2d(packed, device=b.device)
+        choice = p.choice
+        both = np.concatenate([packed.ravel(), choice.ravel()]).astype(np.int32)
+        both = async_tensor_h2d(both, device=b.device)
+        on_device, choice = both.split([packed.size, choice.size])
+        on_device = on_device.view(packed.shape)
         b.window[:, :, mine] = on_device[:3]
         b.selection.active[1:, mine] = on_device[3, 1:]
+        b.choice[:, mine] = choice.view(len(b.choice), -1)
         return packed[0].any(axis=1).tolist()
 
     def forget(self) -> None:

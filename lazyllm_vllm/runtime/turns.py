@@ -42,9 +42,12 @@ class Turns(NamedTuple):
         tokens: ``[turns]`` int32, of each how many of its last tokens see what it revives.
         last_rows: ``[turns]`` int32, of each the prefill's row that is its last token in stage 0;
             -1: the decode's is, and the prefill's does the same. Also of those of padding.
+        ends: ``[turns]`` int32, the position before which it may revive.
         revived: ``[stages, turns]`` int32, tokens that it revives.
         sees: ``[prefills]`` bool, which of the batch's prefills see what their turn revives.
         seen: ``[stages, prefills]`` int32, how many these are; 0 of others.
+        leads: ``[prefills]`` bool, which have the tokens of a long turn before those: some of them
+            are dropped.
         requests: ``[requests of the batch]``, which of vLLM's each is: some come twice or
             three times; -1: none, of padding.
         rows: ``[rows]`` int64, which of vLLM's each row of the batch is; -1: none.
@@ -54,9 +57,11 @@ class Turns(NamedTuple):
 
     tokens: np.ndarray
     last_rows: np.ndarray
+    ends: np.ndarray
     revived: np.ndarray
     sees: np.ndarray
     seen: np.ndarray
+    leads: np.ndarray
     requests: np.ndarray
     rows: torch.Tensor
     sampled: torch.Tensor
@@ -68,6 +73,7 @@ class Turns(NamedTuple):
         sees."""
         count, device = batch.num_reqs, batch.positions.device
         one, revived = np.ones(1, np.int32), np.zeros((num_stages, 1), np.int32)
-        no_prefills = np.zeros(0, bool), np.zeros((num_stages, 0), np.int32)
+        none = np.zeros(0, bool)
+        no_prefills = none, np.zeros((num_stages, 0), np.int32), none
         rows = torch.arange(batch.num_tokens, device=device)
-        return cls(one, one, revived, *no_prefills, np.arange(count), rows, rows[:count])
+        return cls(one, one, one, revived, *no_prefills, np.arange(count), rows, rows[:count])

@@ -345,3 +345,22 @@ def test_in_the_pieces_of_cuda_graphs_it_is_the_same(engine):
     )
     for what in ("tokens", "prefills", "decodes"):
         assert answers[0][what] == answers[1][what]
+
+
+@pytest.mark.parametrize("chunks", (1, 3))
+def test_a_long_turn_drops_tokens_of_its_own(engine, folder, chunks):
+    """In one chunk and in several: what the slow reference keeps and brings back, and its tokens,
+    in this turn and in the ones after it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    document, turns = DOCUMENTS[0], [DOCUMENTS[1][:200], QUESTIONS[0]]
+    engine.fresh()
+    prompt, results = list(document), []
+    for turn in (None, *turns):
+        engine.run("set_budget", tokens=BUDGET if turn is None or chunks > 1 else 512)
+        if turn is not None:
+            prompt = prompt + results[-1]["tokens"][0] + turn
+        results.append(engine.generate([prompt], NEW_TOKENS))
+        assert results[-1]["free_blocks"][0] == results[-1]["free_blocks"][1]
+        assert goes_on(results[-1]) == (turn is not None)
+    seen = agreement.compare_turns(model, document, turns, CONFIG, QUOTA, results)
+    seen.check(least_compared=0.9, most_ties=0)

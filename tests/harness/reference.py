@@ -42,7 +42,7 @@ class Trace:
         margins: ``margins[step][s - 1]``: the same for each decode step.
         logits: for each generated token the logits it was chosen by, [vocab].
         resident: ``resident[s]``: sorted prompt positions with keys in stage s, when a turn that is
-            not the first begins.
+            not the first begins; of one that drops tokens of its own with those that it keeps.
         computed: (position, layer) pairs computed, prompt and generated, layers counted from 0.
         prompt_keys: number of prompt tokens with keys in each stage at the end.
         share_computed: share of the (prompt token, layer) pairs that were computed.
@@ -122,6 +122,7 @@ class ReferenceSequence:
         kept_count: k_s for each stage; with ``keep_mass`` at most, until its boundary is reached.
         least: tokens that every stage keeps.
         room: most prompt tokens that may ever have keys in each stage.
+        state_room: the longest that the prompt may get by long turns.
         keys, values: by layer, [kv heads, P, head dim], by position, NaN until computed.
         level: [P] int64: number of stages in which a position has keys (invariant 1).
         aux: the Aux Cache: position -> (stage, the position's input to that stage, [hidden]).
@@ -135,13 +136,14 @@ class ReferenceSequence:
         self.decoder, self.prompt, self.config = HFDecoder(model), prompt, config
         self.num_prompt = n = len(prompt)
         num_layers = self.decoder.num_layers
-        boundaries = config.boundaries(num_layers, self.decoder.full_layers)
-        self.starts = [0, *(b.layer for b in boundaries), num_layers]
-        self.num_stages = len(boundaries) + 1
+        self.boundaries = config.boundaries(num_layers, self.decoder.full_layers)
+        self.starts = [0, *(b.layer for b in self.boundaries), num_layers]
+        self.num_stages = len(self.boundaries) + 1
+        self.state_room = 2 * n
 
         least = max(config.first_tokens + config.last_tokens, config.min_keep_tokens)
         self.least = min(n, least)
-        self.kept_count = [n] + [max(_ceil_share(b.keep, n), self.least) for b in boundaries]
+        self.kept_count = [n] + [max(_ceil_share(b.keep, n), self.least) for b in self.boundaries]
         if n < config.min_prompt_tokens:
             self.kept_count = [n] * self.num_stages
         least = 8 * min(config.revive_per_turn, config.revive_budget)
@@ -277,6 +279,8 @@ class ReferenceSequence:
         stages = range(self.num_stages)
         self.trace = Trace(resident=[(in_prompt > s).nonzero()[:, 0].tolist() for s in stages])
         window = min(self.config.score_window, len(tokens))
+        if self._drops(len(tokens)):
+            return self._go_on_and_drop(tokens)
         for token in tokens[:-window]:
             rows = [self.next_position]
             self.next_position += 1
@@ -284,6 +288,79 @@ class ReferenceSequence:
             for s in stages:
                 hidden, _ = self._run_stage(s, hidden, rows, 1)
         return self._select_and_run(tokens[-window:], is_turn=window > 1)
+
+    def _drops(self, own: int) -> bool:
+        """Whether a turn of so many tokens drops some of them."""
+        config, n = self.config, self.next_position + own
+        least = min(512, config.min_prompt_tokens)
+        plain = config.decode == "strict" or config.keep_mass is not None
+        selects = self.room != self.kept_count
+        return selects and not plain and own >= least and n <= self.state_room
+
+    def _go_on_and_drop(self, tokens: list[int]) -> Tensor:
+        """A long turn: its tokens are the prompt's, of which the last ``score_window`` say which of
+        the others each stage keeps, and what is revived of the prompt before. The others do not see
+        what is revived."""
+        config, trace, begin, first = self.config, self.trace, self.num_prompt, self.next_position
+        window, n = config.score_window, first + len(tokens)
+        end = n - window
+        own = [
+            max(_ceil_share(share, len(tokens)), min(len(tokens), self.least))
+            for share in (1, *(b.keep for b in self.boundaries))
+        ]
+        rooms = [_ceil_share(config.revive_reserve, len(tokens) - k) for k in own]
+        added = [first - begin + k for k in own]
+        had = [self.prompt_keys(s) for s in range(self.num_stages)]
+        self.kept_count = [k + more for k, more in zip(self.kept_count, added)]
+        self.room = [k + more + room for k, more, room in zip(self.room, added, rooms)]
+        self.num_prompt = self.next_position = n
+        position = torch.arange(n)
+        self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
+        for record in (trace.selected, trace.revived, trace.scores, trace.margins):
+            record.append([])
+
+        rows, last = list(range(first, n)), list(range(end, n))
+        hidden = self.decoder.embed(tokens, torch.tensor(rows))
+        is_peak = config.score == "peak"
+        before = torch.zeros(len(self.level)) if is_peak else None
+        scoring = window if is_peak else 1
+        hidden, score = self._run_stage(0, hidden, rows, scoring, before=before)
+        for s in range(1, self.num_stages):
+            ranking, pooled, margin = self._rank(s, score, self._candidates(s, last))
+            count = own[s] - window
+            chosen = sorted([p for p in ranking if first <= p < end][:count])
+            missing = [p for p in ranking if p < begin and self.level[p] == s]
+            most = min(config.revive_budget, config.revive_per_turn)
+            limit = max(min(most, self.room[s] - had[s] - added[s]), 0)
+            revived = sorted(missing[:limit])
+            hidden = self._exchange(s, hidden, rows, [*chosen, *revived, *last])
+            of_chosen, _ = self._run_stage(s, hidden[:count], chosen, 1)
+            rows = [*revived, *last]
+            every = 3 if s == self.num_stages - 1 else 1
+            before = score if is_peak and (every == 1 or config.score_carry) else None
+            others, of_stage = self._run_stage(
+                s, hidden[count:], rows, scoring if every == 1 else 1, None, before, every
+            )
+            hidden, rows = torch.cat([of_chosen, others]), [*chosen, *rows]
+            score = of_stage if before is None else torch.maximum(score, of_stage)
+            trace.selected[-1].append(sorted(ranking[: self.kept_count[s]]))
+            trace.revived[-1].append(revived)
+            trace.scores[-1].append(pooled)
+            trace.margins[-1].append(margin)
+        self.score = score
+        for s in range(self.num_stages):
+            revived = trace.revived[-1][s - 1] if s else []
+            here = (self.level[:n] > s).nonzero()[:, 0].tolist()
+            trace.resident[s] = [p for p in here if p not in revived]
+        self._check_invariants()
+        return self.decoder.logits(hidden[-1])
+
+    def _candidates(self, s: int, last: list[int]) -> Tensor:
+        """[N] bool: which prompt tokens have keys in the stage before ``s``; the last ones will have
+        them everywhere."""
+        candidates = self.level[: self.num_prompt] >= s
+        candidates[last] = True
+        return candidates
 
     def _rank(self, s: int, score: Tensor, candidates: Tensor) -> tuple[list[int], Tensor, Margin]:
         """Candidates of boundary s from best to worst, by (pooled score descending, position

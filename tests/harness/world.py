@@ -8,7 +8,7 @@ import torch
 
 from lazyllm_vllm.kernels.paged import StageKeys
 from lazyllm_vllm.kernels.prompt_pages import PLANES, AuxCache, Pages, PromptState
-from lazyllm_vllm.kernels.selection import PromptCounts, Rows, Segments, Selection
+from lazyllm_vllm.kernels.selection import Choice, PromptCounts, Rows, Segments, Selection
 from lazyllm_vllm.kernels.top_k import make_search
 
 LONG = 3  # a seed whose prompts take several tiles, whatever the kernel's tile
@@ -160,16 +160,20 @@ class World:
             room: how many more tokens each may revive.
         """
         n, stages = len(self.prompts), self.num_stages
-        table = torch.zeros(n + 3, 1 + 3 * stages, dtype=torch.int32, device=self.device)
+        table = torch.zeros(n + 3, 2 + 3 * stages, dtype=torch.int32, device=self.device)
         index = torch.randperm(n + 3, generator=torch.Generator().manual_seed(self.seed))[:n]
-        num_prompt, *others = table.split([1] + 3 * [stages], dim=1)
-        counts = PromptCounts(num_prompt[:, 0], *others)
+        scalars, *others = table.split([2] + 3 * [stages], dim=1)
+        counts = PromptCounts(*scalars.unbind(1), *others)
         for i in range(n):
             counts.num_prompt[index[i]] = self.prompts[i]
+            counts.state_room[index[i]] = self.prompts[i] + i
             counts.kept[index[i]] = kept[i]
             counts.capacity[index[i]] = len(self.present[i]) + room
             counts.prompt_keys[index[i]] = len(self.present[i])
         is_pruned = self.ints([int(k < p) for k, p in zip(kept, self.prompts)])
+        choice = Choice.of(torch.zeros(3 + 2 * stages, n).int().to(self.device))
+        choice.end[:] = self.ints(self.prompts)
+        choice.count[:] = self.ints(kept)
         search = make_search(n, self.device)
         search.thresholds.fill_(POISON)
         search.split_counts.fill_(POISON)
@@ -179,6 +183,9 @@ class World:
             index=index.int().to(self.device),
             num_prompt=self.ints(self.prompts),
             is_pruned=is_pruned,
+            state_room=torch.full_like(is_pruned, POISON),
+            choice=choice,
+            revivable=self.ints(self.prompts),
             active=is_pruned.repeat(stages, 1),
             limit=torch.full_like(is_pruned.repeat(stages, 1), min(self.quota, room)),
             quota=self.ints([self.quota]),
@@ -186,6 +193,7 @@ class World:
             least_revived=least_revived,
             turn_tokens=torch.zeros_like(is_pruned),
             turn_row=torch.zeros_like(is_pruned),
+            turn_end=torch.zeros_like(is_pruned),
             turn_limit=torch.zeros_like(is_pruned.repeat(stages, 1)),
             search=search,
         )
@@ -208,7 +216,8 @@ class World:
     def aux(self, hidden_size: int, dtype: torch.dtype) -> AuxCache:
         """An Aux Cache with the prompt state in the same pages, all of it poisoned but for the
         places: each position has one, out of order. The same at every call."""
-        slots = -(-max(self.prompts) // self.positions_per_slot) + max(self.prompts)
+        room = [n + 7 * i for i, n in enumerate(self.prompts)]
+        slots = -(-max(room) // self.positions_per_slot) + max(self.prompts)
         per_word = 4 // dtype.itemsize
         with self._the_same_again():
             pages, size = self.pages(hidden_size, slots)
@@ -222,7 +231,7 @@ class World:
         for i, place in enumerate(places):
             at = state.at(i, torch.arange(len(place), device=self.device))
             state.place[at] = place.int().to(self.device)
-        return AuxCache(words.view(dtype), self.ints(self.prompts), pages, state)
+        return AuxCache(words.view(dtype), self.ints(self.prompts), self.ints(room), pages, state)
 
 
 def make_world(

@@ -64,7 +64,7 @@ def test_parked_states_are_fetched(world):
     for row in pruned:
         i, p = int(before.request[row]), before.position[row : row + 1]
         place = int(aux.state.place[aux.state.at(i, p)])
-        at = _expected_address(aux, w.prompts[i], i, place)
+        at = _expected_address(aux, int(aux.state_room[i]), i, place)
         assert torch.equal(aux.buffer[at : at + HIDDEN], hidden[row])
         assert untouched[at : at + HIDDEN].all(), "a place for each"
         untouched[at : at + HIDDEN] = False
@@ -100,7 +100,7 @@ def test_a_few_kept_rows_fill_as_many_places(world):
         aux.state.place[aux.state.at(i, position)] = place
         park(hidden, rows, range(len(position)), w.ints([1] * 4), aux)
         for row in range(len(position)):
-            at = _expected_address(aux, w.prompts[i], i, int(place[row]))
+            at = _expected_address(aux, int(aux.state_room[i]), i, int(place[row]))
             assert torch.equal(aux.buffer[at : at + HIDDEN], hidden[row])
         out = torch.full_like(hidden, 9e9)
         fetch(out, hidden, rows, aux)

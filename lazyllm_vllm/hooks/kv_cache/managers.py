@@ -127,7 +127,7 @@ class PlannedManager(FullAttentionManager):
         if apply_admission_cap and not is_held:
             plan = self.plans.get(request_id)
             if taken is not None:
-                self.plans[request_id] = taken.snapshot.plan
+                self.plans[request_id] = taken.plan
             elif plan is None or plan.num_prompt != num_tokens:
                 schedule = self.kv_cache_spec.needs.schedule
                 setting = self.settings.get(request_id, DEFAULT)

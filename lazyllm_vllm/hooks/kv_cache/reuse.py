@@ -54,7 +54,7 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
         request.skip_reading_prefix_cache = True
     found = lookup()
     if (own := snapshots.own(request)) is not None:
-        return _go_on(manager, request, own, found, (True,)) or found
+        return _go_on(manager, request, Taken(own, own.plan, True), found) or found
     if not anew.is_pruned:
         return begin_unpruned(first, request, *with_later_stages(planned, request, found))
     snapshot = _snapshot_for(first, request, anew) if reuse == DEEP else None
@@ -67,9 +67,12 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
             return unpruned
     if snapshot is None:
         return found
+    plan = _long_turn(first, request, snapshot) or snapshot.plan
     # What others read now, more will want to go on from.
-    ways = (False,) if snapshot.is_read else (False, True)
-    return _go_on(manager, request, snapshot, found, ways) or found
+    for adopts in (False,) if snapshot.is_read else (False, True):
+        if (given := _go_on(manager, request, Taken(snapshot, plan, adopts), found)) is not None:
+            return given
+    return found
 
 
 def _snapshot_for(planned: PlannedManager, request: Request, anew: RequestPlan) -> Snapshot | None:
@@ -80,7 +83,17 @@ def _snapshot_for(planned: PlannedManager, request: Request, anew: RequestPlan) 
     snapshot = planned.snapshots.find(request, hashes, size, wanted)
     if snapshot is None or not schedule.has_room(snapshot.plan, snapshot.turns):
         return None
-    return snapshot if schedule.goes_on_sooner(snapshot.num_tokens, anew) else None
+    goes_on = schedule.goes_on_sooner(snapshot.num_tokens, anew)
+    return snapshot if goes_on or _long_turn(planned, request, snapshot) else None
+
+
+def _long_turn(planned: PlannedManager, request: Request, snapshot: Snapshot) -> RequestPlan | None:
+    """The plan of a request that goes on and drops tokens of its own; None: it drops none."""
+    needs, setting = planned.kv_cache_spec.needs, planned.settings[request.request_id]
+    if needs.ranks > 1:  # whose scores are put side by side once for each prompt
+        return None
+    lengths = snapshot.num_tokens, request.num_tokens
+    return needs.schedule.long_turn(snapshot.plan, *lengths, setting)
 
 
 def _go_on_unpruned(
@@ -104,24 +117,19 @@ def _go_on_unpruned(
     return None
 
 
-def _go_on(
-    manager: KVCacheManager, request: Request, snapshot: Snapshot, found: tuple, ways: tuple
-) -> tuple | None:
-    """Have a request go on from a snapshot. None: there is no room, and it is pruned anew, which
-    needs less.
+def _go_on(manager: KVCacheManager, request: Request, taken: Taken, found: tuple) -> tuple | None:
+    """Have a request go on from a snapshot. None: there is no room for that.
 
     Args:
         found: as ``find_blocks`` returns it.
-        ways: of ``Taken.adopts``, the first that there is room for.
     """
     planned = planned_managers(manager)[0]
-    # Tokens after the snapshot's run in all stages.
-    full_blocks = min(found[1], snapshot.num_tokens) // planned.block_size
+    # Tokens after the snapshot's run behind the first stage.
+    full_blocks = min(found[1], taken.snapshot.num_tokens) // planned.block_size
     found = cut(found, full_blocks, planned.block_size)
-    for adopts in ways:
-        planned.snapshots.taken[request.request_id] = Taken(snapshot, adopts)
-        if _has_room(manager, request, found):
-            return found
+    planned.snapshots.taken[request.request_id] = taken
+    if _has_room(manager, request, found):
+        return found
     del planned.snapshots.taken[request.request_id]
     return None
 
@@ -161,7 +169,7 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
         budget = scheduler.scheduler_config.max_num_batched_tokens
         return catch_up_chunk(planned[0], request, size, budget)
     snapshots, schedule = planned[0].snapshots, planned[0].kv_cache_spec.needs.schedule
-    if not schedule.selects(taken.snapshot.plan):
+    if not schedule.selects(taken.plan):
         return size
     window = schedule.config.score_window
     if left := request.num_tokens - first - size:
@@ -171,6 +179,8 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     room = scheduler.max_num_running_reqs - 1 - sum(map(len, queues))
     if snapshots.turns < TURNS_A_STEP and (PLACES - 1) * (snapshots.turns + 1) <= room:
         snapshots.turns += 1
+        return size
+    if taken.plan.long_turn is not None:  # then it revives nothing
         return size
     return _later(scheduler, window, size - 1) if snapshots.turns else size - 1
 
@@ -224,7 +234,8 @@ def _snapshot_of(
         return None
     # Steps that were scheduled run, though nobody waits for them.
     num_tokens = request.num_computed_tokens
-    if num_tokens < (taken.snapshot.num_tokens if taken else plan.num_prompt):
+    goes_on = taken and plan.long_turn is None
+    if num_tokens < (taken.snapshot.num_tokens if goes_on else plan.num_prompt):
         return None
     setting = first.settings.get(name, DEFAULT)
     full_blocks = num_tokens // first.block_size
@@ -244,7 +255,7 @@ def _snapshot_of(
     prompt_group = next(m.kv_cache_group_id for m in planned if isinstance(m, PromptManager))
     return Snapshot(
         name=name,
-        plan=plan,
+        plan=replace(plan, long_turn=None),
         setting=replace(setting, reuse=None),
         num_tokens=num_tokens,
         # One that was preempted goes on with its own turn.

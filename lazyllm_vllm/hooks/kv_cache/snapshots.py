@@ -85,12 +85,14 @@ class Taken:
     """A snapshot that a request goes on from. Its full blocks are shared.
 
     Attributes:
+        plan: of the request.
         adopts: whether the request takes over the rest of the blocks; else it gets copies.
         sources: by group, blocks that are yet to be copied.
         copies: as in ``Continuation``.
     """
 
     snapshot: Snapshot
+    plan: RequestPlan
     adopts: bool
     sources: dict[int, list[KVCacheBlock]] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -207,4 +209,5 @@ class Snapshots:
         snapshot = taken.snapshot
         if not taken.adopts:
             self.release((snapshot.rest,), pool)
-        return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies)
+        plan = taken.plan if taken.plan.long_turn else None
+        return Continuation(snapshot.num_tokens, snapshot.prompt_block, taken.copies, plan)
