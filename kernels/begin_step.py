@@ -235,8 +235,8 @@ def begin_step(
     A turn goes on from what an earlier request left. Its last token is a decode that revives as
     many tokens as ``s.turn_limit`` says, the best of those before ``s.turn_end`` without keys. They
     have the slots before those of the turn's last ``s.turn_tokens`` tokens, all of which see them.
-    In stage 0 that token may be a prefill's row, ``s.turn_row``: the decode has no keys there, and in stage 1 goes on
-    from that row.
+    In stage 0 that token may be a prefill's row, ``s.turn_row``: the decode has no keys there, and
+    in stage 1 goes on from that row.
 
     Args:
         rows: of all stages; revived rows are left to nobody.

@@ -364,3 +364,49 @@ def test_a_long_turn_drops_tokens_of_its_own(engine, folder, chunks):
         assert goes_on(results[-1]) == (turn is not None)
     seen = agreement.compare_turns(model, document, turns, CONFIG, QUOTA, results)
     seen.check(least_compared=0.9, most_ties=0)
+
+
+LONG = [DOCUMENTS[0] + DOCUMENTS[1][:n] for n in (130, 200, 280)]
+
+
+def test_long_turns_side_by_side(engine):
+    """With each other, beside a turn that drops nothing, a whole prompt and decodes: as alone."""
+    mine = [*LONG, DOCUMENTS[0] + QUESTIONS[0], DOCUMENTS[2]]
+    decodes = [asked(DOCUMENTS[i][:n], params={"max_tokens": 30}) for i, n in ((1, 60), (2, 290))]
+    alone = []
+    for prompt in mine:
+        engine.fresh()
+        engine.run("set_budget", tokens=512)
+        engine.generate([DOCUMENTS[0]], 1)
+        alone.append(engine.run("serve", requests=[asked(prompt)]))
+    assert [goes_on(result) for result in alone] == [True] * 4 + [False]
+    for budget in (512, 300):
+        engine.fresh()
+        engine.generate([DOCUMENTS[0]], 1)
+        engine.run("set_budget", tokens=budget)
+        result = engine.run("serve", requests=[*decodes, *(asked(one, at=6) for one in mine)])
+        assert result["free_blocks"][0] == result["free_blocks"][1]
+        for i, single in enumerate(alone, len(decodes)):
+            for what in ("tokens", "decodes"):
+                assert result[what][i] == single[what][0], (budget, i, what)
+
+
+@pytest.mark.parametrize("places, chunk", ((2, 0), (40, 9), (40, 1)))
+def test_a_long_turn_that_revives_nothing(engine, places, chunk):
+    """It has no place but its own, or its last tokens do not come together: its own tokens are
+    dropped all the same, and it revives as it decodes."""
+    engine.fresh()
+    engine.run("set_budget", tokens=512)
+    engine.generate([DOCUMENTS[0]], 1)
+    engine.run("set_places", count=places)
+    engine.run("set_chunk", tokens=chunk)
+    result = engine.generate([LONG[1]], NEW_TOKENS)
+    engine.run("set_places", count=OPTIONS["max_num_seqs"])
+    assert goes_on(result)
+    assert result["free_blocks"][0] == result["free_blocks"][1]
+    own = [200, 120, 60, 40]
+    (stats,) = result["stats"]
+    assert stats["kept"] == [300 + own[0], 180 + own[1], 90 + own[2], 60 + own[3]]
+    resident = result["prefills"][0][-1]["resident"]
+    assert [len(resident[s]) for s in (1, 2, 3)] == stats["kept"][1:]
+    assert sum(stats["revived"]) > 0

@@ -487,6 +487,11 @@ def set_most_requests(llm, count: int) -> None:
     _core(llm).scheduler.max_num_running_reqs = count
 
 
+def set_places(llm, count: int) -> None:
+    """From now on a batch has so many places for requests and their parts."""
+    _state(llm).max_num_reqs = count
+
+
 def set_chunk(llm, tokens: int) -> None:
     """From now on, while there are several requests, schedule at most so many tokens of a prompt a
     step; 0: whatever fits."""

@@ -356,8 +356,8 @@ class ReferenceSequence:
         return self.decoder.logits(hidden[-1])
 
     def _candidates(self, s: int, last: list[int]) -> Tensor:
-        """[N] bool: which prompt tokens have keys in the stage before ``s``; the last ones will have
-        them everywhere."""
+        """[N] bool: which prompt tokens have keys in the stage before ``s``; the last ones have, or
+        will have, in all."""
         candidates = self.level[: self.num_prompt] >= s
         candidates[last] = True
         return candidates

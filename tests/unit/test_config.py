@@ -171,7 +171,7 @@ def test_kept_counts():
     assert plan.slots_saved == (0, 450, 810)
     # What has keys in stage 1 may be dropped behind it; nothing that is not pruned is dropped.
     assert plan.aux_slots == 550 and schedule.plan(99).aux_slots == 0
-    assert plan.state_slots == 1000 and schedule.plan(99).state_slots == 0
+    assert plan.state_room == 1000 and schedule.plan(99).state_room == 0
     once = Schedule.build(config.model_copy(update={"prune": config.prune[:1]}), 3)
     assert once.plan(1000).aux_slots == 0, "what the one boundary drops is parked"
 

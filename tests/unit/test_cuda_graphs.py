@@ -117,13 +117,13 @@ def test_a_batch_without_a_graph_runs_eagerly_with_no_adapter(manager):
 
 
 def test_full_requests_are_found_and_no_others():
-    table = SimpleNamespace(gpu=torch.zeros(8, 7, dtype=torch.int32))
+    table = SimpleNamespace(gpu=torch.zeros(8, 8, dtype=torch.int32))
     index_of = {"full": 0, "roomy": 1, "back": 2, "gone": 3}
     lengths = {"full": 100, "roomy": 100, "back": 101, "gone": 100}
     plans = {name: SimpleNamespace(num_prompt=n) for name, n in lengths.items()}
     for at in index_of.values():
-        # num_prompt, kept[2], capacity[2], prompt_keys[2]
-        table.gpu[at] = torch.tensor([100, 100, 68, 100, 72, 100, 72 if at != 1 else 71])
+        # num_prompt, state_room, kept[2], capacity[2], prompt_keys[2]
+        table.gpu[at] = torch.tensor([100, 200, 100, 68, 100, 72, 100, 72 if at != 1 else 71])
     watch = RoomWatch(table)
     full = []
     for _ in range(INTERVAL + LATER - 1):

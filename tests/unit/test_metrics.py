@@ -51,7 +51,7 @@ def clean():
 def _row(num_prompt: int, kept: list[int], revived: list[int]) -> torch.Tensor:
     """Of the request table, as ``RequestRow`` has it."""
     keys = [k + r for k, r in zip(kept, revived)]
-    return torch.tensor([num_prompt, *kept, *keys, *keys], dtype=torch.int32)
+    return torch.tensor([num_prompt, 0, *kept, *keys, *keys], dtype=torch.int32)
 
 
 def _travel(output):

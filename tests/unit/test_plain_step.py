@@ -63,7 +63,7 @@ class World:
         self.buffers.attach_kv_cache(NUM_BLOCKS * BLOCK, 4, None, None, None)
         for index, prompt in enumerate(prompts):
             plan = self.schedule.plan(prompt)
-            table.gpu[index] = torch.tensor([prompt, *plan.kept, *plan.capacity, *plan.kept])
+            table.gpu[index] = torch.tensor([prompt, 0, *plan.kept, *plan.capacity, *plan.kept])
         self.buffers.index[: len(prompts)] = torch.arange(len(prompts))
         tables = [[(group, self.tables[group]) for group in groups] for groups in GROUPS]
         parts = StateParts(SimpleNamespace(world_size=1), hidden_size=64)
@@ -168,7 +168,7 @@ def test_a_row_is_written_when_somebody_looks():
     assert not table.gpu.any()
     for index, prompt in ((0, 0), (1, 60), (2, 50)):
         row = RowCopy(table.row(index)).read()
-        assert row == RequestRow(prompt, *[[prompt, prompt]] * 3)
+        assert row == RequestRow(prompt, 0, *[[prompt, prompt]] * 3)
         if prompt:
             known = RequestRow.unpruned(schedule.plan(prompt))
             assert RowCopy(known).read() == row and RowCopy(known).is_here

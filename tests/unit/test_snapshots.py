@@ -1,7 +1,7 @@
 """Snapshots in vLLM's own block pool, over random lives of requests: whoever goes on from one gets
 what was left there, nobody is kept from running by one, and no block is lost."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -229,9 +229,10 @@ def test_nobody_takes_what_another_took_over():
 
 def test_who_goes_on():
     """100 tokens and one more, of which stages 1 and 2 have room for 58 and 33, and one more, in
-    blocks of 16. Whoever begins with all of them and has up to 60 tokens more goes on: these take
-    240 pairs in the four layers behind stage 0, and a prompt of 161 tokens, of which 81 and 41 are
-    kept, 244. With 61 more it is 244 both."""
+    blocks of 16. Whoever begins with all of them and has up to 60 tokens more goes on with all of
+    these: they take 240 pairs in the four layers behind stage 0, and a prompt of 161 tokens, of
+    which 81 and 41 are kept, 244. With 60 more some of them are dropped, until the prompt is twice
+    as long as the first; and with more where none may be dropped it is pruned anew."""
     world = World(manager_of(NEEDS, LONGEST, 400, caches=True))
     first = request_of("first", DOCUMENTS[0][:100])
     assert world.admit(first, 300) and grow(world.manager, first, 7)
@@ -246,13 +247,25 @@ def test_who_goes_on():
     rest = {stage: len(snapshot.rest.by_group[group]) for group, stage in later.items()}
     assert (full, rest) == ({1: 3, 2: 1}, {1: 1, 2: 2})
     assert snapshot.num_tokens == 101 and snapshot.tail == [*DOCUMENTS[0][96:100], 7]
-    asked = {"same": [7, 9], "longest": [7, *[9] * 60]}
-    asked |= {"other": [8, 9], "nothing new": [7], "too long": [7, *[9] * 61]}
+    asked = {"same": [7, 9], "longest": [7, *[9] * 59]}
+    asked |= {"drops": [7, *[9] * 60], "drops most": [7, *[9] * 99]}
+    goes_on = set(asked)
+    asked |= {"other": [8, 9], "nothing new": [7], "too long": [7, *[9] * 100]}
     for name, more in asked.items():
         request = request_of(name, DOCUMENTS[0][:100] + more)
         assert world.admit(request, 300)
-        assert world.went_on.pop() == (name in ("same", "longest")), name
+        assert world.went_on.pop() == (name in goes_on), name
+        taken = world.snapshots.taken.get(name)
+        is_long = taken is not None and taken.plan.long_turn is not None
+        assert is_long == (name in goes_on and len(more) > 60)
         world.manager.free(request)
+    for more in (60, 61):  # with several ranks none are dropped
+        world = World(manager_of(replace(NEEDS, ranks=2), LONGEST, 400, caches=True))
+        assert world.admit(first := request_of("first", DOCUMENTS[0][:100]), 300)
+        assert grow(world.manager, first, 7)
+        world.end(first)
+        request = request_of("more", DOCUMENTS[0][:100] + [7, *[9] * more])
+        assert world.admit(request, 300) and world.went_on.pop() == (more == 60)
 
 
 @pytest.mark.parametrize("more, goes_on", ((100, True), (101, False)))

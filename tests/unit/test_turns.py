@@ -9,9 +9,9 @@ import torch
 
 from lazyllm_vllm.hooks.kv_cache.reuse import _later
 from lazyllm_vllm.hooks.turn_graphs import TurnGraphs
-from lazyllm_vllm.hooks.turns import Turn, split
+from lazyllm_vllm.hooks.turns import Turn, _with_places, split
 from lazyllm_vllm.plan.config import parse_config
-from lazyllm_vllm.plan.request_plan import Continuation, RequestPlan
+from lazyllm_vllm.plan.request_plan import Continuation, LongTurn, RequestPlan
 from lazyllm_vllm.plan.request_setting import RequestSetting
 from lazyllm_vllm.plan.schedule import Schedule
 from lazyllm_vllm.runtime.snapshots import Continuations
@@ -53,9 +53,9 @@ def test_a_turn_has_its_places():
     prefill of their own, and those before in another; vLLM's rows and requests are found again."""
     batch = vllms_batch()
     turns = [
-        Turn(1, 200 - WINDOW, 199, [0, 7, 5]),
-        Turn(3, 125, 129, [0, 7, 0]),
-        Turn(4, 139, 139, [0, 7, 7]),
+        Turn(1, 200 - WINDOW, 199, 90, False, [0, 7, 5]),
+        Turn(3, 125, 129, 90, False, [0, 7, 0]),
+        Turn(4, 139, 139, 90, False, [0, 7, 7]),
     ]
     tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long() for _ in range(2)]
     again, found = split(batch, 1, turns, tables)
@@ -90,8 +90,37 @@ def test_a_turn_has_its_places():
         assert table[: len(expected), 0].tolist() == found.requests.tolist()
     assert found.tokens.tolist() == [16, 5]
     assert found.revived.tolist() == [[0, 0], [7, 7], [5, 0]]
+    assert found.ends.tolist() == [90, 90] and not found.leads.any()
     assert found.sees.tolist() == [False, True, False, True, False]
     assert found.seen.T.tolist() == [[0] * 3, [0, 7, 5], [0] * 3, [0, 7, 0], [0] * 3]
+
+
+def test_a_long_turn_has_its_places():
+    """As another, but that the tokens before its last ones have a place even where all of them have
+    run in the first stage: later stages run some of them."""
+    batch = vllms_batch()
+    for first, parts in ((160, [(160, 24), (184, 16)]), (184, [(184, 0), (184, 16)])):
+        batch.num_computed_prefill_tokens_np[1] = first
+        batch.num_scheduled_tokens[1] = 200 - first
+        batch.query_start_loc_np = np.concatenate([[0], np.cumsum(batch.num_scheduled_tokens)])
+        tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
+        turns = [Turn(1, 184, 199, 70, True, [0, 7, 5]), Turn(3, 125, 129, 90, False, [0, 7, 0])]
+        again, found = split(batch, 1, turns, tables)
+        firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
+        assert list(zip(firsts.tolist(), counts.tolist()))[3:5] == parts
+        assert again.req_ids[3:6] == ["long turn", "long turn", "prompt"]
+        assert found.leads.tolist() == [True, False, False, False, False]
+        assert found.sees.tolist() == [False, True, False, True, False]
+        assert found.ends.tolist() == [70, 90]
+
+
+def test_long_turns_take_the_places_that_are_left():
+    turns = [Turn(i, 5, 9, 3, i < 4, []) for i in range(6)]
+    for room, found in ((12, [4, 5, 0, 1, 2, 3]), (9, [4, 5, 0, 1]), (4, [4, 5]), (3, [4, 5])):
+        assert [turn.request for turn in _with_places(turns, room)] == found
+    many = [Turn(i, 5, 9, 3, i > 2, []) for i in range(12)]
+    assert [turn.request for turn in _with_places(many, 100)] == list(range(8))
+    assert _with_places(turns[4:], 0) == turns[4:], "for others the scheduler sees to it"
 
 
 def test_a_turn_in_a_graph_is_padded():
@@ -99,7 +128,7 @@ def test_a_turn_in_a_graph_is_padded():
     batch = vllms_batch()
     batch = replace(batch, req_ids=batch.req_ids[:2], num_reqs=2)
     for seeing, parts in ((184, [(160, 24), (184, 16)]), (160, [(160, 0), (160, 40)])):
-        turn = Turn(1, seeing, 199, [0, 7, 5])
+        turn = Turn(1, seeing, 199, 90, False, [0, 7, 5])
         tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
         again, found = split(batch, 1, [turn], tables, TurnShape(1, decodes=3, rows=64))
         firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
@@ -132,7 +161,7 @@ def test_several_turns_in_a_graph_are_padded():
         prefill_len_np=batch.prefill_len_np[where],
         query_start_loc_np=np.concatenate([[0], np.cumsum(scheduled)]),
     )
-    turns = [Turn(1, 184, 199, [0, 7, 5]), Turn(2, 125, 129, [0, 3, 0])]
+    turns = [Turn(1, 184, 199, 90, False, [0, 7, 5]), Turn(2, 125, 129, 90, False, [0, 3, 0])]
     tables = [torch.arange(20)[:, None] * torch.ones(1, 3).long()]
     again, found = split(batch, 1, turns, tables, TurnShape(turns=3, decodes=2, rows=60))
     firsts, counts = again.num_computed_prefill_tokens_np, again.num_scheduled_tokens
@@ -159,13 +188,24 @@ def test_what_a_turn_revives():
     """As many as it is to, but for the room there is and what was dropped before the stage; of a
     later stage also what it brings back into the one before."""
     plan = RequestPlan(100, (100, 50, 20), (100, 55, 60))
-    row = SimpleNamespace(plan=plan, prompt_keys=(100, 51, 49), num_prompt=100)
+    row = SimpleNamespace(plan=plan, prompt_keys=(100, 51, 49), num_prompt=100, kept=plan.kept)
     continuations = Continuations(3)
     continuations._rows[7] = row
     continuations.begin("r", Continuation(num_tokens=120, prompt_block=7, copies=[]))
     assert continuations.revivable("r", plan, 64) == [0, 4, 6]
     assert continuations.revivable("r", plan, 3) == [0, 3, 3]
     assert continuations.revivable("r", plan, 0) == [0, 0, 0]
+    # Of a long turn after 130 tokens: of 40 of its own 20 and 18 stay.
+    turn = LongTurn(begin=100, first=130, chosen=(24, 4, 2), last=16)
+    plan = RequestPlan(170, (170, 100, 68), (170, 107, 109), 200, turn)
+    continuations.begin("long", Continuation(130, 7, [], plan))
+    # Keys before: 51 and 49 of the prompt, 30 after it; with its own 101 and 97.
+    assert continuations.revivable("long", plan, 64) == [0, 6, 8]
+    assert continuations.before(["long", "r"], [plan, row.plan]).T.tolist() == [
+        [130, 81, 79],
+        [0] * 3,
+    ]
+    assert continuations.shift(["long"]).T.tolist() == [[0, 101 - 170, 97 - 170]]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +247,32 @@ def test_a_prompt_has_room_for_eight_turns():
     assert deep.has_room(little, 1000), "where all may come back none is missed"
     never = deep.plan(short, RequestSetting(revive=False))
     assert never.capacity == never.kept and deep.has_room(never, 1000)
+
+
+def test_the_plan_of_a_long_turn():
+    """Half and a fifth of its own tokens, but never fewer than every stage keeps; what came between
+    has keys everywhere; and room for a tenth of the dropped."""
+    cuts = [{"layer": 16, "keep": 0.5}, {"layer": 22, "keep": 0.2}]
+    config = {"prune": cuts, "reuse": "deep", "min_prompt_tokens": 600}
+    schedule, default = Schedule.build(parse_config(config), 32), RequestSetting()
+    before = schedule.plan(4000)
+    assert before.state_room == 8000
+    plan = schedule.long_turn(before, 4100, 5100, default)
+    assert plan.long_turn == LongTurn(4000, 4100, (984, 484, 184), 16)
+    assert plan.num_prompt == 5100 and plan.state_room == 8000
+    assert plan.kept == (5100, 2000 + 100 + 500, 800 + 100 + 200)
+    assert plan.capacity == (5100, 2000 + 256 + 100 + 500 + 50, 800 + 320 + 100 + 200 + 80)
+    again = schedule.long_turn(replace(plan, long_turn=None), 5100, 8000, default)
+    assert again.long_turn[:3] == (5100, 5100, (2884, 1434, 564))
+    none = [(4100, 4611), (4100, 8001), (4100, 4100 + 32769)]
+    assert [schedule.long_turn(before, *lengths, default) for lengths in none] == [None] * 3
+    assert schedule.long_turn(before, 4100, 4612, default).long_turn.chosen[2] == 103 - 16
+    assert schedule.long_turn(before, 4100, 5100, RequestSetting("off")) is None
+    for other in ({"decode": "strict"}, {"keep_mass": 0.5}, {"revive_budget": 0}):
+        others = Schedule.build(parse_config(config | other), 32)
+        assert others.long_turn(others.plan(4000), 4100, 5100, default) is None
+    exact = Schedule.build(parse_config(config | {"reuse": "exact"}), 32)
+    assert exact.plan(4000).state_room == 4000 and exact.plan(500).state_room == 0
 
 
 def test_the_graph_of_a_turn():
