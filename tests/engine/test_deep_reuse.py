@@ -410,3 +410,25 @@ def test_a_long_turn_that_revives_nothing(engine, places, chunk):
     resident = result["prefills"][0][-1]["resident"]
     assert [len(resident[s]) for s in (1, 2, 3)] == stats["kept"][1:]
     assert sum(stats["revived"]) > 0
+
+
+@pytest.mark.parametrize("at, goes_on_again", ((22, True), (34, False)))
+def test_a_preempted_long_turn_says_what_it_would_have_said(engine, at, goes_on_again):
+    """Once its prompt has run. Before, nothing of it is left behind the first stage, nor of the
+    document where others took its blocks: then it is pruned anew."""
+    room, chunk = 94, 20
+    turn = asked(LONG[0], at=at, params={"max_tokens": 20})
+    other = asked(DOCUMENTS[2][:90], params={"max_tokens": 70})
+
+    def run(*requests, document: bool = True, **fields) -> dict:
+        engine.fresh(chunk=chunk, **fields)
+        if document:
+            engine.generate([DOCUMENTS[0]], 1)
+        return engine.run("serve", requests=list(requests))
+
+    alone = run(turn, document=goes_on_again)
+    result = run(turn | {"priority": 1}, other, room=room)
+    assert [one["said"] > 0 for one in result["preemptions"]] == [goes_on_again]
+    assert goes_on(result) == goes_on(alone) == goes_on_again
+    assert result["tokens"] == [alone["tokens"][0], run(other)["tokens"][0]]
+    assert result["free_blocks"] == [room] * 2
