@@ -19,6 +19,7 @@ from benchmarks.speed.shapes import (
 from benchmarks.speed.start import start
 from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.operations import extension_flops, flop_bound, flops
+from lazyllm_vllm.plan.schedule import LONG_TURN_FROM
 
 PRUNED_FROM = LazyLLMConfig().min_prompt_tokens
 BUDGET = 8192  # tokens a step: the default of ``vllm serve``
@@ -209,11 +210,13 @@ def _row(plan: Plan, case: Case, pruning: Pruning | None, results: list[dict]) -
 def _warm_bound(shape: dict, cuts: tuple[tuple[int, float], ...], details: dict) -> float:
     """Milliseconds that a prompt's operations take at the speed of the cold prompt before it: its
     new tokens' in the first stage and all of the later ones', or, if it goes on from what was kept,
-    its new tokens' in all, as one does that is too short to be pruned."""
+    its new tokens' in all, as one does that is too short to be pruned, or, of a long turn, those
+    that it keeps."""
     tokens, shared = details["tokens"], details["shared"]
     of_cold = cuts if details["cold_tokens"] >= PRUNED_FROM else ()
     if details["reused"]:
-        warm = extension_flops(shape, of_cold, shared, tokens - shared)
+        own = tokens - shared
+        warm = extension_flops(shape, of_cold, shared, own, drops=own >= LONG_TURN_FROM)
     else:
         warm = flops(shape, cuts if tokens >= PRUNED_FROM else (), tokens, shared)
     return details["cold"] * warm / flops(shape, of_cold, details["cold_tokens"])

@@ -8,15 +8,16 @@ from benchmarks.speed.shapes import DEEP, MEASURED
 
 FILE = Path(__file__).parent / "results" / "shared.jsonl"
 # In the second of the questions the document was sent alone first.
-TURN, QUESTION, ABOUT = "second turn", "second question", "question about a document"
+TURN, LONG_TURN = "second turn", "long second turn"
+QUESTION, ABOUT = "second question", "question about a document"
 AT_ONCE = "questions at once"
 ARRIVAL, EXTENSION = "arrival", "extension among decodes"
 THROUGHPUT, SHARED_PREFIX = "throughput", "shared prefix"
 _EXACT = (MEASURED,)  # where nobody goes on from anybody
 
 
-def _turn(tokens: int, runs: int) -> Case:
-    return Case(TURN, "second_turn", {"tokens": tokens, "answer": 64, "more": 256}, runs)
+def _turn(tokens: int, runs: int, name: str = TURN, more: int = 256) -> Case:
+    return Case(name, "second_turn", {"tokens": tokens, "answer": 64, "more": more}, runs)
 
 
 def _question(name: str, function: str) -> Case:
@@ -49,6 +50,8 @@ PLAN = Plan(
         _turn(768, 7),  # the second turn is not
         _turn(16384, 3),
         _turn(65536, 2),
+        _turn(16384, 3, LONG_TURN, 4096),  # of whose own tokens some are dropped
+        _turn(65536, 2, LONG_TURN, 8192),
         _question(QUESTION, "second_question"),
         _question(ABOUT, "question_about_document"),
         *map(_at_once, (2, 4, 8)),

@@ -14,6 +14,7 @@ from benchmarks.speed.shared import (
     AT_ONCE,
     EXTENSION,
     FILE,
+    LONG_TURN,
     PLAN,
     QUESTION,
     SHARED_PREFIX,
@@ -24,6 +25,7 @@ from benchmarks.speed.shared import (
 _ARGUMENTS = {(c.benchmark, c.arguments["tokens"], c.batch): c.arguments for c in PLAN.cases}
 _WHAT = {
     TURN: "second turn, {answer:,} + {more:,} tokens after {tokens:,}",
+    LONG_TURN: "the same, {answer:,} + {more:,} tokens after {tokens:,}",
     QUESTION: "second question, {more:,} tokens after a document of {tokens:,}",
     ABOUT: "the same, where the document was sent alone first",
     AT_ONCE: "{batch} questions of {more:,} tokens about a document of {tokens:,}",
@@ -34,6 +36,7 @@ _WHAT = {
 }
 _LABEL = {
     TURN: "second turn\nafter {tokens:,}",
+    LONG_TURN: "{more:,} tokens\nafter {tokens:,}",
     QUESTION: "second question\nafter {tokens:,}",
     ABOUT: "document of\n{tokens:,} alone first",
     ARRIVAL: "{tokens:,} tokens",
@@ -49,7 +52,7 @@ def main(page: Path, file: Path = FILE) -> None:
     if not rows:
         return
     for name, title, benchmarks in (
-        ("again", "Time to first token with a cached prefix", (TURN, QUESTION, ABOUT)),
+        ("again", "Time to first token with a cached prefix", (TURN, LONG_TURN, QUESTION, ABOUT)),
         ("arrival", "Longest gap between tokens while a prompt arrives", (ARRIVAL, EXTENSION)),
     ):
         if cases := _cases(rows, *benchmarks):
@@ -67,7 +70,7 @@ def section(rows: list[Row]) -> str:
         "default of `vllm serve`). No prompt was asked twice. Medians. `python -m benchmarks "
         "shared` measures this.",
     ]
-    if again := _cases(rows, TURN, QUESTION, ABOUT):
+    if again := _cases(rows, TURN, LONG_TURN, QUESTION, ABOUT):
         parts += [
             "![Time to first token with a cached prefix](../benchmarks/speed/results/again.svg)",
             "Time to first token of a prompt whose prefix an earlier one had. Cold is the earlier "

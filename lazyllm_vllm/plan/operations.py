@@ -42,18 +42,22 @@ def flops(
 
 
 def extension_flops(
-    shape: Shape, prune: Sequence[tuple[int, float]], num_before: int, num_more: int
+    shape: Shape,
+    prune: Sequence[tuple[int, float]],
+    num_before: int,
+    num_more: int,
+    drops: bool = False,
 ) -> float:
     """Floating-point operations, counted as in ``flops``, of ``num_more`` tokens that go on from a
-    pruned prompt of ``num_before`` tokens: they run through all layers, and attend to what each
-    layer kept."""
+    pruned prompt of ``num_before`` tokens: they run through all layers, or, if they are dropped
+    too, as many as ``prune`` says, and attend to what each layer kept."""
     layers = shape["num_hidden_layers"]
     total = 2.0 * shape["hidden_size"] * shape["vocab_size"]
     bounds = [(0, 1.0), *prune, (layers, 0.0)]
     for (first, keep), (last, _) in zip(bounds, bounds[1:]):
-        before = keep * num_before
+        before, more = keep * num_before, num_more * (keep if drops else 1)
         for layer in range(first + 1, last + 1):
-            total += _layer_flops(shape, layer, before, before + num_more, keep)
+            total += _layer_flops(shape, layer, before, before + more, keep)
     return total
 
 

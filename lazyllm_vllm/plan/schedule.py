@@ -14,7 +14,7 @@ from lazyllm_vllm.plan.request_setting import DEEP, DEFAULT, OFF, RequestSetting
 TURNS_A_STEP = 8  # that begin in one step, at most
 _TURNS = 8  # for which every prompt has room, where turns go on from each other
 _GROWS = 2  # times a prompt's length for which long turns after it find room
-_LEAST_OWN, _MOST_OWN = 512, 32768  # tokens of a turn that drops some of them
+LONG_TURN_FROM, _LONG_TURN_TO = 512, 32768  # tokens of a turn that drops some of them
 
 
 @cache
@@ -194,8 +194,8 @@ class Schedule:
             num_tokens: from which it goes on.
         """
         config, own, between = self.config, num_prompt - num_tokens, num_tokens - plan.num_prompt
-        least = min(_LEAST_OWN, config.min_prompt_tokens)
-        fits = least <= own <= _MOST_OWN and num_prompt <= plan.state_room
+        least = min(LONG_TURN_FROM, config.min_prompt_tokens)
+        fits = least <= own <= _LONG_TURN_TO and num_prompt <= plan.state_room
         if self.is_strict or config.keep_mass is not None or not (fits and self.selects(plan)):
             return None
         mine = [max(ceil_share(k, own), min(own, self.least_kept)) for k in self._keeps(setting)]

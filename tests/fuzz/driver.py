@@ -91,9 +91,10 @@ class Driver:
             return preempt(*args, drop_stale_output=drop_stale_output)
 
         def note_prefill(index, new_req_data):
-            known, goes_on = new_req_data.prefill_token_ids, hasattr(new_req_data, CONTINUATION)
+            known = new_req_data.prefill_token_ids
+            goes_on = getattr(new_req_data, CONTINUATION, None)
             name = split_name(new_req_data.req_id)
-            if not goes_on:
+            if goes_on is None:
                 schedule, params = state.schedule, new_req_data.sampling_params
                 setting = schedule.setting(params.extra_args)
                 # From prompts that were not pruned, perhaps from what it had itself.
@@ -104,6 +105,7 @@ class Driver:
             elif name not in self.prefills or not _is_own(scheduler, new_req_data.req_id):
                 # Else it was preempted, and goes on as if it had not been.
                 self.counts["went on from another"] += 1
+                self.counts["long turns"] += goes_on.plan is not None
                 self.went_on.add(name)
             return add(index, new_req_data)
 

@@ -37,9 +37,10 @@ def test_begin_step(quota, always, num_decodes, num_turns, row, device):
         counts.kept[index[3]] = w.prompts[3]  # kept whole
         counts.kept[index, 0] = s.num_prompt
         s.index[1] = -1
-        s.turn_limit[1:, 0], s.turn_row[0] = 6, row
-        for poisoned in (s.num_prompt, s.is_pruned, s.active, s.limit, s.first_row):
-            poisoned.fill_(POISON)
+        s.turn_limit[1:, 0], s.turn_row[0], s.turn_end[0] = 6, row, 11
+        written = "num_prompt is_pruned state_room active limit first_row revivable".split()
+        for name in written:
+            getattr(s, name).fill_(POISON)
         rows = Rows.make(stages, len(positions) + revive_rows, n, device)
         for name in Rows.__dataclass_fields__:
             getattr(rows, name).fill_(POISON)
@@ -47,12 +48,16 @@ def test_begin_step(quota, always, num_decodes, num_turns, row, device):
         rows.slot[:, 1] = 0  # padding has none
         results.append((s, rows))
     (s, rows), theirs = results
-    for name in ("num_prompt", "is_pruned", "active", "limit", "first_row"):
+    for name in written:
         assert torch.equal(getattr(s, name), getattr(theirs[0], name)), name
     for name in Rows.__dataclass_fields__:
         assert torch.equal(getattr(rows, name), getattr(theirs[1], name)), name
     assert s.num_prompt.tolist() == [w.prompts[0], 0, w.prompts[2], w.prompts[3]]
     assert s.is_pruned.tolist() == [1, 0, 1, 0]
+    rooms = s.counts.state_room[s.index.clamp(min=0).long()]
+    assert torch.equal(s.state_room, rooms) and len(set(rooms.tolist())) > 2
+    before = w.ints([11 if num_turns else w.prompts[0], 0, *w.prompts[2:]])
+    assert torch.equal(s.revivable[:num_decodes], before[:num_decodes])
     if num_decodes == n:
         assert rows.num_keys[:, 1].tolist() == [0] * stages
         assert (s.active[1:, 2] == int(always)).all(), "without room only marking selects"

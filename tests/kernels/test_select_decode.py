@@ -95,12 +95,14 @@ def test_a_turn_revives_as_many_as_it_is_told(seed, splits, ties, stage, device,
     w = make_world(seed, stage, quota=40, device=device)
     w = w.with_ties() if ties else w
     n, seen_by = len(w.prompts), 3
-    absent = [(w.level[i] == stage).nonzero()[:, 0] for i in range(n)]
+    ends = [w.prompts[0] * 3 // 4, w.prompts[1], *w.prompts[2:]]  # of one some come back alone
+    absent = [(w.level[i][: ends[i]] == stage).nonzero()[:, 0] for i in range(n)]
     limits = [min(len(of), 9 - i) for i, of in enumerate(absent)]
 
     def begin():
         s = w.selection([1] * n, room=40, least_revived=rank_of(0.9))
         s.limit[:, :2] = w.ints(limits[:2])
+        s.revivable[:] = w.ints(ends)
         s.turn_tokens[:2] = seen_by
         rows = decode_rows(w)
         rows.slot[:2] += w.ints(limits[:2])

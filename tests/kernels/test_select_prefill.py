@@ -25,38 +25,64 @@ class Case:
     """Requests 0 (a decode, left alone), 1 and 2 (pruned), 3 (kept whole).
 
     Attributes:
-        there: by prefill, positions with keys in the stage before.
+        there: by prefill, positions with keys in the stage before, of those to choose among.
         kept: how many of them go on.
+        goes_on: the first of the pruned goes on from another, and its own tokens are chosen among:
+            those from the middle on but for the last three.
     """
 
     w: World
     stage: int
     there: list[torch.Tensor]
     kept: list[int]
+    goes_on: bool
 
     @classmethod
-    def make(cls, seed: int, stage: int, ties: bool, device: str) -> "Case":
+    def make(cls, seed: int, stage: int, ties: bool, device: str, goes_on: bool = False) -> "Case":
         w = make_world(seed, stage, decoded=(5, 0, 0, 0), device=device)
         w = w.with_ties() if ties else w
         there = [(w.level[i] >= stage).nonzero()[:, 0] for i in (1, 2)]
+        if goes_on:
+            n = w.prompts[1]
+            there[0] = there[0][(there[0] >= n // 2) & (there[0] < n - 3)]
         kept = [max(8, len(t) // 3) if len(t) > 8 else len(t) for t in there]
-        return cls(w, stage, [*there, torch.arange(w.prompts[3])], [*kept, w.prompts[3]])
+        kept[0] -= kept[0] == len(there[0]) and goes_on
+        others = torch.arange(w.prompts[3]), w.prompts[3]
+        return cls(w, stage, [*there, others[0]], [*kept, others[1]], goes_on)
+
+    @property
+    def bounds(self) -> tuple[int, int, int]:
+        """Of the one that goes on: the first token that was not in the prompt before, and those to
+        choose among."""
+        n = self.w.prompts[1]
+        return n // 3, n // 2, n - 3
+
+    def had(self, stage: int) -> list[int]:
+        """By prefill, slots before those of what is chosen."""
+        first = self.bounds[1] if stage == 0 else 40 - 10 * stage
+        return [first * self.goes_on, 0, 0]
 
     @property
     def whole_before(self) -> list[tuple[int, int]]:
-        return [(0, len(t)) for t in self.there]
+        before = zip(self.had(self.stage - 1), self.there)
+        return [(had, had + len(there)) for had, there in before]
 
     @property
     def whole(self) -> list[tuple[int, int]]:
-        return [(0, k) for k in self.kept]
+        return [(had, had + kept) for had, kept in zip(self.had(self.stage), self.kept)]
 
     def run(self, how, before: Segments, parts: list[Segments]) -> tuple[Selection, list[Rows]]:
         """Select all rows of the stage, part by part."""
         select_prefill, rank_tokens = how
         w, stage, pruned = self.w, self.stage, range(1, 4)
         s = w.selection([1, *self.kept], 0)
+        if self.goes_on:
+            choice = s.choice
+            choice.begin[1], choice.first[1], choice.end[1] = self.bounds
+            for at in range(w.num_stages):
+                choice.before[at, 1] = self.had(at)[0]
         s.active[stage] = w.ints([0, *(int(k < len(t)) for k, t in zip(self.kept, self.there))])
-        rank_tokens(s, stage, pruned, 1, False, RULE)
+        rank_tokens(s, stage, pruned, 1, False, RULE, prefill=True)
         rows = []
         for nth, part in enumerate(parts):
             rows.append(w.rows(AFTER + int(part.start[-1])))
@@ -81,12 +107,13 @@ class Case:
             mine, first = part.of(nth), int(part.first[nth])
             slots = range(first, first + mine.stop - mine.start)
             best = self.best(s, nth)
-            positions = [best[slot] for slot in slots]
+            positions = [best[slot - self.had(self.stage)[nth]] for slot in slots]
             assert rows.slot[mine].tolist() == list(slots)
             assert rows.position[mine].tolist() == positions
             assert (rows.request[mine] == nth + 1).all()
-            slot_before = {p: slot for slot, p in enumerate(there.tolist())}
-            at_hand = range(int(before.first[nth]), len(there))
+            had = self.had(self.stage - 1)[nth]
+            slot_before = {p: slot for slot, p in enumerate(there.tolist(), had)}
+            at_hand = range(int(before.first[nth]), had + len(there))
             row_of = dict(zip(at_hand, range(*before.of(nth).indices(1 << 30))))
             sources = [row_of.get(slot_before[p], -1) for p in positions]
             assert rows.source[mine].tolist() == sources
@@ -100,7 +127,12 @@ class Case:
                 level[self.there[i - 1]] = self.stage
                 level[best] = self.stage + 1
                 if self.stage == 1:
-                    place[best] = torch.arange(len(best))
+                    had = self.had(1)[i - 1]
+                    place[best] = torch.arange(had, had + len(best))
+                    if self.goes_on and i == 1:  # the others have keys everywhere
+                        begin, first, end = self.bounds
+                        level[begin:first] = level[end:] = self.w.num_stages
+                        place[end:] = had + len(best) + torch.arange(3)
             at = s.state.prompt_at(i, s.num_prompt)
             assert torch.equal(s.state.level[at].cpu(), level.int())
             assert torch.equal(s.state.place[at].cpu(), place.int())
@@ -109,10 +141,11 @@ class Case:
 @pytest.mark.parametrize("seed, splits", ((0, None), (1, None), (LONG, 2)))
 @pytest.mark.parametrize("stage", (1, 2))
 @pytest.mark.parametrize("ties", (True, False))
-def test_prefill_selection(seed, splits, stage, ties, device, few_splits):
+@pytest.mark.parametrize("goes_on", (False, True))
+def test_prefill_selection(seed, splits, stage, ties, goes_on, device, few_splits):
     if splits:
         few_splits(splits)
-    case = Case.make(seed, stage, ties, device)
+    case = Case.make(seed, stage, ties, device, goes_on)
     before = case.w.segments(case.whole_before, BEFORE)
     after = case.w.segments(case.whole, AFTER)
     results = [case.run(how, before, [after]) for how in (KERNEL, REFERENCE)]
@@ -140,18 +173,20 @@ def _cut(spans: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]
 @pytest.mark.parametrize("stage", (1, 2))
 @pytest.mark.parametrize("ties", (True, False))
 @pytest.mark.parametrize("at_hand", ("all", "last"))
-def test_parts_are_the_whole(seed, splits, stage, ties, at_hand, device, few_splits):
+@pytest.mark.parametrize("goes_on", (False, True))
+def test_parts_are_the_whole(seed, splits, stage, ties, at_hand, goes_on, device, few_splits):
     """All but the last rows of each prefill in parts that end anywhere, then the last ones. Of the
     stage before all rows are at hand, or the last of each prompt, and none of the third."""
     few_splits(splits)
-    case = Case.make(seed, stage, ties, device)
+    case = Case.make(seed, stage, ties, device, goes_on)
     spans_before = case.whole_before
     if at_hand == "last":
-        spans_before = [(n * missing // 3, n) for (_, n), missing in zip(spans_before, (2, 2, 3))]
+        missing = zip(spans_before, (2, 2, 3))
+        spans_before = [(had + (n - had) * some // 3, n) for (had, n), some in missing]
     before = case.w.segments(spans_before, BEFORE)
-    rest = [(max(0, k - 5), k) for k in case.kept]
+    rest = [(max(had, k - 5), k) for had, k in case.whole]
     size = max(3, sum(case.kept) // 3 + 1)
-    parts = [*_cut([(0, first) for first, _ in rest], size), rest]
+    parts = [*_cut([(had, at) for (had, _), (at, _) in zip(case.whole, rest)], size), rest]
     assert len(parts) > 2
     parts = [case.w.segments(part, AFTER) for part in parts]
     results = [case.run(how, before, parts) for how in (KERNEL, REFERENCE)]

@@ -83,6 +83,11 @@ def test_flops_of_what_goes_on_by_hand():
     found = extension_flops(TINY_SHAPE, ((2, 1 / 3),), 900, 100)
     assert found == pytest.approx(exact, rel=2e-3)
     assert extension_flops(TINY_SHAPE, (), 900, 100) == flops(TINY_SHAPE, (), 1000, 900)
+    # Of 900 tokens layers 1 and 2 have 900 more, the others a third of both: a whole prompt less
+    # what the first half took.
+    whole, half = (flops(TINY_SHAPE, ((2, 1 / 3),), n) for n in (1800, 900))
+    dropped = extension_flops(TINY_SHAPE, ((2, 1 / 3),), 900, 900, drops=True)
+    assert dropped == pytest.approx(whole - half + 2 * 64 * 30000, rel=1e-3)
     windows = TINY_SHAPE | {"sliding_window": 90, "layer_types": ["sliding_attention"] * 4}
     less = 2 * 4 * 64 * (pairs[0] - 90 * 100) + 2 * 4 * 64 * (pairs[1] - 30 * 100)
     found -= extension_flops(windows, ((2, 1 / 3),), 900, 100)

@@ -14,6 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from lazyllm_vllm.hooks.kv_cache import reuse
+from lazyllm_vllm.hooks.kv_cache.managers import planned_managers
 from lazyllm_vllm.hooks.kv_cache.specs import PromptSpec
 from lazyllm_vllm.plan.config import LazyLLMConfig
 from lazyllm_vllm.plan.schedule import Schedule
@@ -65,9 +66,12 @@ class World:
         self.snapshots.keep = note
 
     @property
+    def planned(self) -> list:
+        return planned_managers(self.manager)
+
+    @property
     def snapshots(self):
-        managers = self.manager.coordinator.single_type_managers
-        return next(m.snapshots for m in managers if hasattr(m, "snapshots"))
+        return self.planned[0].snapshots
 
     def admit(self, request: Request, chunk: int) -> bool:
         was_free = self.manager.block_pool.get_num_free_blocks()
@@ -266,6 +270,28 @@ def test_who_goes_on():
         world.end(first)
         request = request_of("more", DOCUMENTS[0][:100] + [7, *[9] * more])
         assert world.admit(request, 300) and world.went_on.pop() == (more == 60)
+
+
+def test_a_long_turn_without_room_has_the_plan_of_one_that_is_pruned_anew():
+    """It was asked whether it would fit as a long turn, which has as many tokens."""
+    kinds, least = set(), NEEDS.total(170, 170)
+    for spare in range(least, 3 * least):
+        world = World(manager_of(NEEDS, LONGEST, 400, caches=True))
+        pool = world.manager.block_pool
+        assert world.admit(first := request_of("first", DOCUMENTS[0][:100]), 300)
+        world.end(first)
+        others = pool.get_new_blocks(pool.get_num_free_blocks() - spare)
+        for name in ("one", "two"):
+            request = request_of(name, [*DOCUMENTS[0][:100], *DOCUMENTS[1][:70]])
+            if not admit(world.manager, request):
+                continue
+            is_long, plan = name in world.snapshots.taken, world.planned[0].plans[name]
+            kinds.add((name, is_long))
+            assert (plan.long_turn is not None) == is_long
+            assert is_long or plan == NEEDS.schedule.plan(170)
+            reuse.hand_over(world.manager, [SimpleNamespace(req_id=name)])
+            blocks_add_up(world.manager, others)
+    assert kinds == {("one", True), ("two", True), ("two", False)}
 
 
 @pytest.mark.parametrize("more, goes_on", ((100, True), (101, False)))

@@ -131,6 +131,7 @@ def _go_on(manager: KVCacheManager, request: Request, taken: Taken, found: tuple
     if _has_room(manager, request, found):
         return found
     del planned.snapshots.taken[request.request_id]
+    del planned.plans[request.request_id]
     return None
 
 
