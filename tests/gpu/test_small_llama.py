@@ -113,6 +113,62 @@ def test_the_engine_agrees_with_the_reference(folder, decode, ranks):
     assert found[1] < 0.3, under
 
 
+@pytest.mark.parametrize("chunk", (8192, 200))
+def test_long_turns_agree_with_the_reference(folder, chunk):
+    """What a turn of several hundred tokens keeps of them, beside what was there, and what it says
+    first; in one chunk and in several."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    random = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in (600, 801, 900)]
+    turns = [torch.randint(3, 4000, (n,), generator=random).tolist() for n in (300, 512, 701)]
+    config = {
+        "prune": [{"layer": 2, "keep": 0.5}, {"layer": 4, "keep": 0.25}],
+        "min_prompt_tokens": 256,
+        "score_pool": 1,
+        "revive_min_score": 0,
+        "reuse": "deep",
+    }
+    engine = EngineUnderTest(
+        folder,
+        config,
+        {"trace": True},
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_num_seqs=8,
+        max_num_batched_tokens=8192,
+        max_model_len=2048,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=2 << 30,
+    )
+    in_common, under = [], []
+    try:
+        for prompt, turn in zip(prompts, turns):
+            refs = reference.generate_turns(model, prompt, parse_config(config), 1, [turn])
+            engine.fresh()
+            said = engine.generate([prompt], 1)["tokens"][0]
+            if said != refs[0].tokens:
+                continue
+            engine.run("set_budget", tokens=chunk)
+            result = engine.generate([prompt + said + turn], 1)
+            resident = result["prefills"][0][-1]["resident"]
+            for s in (1, 2):
+                mine, theirs = set(resident[s]), set(refs[1].resident[s])
+                assert len(mine) == len(theirs) < len(prompt + turn)
+                in_common.append(len(mine & theirs) / len(mine))
+            logits = refs[1].logits[0]
+            gap = logits.max() - logits[result["tokens"][0][0]]
+            under.append(float(gap / logits.std()))
+    finally:
+        engine.close()
+    found = statistics.fmean(in_common), statistics.fmean(under)
+    print(f"long turns, {chunk}: sets {found[0]:.3f}, under {found[1]:.3f}, {len(under)} compared")
+    assert len(under) > 1
+    assert found[0] > 0.97, in_common
+    assert found[1] < 0.3, under
+
+
 @pytest.mark.parametrize("decode", ("resident", "strict"))
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_ranks_in_graphs(folder, decode, ranks):

@@ -44,8 +44,9 @@ def results(tmp_path_factory):
 
     # Of the document's tokens 16 are in no whole block: they run again in the first stage alone.
     document, others = ids(10_000), [ids(60 + i) for i in range(5)]
-    # Alone: as many rows; the last one more than a graph of one turn has.
-    turns = [document + ids(n) for n in (40, 16, 264, 496, 600)]
+    # Alone: as many rows; the last one more than a graph of one turn has. With 512 of its own it
+    # would be a long turn, which has none.
+    turns = [document + ids(n) for n in (40, 16, 264, 496, 500)]
     several = [[turns[0], turns[1]], [*turns[:3], document + ids(100)]]
     params = {"temperature": 0, "ignore_eos": True}
     served = [{"prompt": prompt, "params": params | {"max_tokens": 40}} for prompt in others]
