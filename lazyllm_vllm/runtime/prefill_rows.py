@@ -176,7 +176,7 @@ class RowPlan:
             kept = np.where(p.prunes, p.kept[stage], 0)
             ran, until = (np.minimum(x[stage], kept) for x in (p.ran, p.until))
             rows = until - ran
-            at_least = np.minimum(kept, window if stage < stages - 1 else 1) * completes[stage]
+            at_least = np.minimum(rows, window if stage < stages - 1 else 1) * completes[stage]
             done = ran + _first(rows - at_least, int(rows.sum()) - room)
             parts.append(_cut(ran, done, budget))
             first = np.where(p.is_pruned, done, new + p.shift[stage])

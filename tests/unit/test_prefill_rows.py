@@ -4,6 +4,7 @@ that it must run, in order, and never more at once than a step has room for."""
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,6 +284,45 @@ def test_a_step_with_room_has_no_parts():
     assert [[p.num_rows for p in parts] for parts in tiny.parts] == [[], [15, 9], [9]]
     assert tiny.parts[1][0].end.tolist() == [12, 3] and tiny.parts[1][1].first.tolist() == [12, 3]
     assert tiny.spans[1].first.tolist() == [12, 12] and tiny.spans[2].first.tolist() == [9, 0]
+
+
+@pytest.mark.parametrize("is_alone", (False, True))
+def test_the_rows_of_a_long_turn(is_alone):
+    """100 tokens after 226, of which stages 1 and 2 keep 42 and 21: those that are chosen have the
+    slots behind what was there, 149 and 82, however few they are, and the last 16 those behind what
+    comes back, 4 and 2; or, of one that brings back nothing, all of them side by side."""
+    last = 0 if is_alone else 16
+    before = np.array([[226], [149], [82]], np.int32)
+    kept = before + [[100 - last], [42 - last], [21 - last]]
+    rest = {"num_prompt": [326], "first": [224], "end": [326 - last], "caught_up": [226]}
+    rest |= {"is_pruned": [True], "sees_revived": [False], "leads": [not is_alone], "begin": [223]}
+    rest |= {"before": before, "kept": kept, "until": kept, "ran": before * [[0], [1], [1]]}
+    rest |= {"shift": np.zeros((3, 1), np.int32)}
+    window = {"num_prompt": [326], "first": [310], "end": [326], "caught_up": [310]}
+    window |= {"is_pruned": [False], "sees_revived": [True], "leads": [False], "begin": [223]}
+    shift = np.array([[0], [149 + 26 + 4 - 310], [82 + 5 + 2 - 310]])
+    window |= {name: before for name in ("before", "kept", "until", "ran")} | {"shift": shift}
+    parts = [rest] if is_alone else [rest, window]
+    prefills = Prefills(
+        *(
+            np.concatenate([np.asarray(part[name]) for part in parts], axis=-1)
+            for name in Prefills.__dataclass_fields__
+        )
+    )
+    plan = RowPlan.make(prefills, 1, 300, 16)
+    rows = [list(zip(span.first.tolist(), span.end.tolist())) for span in plan.spans]
+    if is_alone:
+        assert rows == [[(224, 326)], [(149, 191)], [(82, 103)]]
+    else:  # the very last is a decode's row
+        assert rows == [[(224, 310), (310, 326)], [(149, 175), (179, 194)], [(82, 87), (89, 104)]]
+    assert not any(plan.parts) and not plan.catch_up
+    assert prefills.prunes.tolist() == [True] + [False] * (len(parts) - 1)
+    assert prefills.choice[:3, 0].tolist() == [223, 226, 326 - last]
+    assert prefills.choice[3:6, 0].tolist() == [226, 149, 82]
+    assert prefills.choice[6:, 0].tolist() == [100 - last, 42 - last, 21 - last]
+    scoring, back, scored = prefills.window_part(16)
+    assert scoring.tolist() == ([16] if is_alone else [0, 16]) and not scored.any()
+    assert back.tolist() == ([0] if is_alone else [16, 0])
 
 
 def test_a_padded_plan_has_the_rows_that_are_missing():

@@ -16,6 +16,8 @@ from benchmarks.quality.tasks import AGAIN, TASKS
 from benchmarks.results import write
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
+LENGTH = 1200  # of two texts both are long enough to be pruned
+
 
 @pytest.fixture(scope="module", params=("smollm2", "gemma3"))
 def writer(request):
@@ -24,10 +26,10 @@ def writer(request):
 
 @pytest.mark.parametrize("name", AGAIN)
 def test_samples_fill_their_length_and_can_be_answered(name, writer):
-    samples = AGAIN[name].samples(range(3), writer, 1000)
-    assert samples == AGAIN[name].samples(range(3), writer, 1000), "a seed is a sample"
+    samples = AGAIN[name].samples(range(3), writer, LENGTH)
+    assert samples == AGAIN[name].samples(range(3), writer, LENGTH), "a seed is a sample"
     for sample in samples:
-        assert 0.95 * 1000 < len(sample.prompt) <= 1000
+        assert 0.95 * LENGTH < len(sample.prompt) <= LENGTH
         text = writer.tokenizer.decode(sample.prompt)
         assert sample.answers[0] in text.rpartition("?")[0], "it is in the text, not in what asks"
         # A prompt goes on from one that is at least half as long, and pruned.
@@ -36,7 +38,7 @@ def test_samples_fill_their_length_and_can_be_answered(name, writer):
 
 @pytest.mark.parametrize("name", [name for name in AGAIN if "after others" in name])
 def test_the_text_is_sent_alone_first(name, writer):
-    for sample in AGAIN[name].samples(range(3), writer, 1000):
+    for sample in AGAIN[name].samples(range(3), writer, LENGTH):
         alone, *others = sample.before
         assert len(others) == 3 and len({tuple(p) for p in (*others, sample.prompt)}) == 4
         for prompt in (*others, sample.prompt):
@@ -47,13 +49,25 @@ def test_the_text_is_sent_alone_first(name, writer):
 
 @pytest.mark.parametrize("name", [name for name in AGAIN if "in conversation" in name])
 def test_a_conversation_goes_on_from_its_turns(name, writer):
-    for sample in AGAIN[name].samples(range(3), writer, 1000):
+    for sample in AGAIN[name].samples(range(3), writer, LENGTH):
         turns = [*sample.before, sample.prompt]
         assert len(turns) == 4
         for earlier, later in pairwise(turns):
             assert later[: len(earlier)] == earlier
             more = writer.tokenizer.decode(later[len(earlier) :])
             assert more.count("?") == 1, "an answer, and one more question"
+
+
+@pytest.mark.parametrize("name", [name for name in AGAIN if "second text" in name])
+def test_a_second_text_comes_with_its_question(name, writer):
+    """The second turn is long enough to be a long turn, and short enough to be one."""
+    for sample in AGAIN[name].samples(range(3), writer, LENGTH):
+        (first,) = sample.before
+        assert sample.prompt[: len(first)] == first
+        own = sample.prompt[len(first) :]
+        assert evaluate.SHORTEST <= len(own) <= len(first)
+        asks = writer.tokenizer.decode(own)
+        assert sample.answers[0] in asks and asks.count("?") == 1
 
 
 class FakeLLM:

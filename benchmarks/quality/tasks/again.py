@@ -1,7 +1,7 @@
 """Questions that come after others, which an earlier request's deep keys may be reused for: the
-last of several questions about one text that was sent alone first, and the last turn of a
-conversation that began with a text and a question about it. Some ask for hidden numbers, others
-for facts of made-up documents.
+last of several questions about one text that was sent alone first, the last turn of a conversation
+that began with a text and a question about it, and the second turn of one, which brings another
+text. Some ask for hidden numbers, others for facts of made-up documents.
 """
 
 import random
@@ -112,6 +112,22 @@ def _in_conversation(make: Callable, random: random.Random, writer: Writer, leng
     return Sample(final, [last.answer], before)
 
 
+def _of_second_text(make: Callable, random: random.Random, writer: Writer, length: int) -> Sample:
+    """The first text has somewhat more than half of the words."""
+    (first, second), share = (make(random, length) for _ in range(2)), 0.55
+    asked, last = first.questions[0], second.questions[-1]
+
+    def told(num_words: int) -> list[str]:
+        counts = round(share * num_words), num_words - round(share * num_words)
+        turns = zip((first, second), counts, (asked, last))
+        one, two = (f"{m.head}\n\n{m.text(n)}\n\n{ask.question}" for m, n, ask in turns)
+        return [one, f"{asked.begun} {asked.answer}.", two]
+
+    num_words, final = _fitted(writer, lambda n: writer.conversation(told(n), last.begun), length)
+    begins = [told(num_words)[0], "#", "#"]
+    return Sample(final, [last.answer], [_common(writer.conversation(begins, ""), final)])
+
+
 def _fitted(writer: Writer, prompt: Callable, num_tokens: int) -> tuple[int, list[int]]:
     """How many words make a prompt of about so many tokens, and that prompt."""
     tried = {}
@@ -135,6 +151,10 @@ def _common(one: list[int], other: list[int]) -> list[int]:
 
 TASKS = tuple(
     Task(f"{name}, {form}", partial(make, of), "all_found", 12)
-    for form, make in (("after others", _after_others), ("in conversation", _in_conversation))
+    for form, make in (
+        ("after others", _after_others),
+        ("in conversation", _in_conversation),
+        ("of a second text", _of_second_text),
+    )
     for name, of in (("numbers", _numbers), ("facts", _facts))
 )
