@@ -1,6 +1,6 @@
 """LazyLLM (arXiv 2407.14057) for vLLM: dynamic token pruning for long prompts."""
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 
 
 def __getattr__(name: str):
