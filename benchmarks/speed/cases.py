@@ -226,3 +226,5 @@ def _compare(row: Row, stock: Row) -> None:
     row.ratio = row.median / stock.median
     if row.unit == "ms":
         row.ratio = 1 / row.ratio
+    if "ttft" in row.details:
+        row.details["stock_ttft"] = stock.details["ttft"]

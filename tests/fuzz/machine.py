@@ -72,7 +72,7 @@ PACE = {
     "budget": st.sampled_from((9, 33, 64, 200, LONGEST)),
     "chunk": st.sampled_from((0, 0, 7, 24, 48)),
 }
-TURN = {"more": st.sampled_from((1, 5, 30, 85, 91)), "crowd": st.sampled_from((1, 1, 2, 4))}
+TURN = {"more": st.sampled_from((1, 5, 30, 71, 85, 91)), "crowd": st.sampled_from((1, 1, 2, 4))}
 ADD = _event("add", **BEGINNING, **MORE, **OWN)
 EVENTS = st.one_of(
     *3 * [ADD],
