@@ -61,6 +61,7 @@ def _begin_step_kernel(
             tl.store(num_prompt_ptr + batch, num_prompt)
             tl.store(is_pruned_ptr + batch, pruned)
             tl.store(state_room_ptr + batch, tl.load(rooms_ptr + counts))
+            tl.store(revivable_ptr + batch, num_prompt)
         nth = batch - num_decodes
         start = tl.load(start_ptr + nth)
         end = tl.load(start_ptr + nth + 1)
@@ -182,7 +183,7 @@ def begin_step_reference(
     )
     s.num_prompt[:batch] = s.counts.num_prompt[index] * real
     s.state_room[:batch] = s.counts.state_room[index]
-    s.revivable[:n] = s.num_prompt[:n]
+    s.revivable[:batch] = s.num_prompt[:batch]
     s.revivable[:num_turns] = s.turn_end[:num_turns]
     s.is_pruned[:batch] = kept[:, -1] < s.num_prompt[:batch]
     pruned = s.is_pruned[:batch].bool()
@@ -228,9 +229,9 @@ def begin_step(
     revive_rows: int,
     marks_always: bool,
 ) -> None:
-    """Fill what the boundaries of a step go by: ``num_prompt``, ``is_pruned`` and ``state_room`` of
-    ``s``, of decodes ``active``, ``limit`` and ``revivable`` too; the decodes' rows in every stage;
-    the prefills' position and request in stage 0.
+    """Fill what the boundaries of a step go by: ``num_prompt``, ``is_pruned``, ``state_room`` and
+    ``revivable`` of ``s``, of decodes ``active`` and ``limit`` too; the decodes' rows in every
+    stage; the prefills' position and request in stage 0.
 
     A turn goes on from what an earlier request left. Its last token is a decode that revives as
     many tokens as ``s.turn_limit`` says, the best of those before ``s.turn_end`` without keys. They

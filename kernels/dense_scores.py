@@ -26,6 +26,7 @@ def _dense_scores_kernel(
     block_stride,
     dense_ptr,
     num_prompt_ptr,
+    revivable_ptr,
     active_ptr,
     first_request,
     splits,
@@ -39,12 +40,15 @@ def _dense_scores_kernel(
     BLOCK: tl.constexpr,
 ):
     batch = first_request + tl.program_id(0)
-    if tl.load(active_ptr + batch) == 0:
+    num_prompt = tl.load(num_prompt_ptr + batch)
+    if (tl.load(active_ptr + batch) == 0) | (tl.load(revivable_ptr + batch) < num_prompt):
         return
     other = first_request + tl.arange(0, MAX_BATCH)
-    is_active = tl.load(active_ptr + other, mask=other < batch, other=0) != 0
-    first = tl.sum(tl.load(num_prompt_ptr + other, mask=is_active & (other < batch), other=0), 0)
-    num_prompt = tl.load(num_prompt_ptr + batch)
+    mask = other < batch
+    lengths = tl.load(num_prompt_ptr + other, mask=mask, other=0)
+    counts = tl.load(active_ptr + other, mask=mask, other=0) != 0
+    counts &= tl.load(revivable_ptr + other, mask=mask, other=0) >= lengths
+    first = tl.sum(tl.where(counts, lengths, 0), 0)
     table = block_table_ptr + batch * block_table_stride
     start, end = split_bounds(0, num_prompt, tl.program_id(1), splits, BLOCK)
     for p0 in range(start, end, BLOCK):
@@ -67,6 +71,7 @@ def _triton(s: Selection, stage: int, batch: range, dense, factor: float, back: 
         *pages.kernel_args,
         dense,
         s.num_prompt,
+        s.revivable,
         s.active[stage],
         batch.start,
         splits,
@@ -81,7 +86,7 @@ def _triton(s: Selection, stage: int, batch: range, dense, factor: float, back: 
 def _reference(s: Selection, stage: int, batch: range, dense, factor: float, back: bool) -> None:
     start = 0
     for i in batch:
-        if not s.active[stage, i]:
+        if not s.active[stage, i] or s.revivable[i] < s.num_prompt[i]:
             continue
         at = s.state.prompt_at(i, s.num_prompt)
         mine = slice(start, start + len(at))
@@ -94,7 +99,8 @@ def _reference(s: Selection, stage: int, batch: range, dense, factor: float, bac
 
 def gather_scores(s: Selection, stage: int, batch: range, dense: torch.Tensor) -> None:
     """The scores of all prompt tokens of the requests of ``batch`` that are active at the boundary
-    before ``stage``, those that are no candidates included.
+    before ``stage``, those that are no candidates included. A long turn's are those of its prefill:
+    its last token, among the decodes, has none.
 
     Args:
         dense: ``[tokens or more]`` fp32, written.

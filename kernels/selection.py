@@ -83,8 +83,8 @@ class Selection:
         counts: of all requests; index: ``[batch]`` int32, the batch's rows of it, -1: no request.
         num_prompt, is_pruned: ``[batch]`` int32.
         state_room: ``[batch]`` int32, as in ``PromptCounts``.
-        choice: of prefills; revivable: ``[batch]`` int32, of decodes the position before which
-            tokens may be revived.
+        choice: of prefills; revivable: ``[batch]`` int32, the position before which tokens may be
+            revived: ``num_prompt``, but of a long turn's last token (``plan.LongTurn``).
         active: ``[stages, batch]`` int32, whether the boundary before the stage chooses anew among
             the request's tokens in this step; of decodes 0: whether any does.
         limit: ``[stages, batch]`` int32, most tokens that the request may revive into the stage.

@@ -199,9 +199,9 @@ class Schedule:
         if self.is_strict or config.keep_mass is not None or not (fits and self.selects(plan)):
             return None
         mine = [max(ceil_share(k, own), min(own, self.least_kept)) for k in self._keeps(setting)]
-        if mine[-1] == own:
-            return None
         last, reserve = config.score_window, config.revive_reserve
+        if not last < mine[-1] < own:
+            return None
         added = [between + k for k in mine]
         rooms = [ceil_share(reserve, own - k) for k in mine]
         return RequestPlan(

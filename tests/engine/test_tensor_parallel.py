@@ -135,12 +135,21 @@ def test_small_chunks_and_shared_prefixes(ranks):
     ranks.run("set_budget", tokens=512)
 
 
-def test_the_next_turn_goes_on(ranks):
+def test_the_next_turns_go_on(ranks):
+    """The second is a long turn, where there are any: the ranks' scores become one once, though its
+    last token chooses by them and so does the rest."""
     ranks.run("reset_prefix_cache")
     prompt, turns = PROMPTS[1], [PROMPTS[0][:20]]
-    results = [ranks.generate([prompt], NEW_TOKENS)]
-    results.append(ranks.generate([prompt + results[0]["tokens"][0] + turns[0]], NEW_TOKENS))
-    assert results[1]["stats"][0]["reused"] == len(prompt) + NEW_TOKENS - 1
+    turns += [PROMPTS[2][:257]] * (ranks.config.get("decode") != "strict")
+    results, said = [ranks.generate([prompt], NEW_TOKENS)], list(prompt)
+    for turn in turns:
+        said += results[-1]["tokens"][0]
+        results.append(ranks.generate([said + turn], NEW_TOKENS))
+        (stats,) = results[-1]["stats"]
+        assert stats["reused"] == len(said) - 1
+        said += turn
+        drops = stats["prompt_tokens"] == len(said)
+        assert drops == (len(turn) > 256)
     model = AutoModelForCausalLM.from_pretrained(ranks.folder, dtype=torch.float32)
     seen = agreement.compare_turns(model, prompt, turns, ranks.config, QUOTA, results)
     seen.check(least_compared=0.9, most_ties=0)

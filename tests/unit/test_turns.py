@@ -268,6 +268,10 @@ def test_the_plan_of_a_long_turn():
     assert [schedule.long_turn(before, *lengths, default) for lengths in none] == [None] * 3
     assert schedule.long_turn(before, 4100, 4612, default).long_turn.chosen[2] == 103 - 16
     assert schedule.long_turn(before, 4100, 5100, RequestSetting("off")) is None
+    few = config | {"first_tokens": 0, "prune": [{"layer": 16, "keep": 0.01}]}
+    few = Schedule.build(parse_config(few), 32)
+    assert few.long_turn(few.plan(4000), 4100, 5700, default) is None, "none is chosen"
+    assert few.long_turn(few.plan(4000), 4100, 5800, default).long_turn.chosen == (1684, 1)
     for other in ({"decode": "strict"}, {"keep_mass": 0.5}, {"revive_budget": 0}):
         others = Schedule.build(parse_config(config | other), 32)
         assert others.long_turn(others.plan(4000), 4100, 5100, default) is None

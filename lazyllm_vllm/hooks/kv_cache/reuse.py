@@ -89,11 +89,8 @@ def _snapshot_for(planned: PlannedManager, request: Request, anew: RequestPlan) 
 
 def _long_turn(planned: PlannedManager, request: Request, snapshot: Snapshot) -> RequestPlan | None:
     """The plan of a request that goes on and drops tokens of its own; None: it drops none."""
-    needs, setting = planned.kv_cache_spec.needs, planned.settings[request.request_id]
-    if needs.ranks > 1:  # whose scores are put side by side once for each prompt
-        return None
-    lengths = snapshot.num_tokens, request.num_tokens
-    return needs.schedule.long_turn(snapshot.plan, *lengths, setting)
+    schedule, setting = planned.kv_cache_spec.needs.schedule, planned.settings[request.request_id]
+    return schedule.long_turn(snapshot.plan, snapshot.num_tokens, request.num_tokens, setting)
 
 
 def _go_on_unpruned(
