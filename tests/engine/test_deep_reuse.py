@@ -391,6 +391,22 @@ def test_long_turns_side_by_side(engine):
                 assert result[what][i] == single[what][0], (budget, i, what)
 
 
+def test_long_turns_wait_for_places(engine):
+    """While another one takes them: each brings back as much as alone."""
+    requests, once = [asked(prompt) for prompt in LONG[:2]], []
+    for some in ([requests[0]], [requests[1]], requests):
+        engine.fresh()
+        engine.run("set_budget", tokens=512)
+        engine.generate([DOCUMENTS[0]], 1)
+        engine.run("set_most_requests", count=5 if len(some) > 1 else OPTIONS["max_num_seqs"])
+        once.append(engine.run("serve", requests=some))
+    engine.run("set_most_requests", count=OPTIONS["max_num_seqs"])
+    *alone, both = once
+    assert both["finished"][1] > both["finished"][0]
+    for what in ("tokens", "decodes"):
+        assert both[what] == [one[what][0] for one in alone], what
+
+
 @pytest.mark.parametrize("places, chunk", ((2, 0), (40, 9), (40, 1)))
 def test_a_long_turn_that_revives_nothing(engine, places, chunk):
     """It has no place but its own, or its last tokens do not come together: its own tokens are

@@ -154,8 +154,9 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
 
     A request that goes on, if its last token is to select, takes up to three places in the batch
     (``hooks.turns``), and ``TURNS_A_STEP`` of them have rows for what they revive. Where not even
-    one finds places, that token is left to a step of its own. The tokens that see what it revives
-    come with it: a chunk before leaves them all. For others see ``catch_up``.
+    one finds places, that token is left to a step of its own, but a long turn revives nothing. The
+    tokens that see what it revives come with it: a chunk before leaves them all. For others see
+    ``catch_up``.
     """
     if size == 1:  # as in every decode step
         return size
@@ -178,9 +179,8 @@ def chunk_size(scheduler: Scheduler, request: Request, first: int, size: int) ->
     if snapshots.turns < TURNS_A_STEP and (PLACES - 1) * (snapshots.turns + 1) <= room:
         snapshots.turns += 1
         return size
-    if taken.plan.long_turn is not None:  # then it revives nothing
-        return size
-    return _later(scheduler, window, size - 1) if snapshots.turns else size - 1
+    alone = size - (taken.plan.long_turn is None)
+    return _later(scheduler, window, alone) if snapshots.turns else alone
 
 
 def _later(scheduler: Scheduler, window: int, size: int) -> int:
