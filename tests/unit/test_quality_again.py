@@ -16,7 +16,7 @@ from benchmarks.quality.tasks import AGAIN, TASKS
 from benchmarks.results import write
 from lazyllm_vllm.plan.config import LazyLLMConfig
 
-LENGTH = 1200  # of two texts both are long enough to be pruned
+LENGTH = 1300  # of two texts both are long enough to be pruned
 
 
 @pytest.fixture(scope="module", params=("smollm2", "gemma3"))

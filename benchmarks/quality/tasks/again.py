@@ -114,7 +114,7 @@ def _in_conversation(make: Callable, random: random.Random, writer: Writer, leng
 
 def _of_second_text(make: Callable, random: random.Random, writer: Writer, length: int) -> Sample:
     """The first text has somewhat more than half of the words."""
-    (first, second), share = (make(random, length) for _ in range(2)), 0.55
+    (first, second), share = (make(random, length) for _ in range(2)), 0.57
     asked, last = first.questions[0], second.questions[-1]
 
     def told(num_words: int) -> list[str]:
