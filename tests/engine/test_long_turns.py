@@ -1,5 +1,5 @@
-"""Long turns (``reuse: deep``): requests that go on and drop tokens of their own. What is kept, what
-comes back and what is said are the slow reference's, whoever else asks."""
+"""Long turns (``reuse: deep``): requests that go on and drop tokens of their own. What is kept,
+what comes back and what is said are the slow reference's, whoever else asks."""
 
 import random
 
