@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 from harness import agreement, families
+from harness.asking import NEW_TOKENS, asked, goes_on
 from transformers import AutoModelForCausalLM
 
-BLOCK, WINDOW, BUDGET, QUOTA, NEW_TOKENS = 32, 16, 128, 4, 8
+BLOCK, WINDOW, BUDGET, QUOTA = 32, 16, 128, 4
 # Prompts of 300 and 200 tokens are pruned. Stage 0 has one layer and one page of hidden states.
 CONFIG = {
     "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
@@ -31,7 +32,6 @@ OPTIONS = {
 RNG = random.Random(0)
 DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(300)] for _ in range(4)]
 QUESTIONS = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (40, 3, 90, 21, 60)]
-GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(folder, open_engine):
     return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
-
-
-def goes_on(result: dict, i: int = 0) -> bool:
-    """Whether a traced request went on from a snapshot, when it last began."""
-    return "resident" in result["prefills"][i][-1]
-
-
-def asked(prompt: list[int], **fields) -> dict:
-    params = GREEDY | {"max_tokens": NEW_TOKENS} | fields.pop("params", {})
-    return {"prompt": prompt, "params": params} | fields
 
 
 def test_a_conversation_is_the_references(engine, folder):

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 from harness import agreement, families
+from harness.asking import NEW_TOKENS, asked, goes_on
 from transformers import AutoModelForCausalLM
 
-QUOTA, NEW_TOKENS, MOST = 4, 8, 40
+QUOTA, MOST = 4, 40
 # Prompts and turns of 120 tokens and more are pruned.
 CONFIG = {
     "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
@@ -31,7 +32,6 @@ RNG = random.Random(0)
 DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(300)] for _ in range(4)]
 QUESTION = [RNG.randrange(3, 1000) for _ in range(40)]
 LONG = [DOCUMENTS[0] + DOCUMENTS[1][:n] for n in (130, 200, 280)]
-GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +42,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(folder, open_engine):
     return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
-
-
-def goes_on(result: dict, i: int = 0) -> bool:
-    """Whether a traced request went on from a snapshot, when it last began."""
-    return "resident" in result["prefills"][i][-1]
-
-
-def asked(prompt: list[int], **fields) -> dict:
-    params = GREEDY | {"max_tokens": NEW_TOKENS} | fields.pop("params", {})
-    return {"prompt": prompt, "params": params} | fields
 
 
 @pytest.mark.parametrize("budget, chunks", ((1200, 1), (90, 3)))
