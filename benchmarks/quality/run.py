@@ -160,6 +160,7 @@ def main(args: argparse.Namespace) -> None:
         for half, seeds in halves.items()
         for task in chosen
         for tokens in args.lengths
+        if tokens >= getattr(task, "shortest", 0)
     ]
     out = args.out or (REUSE_FILE if _is_reuse(args) else FILE)
     setting = Setting(_model(args), cells, args.lengths, halves, out, args.commit)

@@ -115,12 +115,14 @@ class Task:
     make: a sample of about so many tokens, from a source of randomness of its own.
     metric: a name of ``METRICS``.
     max_tokens: longest answer.
+    shortest: tokens of its shortest samples.
     """
 
     name: str
     make: Callable[[random.Random, Writer, int], Sample]
     metric: str
     max_tokens: int
+    shortest: int = 0
 
     def samples(self, seeds: range, writer: Writer, num_tokens: int) -> list[Sample]:
         """One a seed, the same whatever else is made."""
