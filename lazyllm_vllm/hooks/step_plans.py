@@ -26,10 +26,10 @@ def sort_prefills(state: "LazyModelState", batch) -> bool:
         req_id, first = batch.req_ids[i], int(batch.num_computed_prefill_tokens_np[i])
         caught_up = state.caught_up[req_id] == first
         is_last = batch.num_scheduled_tokens[i] == 1 and first + 1 == batch.prefill_len_np[i]
-        is_long = state.plans[req_id].long_turn is not None
-        if is_last and caught_up and req_id in state.continuations and not is_long:
+        plan, goes_on = state.plans[req_id], req_id in state.continuations
+        if is_last and caught_up and goes_on and plan.long_turn is None:
             is_prefilling[i] = False
-        elif not caught_up or state.plans[req_id].is_pruned:
+        elif not caught_up or plan.is_pruned:
             runs_alike = False
     return runs_alike
 

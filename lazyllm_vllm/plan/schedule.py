@@ -165,9 +165,7 @@ class Schedule:
         if num_prompt < config.min_prompt_tokens:
             kept = (num_prompt,) * self.num_stages
         else:
-            least = min(num_prompt, self.least_kept)
-            keeps = self._keeps(setting)
-            kept = tuple(max(ceil_share(keep, num_prompt), least) for keep in keeps)
+            kept = self._kept(num_prompt, setting)
         reserve = config.revive_reserve if self.has_aux and setting.revive else 0
         least = _TURNS * self.turn_quota if reserve and config.reuse == DEEP else 0
 
@@ -177,6 +175,11 @@ class Schedule:
         capacity = tuple(k + room(num_prompt - k) for k in kept)
         state_room = self.state_room(num_prompt) if kept[-1] < num_prompt else 0
         return RequestPlan(num_prompt, kept, capacity, state_room)
+
+    def _kept(self, count: int, setting: RequestSetting) -> tuple[int, ...]:
+        """By stage, how many of so many tokens are kept where some are dropped."""
+        least = min(count, self.least_kept)
+        return tuple(max(ceil_share(keep, count), least) for keep in self._keeps(setting))
 
     def state_room(self, num_prompt: int) -> int:
         """Positions for whose state there is room with a prompt that is pruned."""
@@ -198,7 +201,7 @@ class Schedule:
         fits = least <= own <= _LONG_TURN_TO and num_prompt <= plan.state_room
         if self.is_strict or config.keep_mass is not None or not (fits and self.selects(plan)):
             return None
-        mine = [max(ceil_share(k, own), min(own, self.least_kept)) for k in self._keeps(setting)]
+        mine = self._kept(own, setting)
         last, reserve = config.score_window, config.revive_reserve
         if not last < mine[-1] < own:
             return None

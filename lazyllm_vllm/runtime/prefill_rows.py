@@ -113,9 +113,10 @@ class Prefills:
 
     @property
     def choice(self) -> np.ndarray:
-        """``kernels.selection.Choice``, of the prompts that are pruned."""
+        """``kernels.selection.Choice``, ``[3 + 2 * stages, prefills]`` int32."""
         first, end = self.before[0], np.where(self.leads, self.end, self.num_prompt)
-        return np.vstack([self.begin, first, end, self.before, self.kept - self.before])
+        numbers = np.vstack([self.begin, first, end, self.before, self.kept - self.before])
+        return numbers.astype(np.int32)
 
     def window_part(self, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """``kernels.queries.WindowPart`` in stage 0, of prompts that are pruned and of turns."""

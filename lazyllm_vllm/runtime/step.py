@@ -221,14 +221,11 @@ class Step:
         packed[0, 1:] += (packed[0, 0] - 1) * p.sees_revived  # the last is a decode's row
         packed[1, 1:] += p.sees_revived
         packed[3] = p.crosses
-        choice = p.choice
-        both = np.concatenate([packed.ravel(), choice.ravel()]).astype(np.int32)
-        both = async_tensor_h2d(both, device=b.device)
-        on_device, choice = both.split([packed.size, choice.size])
-        on_device = on_device.view(packed.shape)
+        on_device = async_tensor_h2d(packed, device=b.device)
         b.window[:, :, mine] = on_device[:3]
         b.selection.active[1:, mine] = on_device[3, 1:]
-        b.choice[:, mine] = choice.view(len(b.choice), -1)
+        if p.prunes.any():
+            b.choice[:, mine] = async_tensor_h2d(p.choice, device=b.device)
         return packed[0].any(axis=1).tolist()
 
     def forget(self) -> None:

@@ -57,17 +57,17 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
         return _go_on(manager, request, Taken(own, own.plan, True), found) or found
     if not anew.is_pruned:
         return begin_unpruned(first, request, *with_later_stages(planned, request, found))
-    snapshot = _snapshot_for(first, request, anew) if reuse == DEEP else None
+    left = _snapshot_for(first, request, anew) if reuse == DEEP else None
     # By what it generated it may have outgrown the least of a prompt that is pruned.
     first_life = schedule.plan(request.num_prompt_tokens, setting)
     was_unpruned = request.num_preemptions > 0 and not first_life.is_pruned
     if reuse == DEEP or was_unpruned:
-        least = snapshot.num_tokens if snapshot else 1
+        least = left[0].num_tokens if left else 1
         if (unpruned := _go_on_unpruned(manager, request, anew, found, least)) is not None:
             return unpruned
-    if snapshot is None:
+    if left is None:
         return found
-    plan = _long_turn(first, request, snapshot) or snapshot.plan
+    snapshot, plan = left
     # What others read now, more will want to go on from.
     for adopts in (False,) if snapshot.is_read else (False, True):
         if (given := _go_on(manager, request, Taken(snapshot, plan, adopts), found)) is not None:
@@ -75,22 +75,22 @@ def find_blocks(lookup: Callable[[], tuple], manager: KVCacheManager, request: R
     return found
 
 
-def _snapshot_for(planned: PlannedManager, request: Request, anew: RequestPlan) -> Snapshot | None:
-    """Of what others left, from which a request goes on rather than being pruned anew."""
+def _snapshot_for(
+    planned: PlannedManager, request: Request, anew: RequestPlan
+) -> tuple[Snapshot, RequestPlan] | None:
+    """Of what others left, from which a request goes on rather than being pruned anew, and its plan
+    then."""
     schedule = planned.kv_cache_spec.needs.schedule
-    wanted = replace(planned.settings[request.request_id], reuse=None)
+    setting = planned.settings[request.request_id]
+    wanted = replace(setting, reuse=None)
     hashes, size = planned.hashes(request), planned.block_size
     snapshot = planned.snapshots.find(request, hashes, size, wanted)
     if snapshot is None or not schedule.has_room(snapshot.plan, snapshot.turns):
         return None
-    goes_on = schedule.goes_on_sooner(snapshot.num_tokens, anew)
-    return snapshot if goes_on or _long_turn(planned, request, snapshot) else None
-
-
-def _long_turn(planned: PlannedManager, request: Request, snapshot: Snapshot) -> RequestPlan | None:
-    """The plan of a request that goes on and drops tokens of its own; None: it drops none."""
-    schedule, setting = planned.kv_cache_spec.needs.schedule, planned.settings[request.request_id]
-    return schedule.long_turn(snapshot.plan, snapshot.num_tokens, request.num_tokens, setting)
+    lengths = snapshot.num_tokens, request.num_tokens
+    if (long_turn := schedule.long_turn(snapshot.plan, *lengths, setting)) is not None:
+        return snapshot, long_turn
+    return (snapshot, snapshot.plan) if schedule.goes_on_sooner(lengths[0], anew) else None
 
 
 def _go_on_unpruned(
