@@ -151,7 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Raises SystemExit for a part, method or task that there is not, and if a job failed."""
+    """Raises SystemExit for a part, method or task that there is not, for lengths that no task has,
+    and if a job failed."""
     asked, chosen = jobs(args), tasks(args)
     use_cpu_settings()  # for the engines' processes, before anything imports Triton there
     halves = {half: HALVES[half](args.samples) for half in args.half}
@@ -160,8 +161,11 @@ def main(args: argparse.Namespace) -> None:
         for half, seeds in halves.items()
         for task in chosen
         for tokens in args.lengths
-        if tokens >= getattr(task, "shortest", 0)
+        if tokens >= task.shortest
     ]
+    if not cells:
+        least = min(task.shortest for task in chosen)
+        raise SystemExit(f"--lengths: these tasks have prompts of {least} tokens and more")
     out = args.out or (REUSE_FILE if _is_reuse(args) else FILE)
     setting = Setting(_model(args), cells, args.lengths, halves, out, args.commit)
     failed = Jobs(asked, setting).run(args.jobs)

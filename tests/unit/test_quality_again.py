@@ -70,6 +70,31 @@ def test_a_second_text_comes_with_its_question(name, writer):
         assert sample.answers[0] in asks and asks.count("?") == 1
 
 
+def test_a_task_runs_at_the_lengths_that_it_has(monkeypatch):
+    """At others it is left out, and if that leaves nothing it is said."""
+    seen = []
+    monkeypatch.setattr(run, "Jobs", lambda asked, setting: seen.append(setting.cells) or Nothing())
+    monkeypatch.setattr(run, "_model", lambda args: None)
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    line = ["reuse", "--half", "choosing", "--samples", "1", "--tasks", *AGAIN]
+    run.main(parser.parse_args([*line, "--lengths", "1000", "1300"]))
+    ran = [(cell.task.name, cell.tokens) for cell in seen[0]]
+    late = [name for name in AGAIN if "second text" in name]
+    assert [name for name, tokens in ran if tokens == 1300] == list(AGAIN) and len(late) == 2
+    assert [name for name, tokens in ran if tokens == 1000] == [n for n in AGAIN if n not in late]
+    line = ["reuse", "--tasks", late[0], "--lengths", "1000"]
+    with pytest.raises(SystemExit, match="--lengths: these tasks have prompts of 1300 tokens"):
+        run.main(parser.parse_args(line))
+
+
+class Nothing:
+    """Jobs that none of are run."""
+
+    def run(self, at_once: int) -> dict:
+        return {}
+
+
 class FakeLLM:
     """Says 7, 8, 9; ``asked``: by call, the prompts and how many tokens each may have."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from benchmarks.quality.sample import Sample, Writer
 
@@ -48,6 +49,7 @@ class Published:
     Attributes:
         prompt: a line's prompt, token ids.
         answers: name of the lines' field with the answers.
+        shortest: as of a ``Task``.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Published:
     lines: tuple[dict, ...]
     prompt: Callable[[dict, Writer], list[int]]
     answers: str
+    shortest: ClassVar[int] = 0
 
     def samples(self, seeds: range, writer: Writer, num_tokens: int) -> list[Sample]:
         """As many as there are lines for, with prompts of at most ``num_tokens``, their middle cut
