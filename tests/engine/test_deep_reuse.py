@@ -1,37 +1,23 @@
 """Requests that go on from what others left behind their first stage (``reuse: deep``): the slow
 reference's answers, whoever else asks, and none but their own where it is not theirs to take."""
 
-import random
-
 import pytest
 import torch
 from harness import agreement, families
-from harness.asking import NEW_TOKENS, asked, goes_on
+from harness.going_on import (
+    BLOCK,
+    CONFIG,
+    DOCUMENTS,
+    NEW_TOKENS,
+    OPTIONS,
+    QUESTIONS,
+    QUOTA,
+    asked,
+    goes_on,
+)
 from transformers import AutoModelForCausalLM
 
-BLOCK, WINDOW, BUDGET, QUOTA = 32, 16, 128, 4
-# Prompts of 300 and 200 tokens are pruned. Stage 0 has one layer and one page of hidden states.
-CONFIG = {
-    "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
-    "min_prompt_tokens": 120,
-    "score_window": WINDOW,
-    "score_pool": 3,
-    "revive_per_request": QUOTA,
-    "revive_per_turn": QUOTA,
-    "revive_min_score": 0,
-    "reuse": "deep",
-}
-OPTIONS = {
-    "skip_tokenizer_init": True,
-    "block_size": BLOCK,
-    "max_model_len": 640,
-    "max_num_seqs": 40,
-    "max_num_batched_tokens": BUDGET,
-    "scheduling_policy": "priority",
-}
-RNG = random.Random(0)
-DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(300)] for _ in range(4)]
-QUESTIONS = [[RNG.randrange(3, 1000) for _ in range(n)] for n in (40, 3, 90, 21, 60)]
+BUDGET = 128  # tokens a step
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +27,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder, open_engine):
-    return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
+    arguments = folder, CONFIG, {"trace": True, "schedules_ahead": True}
+    return open_engine(*arguments, max_num_batched_tokens=BUDGET, **OPTIONS)
 
 
 def test_a_conversation_is_the_references(engine, folder):

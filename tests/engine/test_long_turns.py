@@ -1,36 +1,22 @@
 """Long turns (``reuse: deep``): requests that go on and drop tokens of their own. What is kept,
 what comes back and what is said are the slow reference's, whoever else asks."""
 
-import random
-
 import pytest
 import torch
 from harness import agreement, families
-from harness.asking import NEW_TOKENS, asked, goes_on
+from harness.going_on import (
+    CONFIG,
+    DOCUMENTS,
+    MOST,
+    NEW_TOKENS,
+    OPTIONS,
+    QUESTIONS,
+    QUOTA,
+    asked,
+    goes_on,
+)
 from transformers import AutoModelForCausalLM
 
-QUOTA, MOST = 4, 40
-# Prompts and turns of 120 tokens and more are pruned.
-CONFIG = {
-    "prune": [{"layer": 1, "keep": 0.6}, {"layer": 2, "keep": 0.3}, {"layer": 4, "keep": 0.2}],
-    "min_prompt_tokens": 120,
-    "score_pool": 3,
-    "revive_per_request": QUOTA,
-    "revive_per_turn": QUOTA,
-    "revive_min_score": 0,
-    "reuse": "deep",
-}
-OPTIONS = {
-    "skip_tokenizer_init": True,
-    "block_size": 32,
-    "max_model_len": 640,
-    "max_num_seqs": MOST,
-    "max_num_batched_tokens": 1200,
-    "scheduling_policy": "priority",
-}
-RNG = random.Random(0)
-DOCUMENTS = [[RNG.randrange(3, 1000) for _ in range(300)] for _ in range(4)]
-QUESTION = [RNG.randrange(3, 1000) for _ in range(40)]
 LONG = [DOCUMENTS[0] + DOCUMENTS[1][:n] for n in (130, 200, 280)]
 
 
@@ -41,14 +27,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder, open_engine):
-    return open_engine(folder, CONFIG, {"trace": True, "schedules_ahead": True}, **OPTIONS)
+    arguments = folder, CONFIG, {"trace": True, "schedules_ahead": True}
+    return open_engine(*arguments, max_num_batched_tokens=1200, **OPTIONS)
 
 
 @pytest.mark.parametrize("budget, chunks", ((1200, 1), (90, 3)))
 def test_it_drops_tokens_of_its_own(engine, folder, budget, chunks):
     """In one chunk and in several, in this turn and in the ones after it, short and long."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    document, turns = DOCUMENTS[0], [DOCUMENTS[1][:200], QUESTION]
+    document, turns = DOCUMENTS[0], [DOCUMENTS[1][:200], QUESTIONS[0]]
     engine.fresh(budget=budget)
     prompt, results = list(document), []
     for turn in (None, *turns):
@@ -64,7 +51,7 @@ def test_it_drops_tokens_of_its_own(engine, folder, budget, chunks):
 
 def test_they_run_side_by_side(engine):
     """With each other, beside a turn that drops nothing, a whole prompt and decodes: as alone."""
-    mine = [*LONG, DOCUMENTS[0] + QUESTION, DOCUMENTS[2]]
+    mine = [*LONG, DOCUMENTS[0] + QUESTIONS[0], DOCUMENTS[2]]
     decodes = [asked(DOCUMENTS[i][:n], params={"max_tokens": 30}) for i, n in ((1, 60), (2, 290))]
     alone = []
     for prompt in mine:

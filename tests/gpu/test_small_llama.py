@@ -18,6 +18,13 @@ from lazyllm_vllm.plan.config import parse_config
 pytestmark = pytest.mark.gpu
 NEW_TOKENS = 20
 LENGTHS = (300, 801, 1500, 350, 400, 450, 500, 600, 700, 900)
+OPTIONS = {
+    "dtype": "bfloat16",
+    "skip_tokenizer_init": True,
+    "max_model_len": 2048,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2 << 30,
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +86,9 @@ def test_the_engine_agrees_with_the_reference(folder, decode, ranks):
         folder,
         config | {"revive_budget": 16 * len(prompts)},
         {"trace": True},
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
         max_num_seqs=len(prompts),
         max_num_batched_tokens=8192,
-        max_model_len=2048,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=2 << 30,
+        **OPTIONS,
         tensor_parallel_size=ranks,
     )
     try:
@@ -134,13 +137,9 @@ def test_long_turns_agree_with_the_reference(folder, chunk):
         folder,
         config,
         {"trace": True},
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
         max_num_seqs=8,
         max_num_batched_tokens=8192,
-        max_model_len=2048,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=2 << 30,
+        **OPTIONS,
     )
     in_common, under = [], []
     try:
@@ -183,13 +182,9 @@ def test_ranks_in_graphs(folder, decode, ranks):
         engine = EngineUnderTest(
             folder,
             config,
-            dtype="bfloat16",
-            skip_tokenizer_init=True,
             enforce_eager=False,
             max_num_seqs=len(prompts),
-            max_model_len=2048,
-            gpu_memory_utilization=0.1,
-            kv_cache_memory_bytes=2 << 30,
+            **OPTIONS,
             tensor_parallel_size=ranks,
         )
         try:

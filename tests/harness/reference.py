@@ -143,7 +143,7 @@ class ReferenceSequence:
 
         least = max(config.first_tokens + config.last_tokens, config.min_keep_tokens)
         self.least = min(n, least)
-        self.kept_count = [n] + [max(_ceil_share(b.keep, n), self.least) for b in self.boundaries]
+        self.kept_count = self._kept_of(n)
         if n < config.min_prompt_tokens:
             self.kept_count = [n] * self.num_stages
         least = 8 * min(config.revive_per_turn, config.revive_budget)
@@ -151,8 +151,7 @@ class ReferenceSequence:
         rooms = [(n - k, _ceil_share(config.revive_reserve, n - k)) for k in self.kept_count]
         self.room = [n - drop + max(share, min(least, drop)) for drop, share in rooms]
 
-        position = torch.arange(n)
-        self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
+        self.always_kept = self._always_kept(n)
 
         most = n + max_new_tokens
         self.keys: dict[int, Tensor] = {}
@@ -163,6 +162,17 @@ class ReferenceSequence:
         self.next_position = 0
         self.score = torch.zeros(most)
         self.trace = Trace()
+
+    def _kept_of(self, count: int) -> list[int]:
+        """By stage, how many of so many tokens are kept."""
+        least = min(count, self.least)
+        return [count] + [max(_ceil_share(b.keep, count), least) for b in self.boundaries]
+
+    def _always_kept(self, n: int) -> Tensor:
+        """[N] bool: the tokens at either end of a prompt of ``n``."""
+        position = torch.arange(n)
+        first, last = self.config.first_tokens, self.config.last_tokens
+        return (position < first) | (position >= n - last)
 
     def prompt_keys(self, stage: int) -> int:
         """How many prompt tokens have keys in ``stage``."""
@@ -304,18 +314,14 @@ class ReferenceSequence:
         config, trace, begin, first = self.config, self.trace, self.num_prompt, self.next_position
         window, n = config.score_window, first + len(tokens)
         end = n - window
-        own = [
-            max(_ceil_share(share, len(tokens)), min(len(tokens), self.least))
-            for share in (1, *(b.keep for b in self.boundaries))
-        ]
+        own = self._kept_of(len(tokens))
         rooms = [_ceil_share(config.revive_reserve, len(tokens) - k) for k in own]
         added = [first - begin + k for k in own]
         had = [self.prompt_keys(s) for s in range(self.num_stages)]
         self.kept_count = [k + more for k, more in zip(self.kept_count, added)]
         self.room = [k + more + room for k, more, room in zip(self.room, added, rooms)]
         self.num_prompt = self.next_position = n
-        position = torch.arange(n)
-        self.always_kept = (position < config.first_tokens) | (position >= n - config.last_tokens)
+        self.always_kept = self._always_kept(n)
         for record in (trace.selected, trace.revived, trace.scores, trace.margins):
             record.append([])
 
